@@ -1,0 +1,114 @@
+"""Which code runs an operation: a registry of backends, each with a verifier that says yes, or no and why.
+
+Chosen automatically, a backend that says no is passed over and logged once. Asked for by name, with `backend=` or
+the environment variable CORRSTEER_BACKEND, it raises with the reason and what would fix it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from dataclasses import dataclass
+from typing import Callable, Mapping
+
+import torch
+
+from corrsteer import reference
+from corrsteer.errors import BackendUnavailable
+
+log = logging.getLogger(__name__)
+
+OPERATIONS = ("encode", "encode_pool", "update_moments", "encode_update", "steer_add")
+ENVIRONMENT = "CORRSTEER_BACKEND"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A verifier's answer: yes, or no with the reason and what to do about it."""
+
+    ok: bool
+    reason: str = ""
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Functions with the signatures of `corrsteer.reference`, and a verifier of (device, dtype)."""
+
+    name: str
+    operations: Mapping[str, Callable]
+    verify: Callable[[torch.device, torch.dtype], Verdict]
+
+
+_registry: dict[str, Backend] = {}
+
+
+def register(backend: Backend) -> None:
+    """Add a backend, or replace the one of its name. The last one registered is tried first."""
+    unknown = set(backend.operations) - set(OPERATIONS)
+    if unknown:
+        raise ValueError(f"operations must be among {', '.join(OPERATIONS)}, got {', '.join(sorted(unknown))}")
+    _registry.pop(backend.name, None)
+    _registry[backend.name] = backend
+    _find.cache_clear()
+
+
+def unregister(name: str) -> None:
+    """Remove a backend."""
+    del _registry[name]
+    _find.cache_clear()
+
+
+def registered() -> list[Backend]:
+    """All backends, in the order in which they are tried."""
+    return list(reversed(_registry.values()))
+
+
+def choose(operation: str, device: torch.device, dtype: torch.dtype, name: str | None = None) -> Backend:
+    """The backend that runs `operation` on tensors of `device` and `dtype`.
+
+    Raises
+    ------
+    BackendUnavailable : if `name`, or CORRSTEER_BACKEND where `name` is None, cannot.
+    """
+    return _find(operation, device, dtype, name or os.environ.get(ENVIRONMENT) or None)
+
+
+def _judge(backend: Backend, operation: str, device: torch.device, dtype: torch.dtype) -> Verdict:
+    if operation not in backend.operations:
+        return Verdict(False, f"it has no {operation}", "use another backend for this operation")
+    return backend.verify(device, dtype)
+
+
+@functools.lru_cache(maxsize=None)
+def _find(operation: str, device: torch.device, dtype: torch.dtype, name: str | None) -> Backend:
+    if name is not None:
+        if name not in _registry:
+            raise BackendUnavailable(f"backend must be one of {', '.join(_registry)}, got {name!r}")
+        verdict = _judge(_registry[name], operation, device, dtype)
+        if not verdict.ok:
+            raise BackendUnavailable(
+                f"backend {name!r} cannot run {operation} on {device} in {dtype}: {verdict.reason}; {verdict.fix}"
+            )
+        return _registry[name]
+    for backend in registered():
+        verdict = _judge(backend, operation, device, dtype)
+        if verdict.ok:
+            return backend
+        _log_once(backend.name, verdict.reason)
+    raise BackendUnavailable(f"no backend runs {operation} on {device} in {dtype}")
+
+
+@functools.lru_cache(maxsize=None)
+def _log_once(name: str, reason: str) -> None:
+    log.info("backend %s passed over: %s", name, reason)
+
+
+register(
+    Backend(
+        name="reference",
+        operations={operation: getattr(reference, operation) for operation in OPERATIONS},
+        verify=lambda device, dtype: Verdict(True),
+    )
+)

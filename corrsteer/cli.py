@@ -1,0 +1,445 @@
+"""The command line: demo, collect, select, evaluate, generate, doctor.
+
+Results go to stdout, as text or with `--json` as one JSON object; everything said along the way goes to stderr.
+A user's mistake ends with one line and exit status 1; `--traceback` shows where it was noticed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+import corrsteer
+from corrsteer import settings as config_
+from corrsteer.errors import CorrSteerError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Find the SAE features that correlate with a reward while a language model generates, and steer along them.\n\n"
+    "Start with `corrsteer demo`. The way through is collect, select, evaluate; `corrsteer doctor` says what runs here.",
+)
+_show_traceback = False
+
+# Options that several commands share. None means: not given, so the YAML file or the default decides.
+Config = Annotated[Optional[Path], typer.Option(help="YAML file of settings, named like the options; options win.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Model = Annotated[Optional[str], typer.Option(help="Hugging Face model: a name on the hub or a directory.")]
+Dtype = Annotated[Optional[str], typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[Optional[str], typer.Option(help="auto (spread over the GPUs, else CPU), cpu, cuda, cuda:1, ...")]
+TaskName = Annotated[Optional[str], typer.Option(help="JSONL file, or a dataset on the hub as NAME or NAME:CONFIG.")]
+Grader = Annotated[
+    Optional[str], typer.Option(help="exact, choice, number, contains, regex, regex:PATTERN or module:function.")
+]
+Split = Annotated[Optional[str], typer.Option(help="Split of a hub dataset.")]
+PromptField = Annotated[Optional[str], typer.Option(help="Name of the prompt in each row.")]
+AnswerField = Annotated[Optional[str], typer.Option(help="Name of the answer in each row.")]
+Chat = Annotated[Optional[bool], typer.Option(help="Wrap prompts in the tokenizer's chat template.")]
+System = Annotated[Optional[str], typer.Option(help="System message, with --chat.")]
+Part = Annotated[
+    Optional[str], typer.Option(help="all, or the train (80 %), validation (10 %) or test (10 %) part of the task.")
+]
+SplitSeed = Annotated[Optional[int], typer.Option(help="Seed of that division.")]
+Limit = Annotated[Optional[int], typer.Option(help="Use only the first so many examples of the part.")]
+MaxNewTokens = Annotated[Optional[int], typer.Option(help="Longest completion, in tokens.")]
+Temperature = Annotated[Optional[float], typer.Option(help="0 decodes greedily.")]
+TopP = Annotated[Optional[float], typer.Option(help="Nucleus to sample from.")]
+Seed = Annotated[Optional[int], typer.Option(help="Seed of the sampling.")]
+BatchTokens = Annotated[Optional[int], typer.Option(help="Most tokens in a batch, padding and completions counted.")]
+BatchSize = Annotated[Optional[int], typer.Option(help="Most prompts in a batch.")]
+Scale = Annotated[Optional[float], typer.Option(help="Multiplies the steering coefficients.")]
+SteerPositions = Annotated[Optional[str], typer.Option(help="generated, all or prompt: which tokens are steered.")]
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+@app.callback()
+def _global(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show the traceback of an error.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Say more on stderr.")] = False,
+) -> None:
+    global _show_traceback
+    _show_traceback = traceback
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+
+
+def _command(function: Callable) -> Callable:
+    """Register a command whose mistakes end in one line."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except (CorrSteerError, OSError) as error:  # transformers raises OSError for a model that is not there
+            if _show_traceback:
+                raise
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(1) from None
+
+    return app.command(name=function.__name__)(run)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
+    typer.echo(json.dumps(result, indent=2) if as_json else text)
+
+
+@_command
+def demo(
+    json: Json = False,
+    seed: Annotated[int, typer.Option(help="Seed of the division into train, validation and test.")] = 0,
+) -> None:
+    """Run the whole job on a small model that ships with corrsteer; no network, under a minute."""
+    from corrsteer.demo.run import run_demo
+
+    result = run_demo(seed, say=_say if json else typer.echo, progress=sys.stderr.isatty())
+    if json:
+        _print(result, True, "")
+
+
+@_command
+def collect(
+    config: Config = None,
+    model: Model = None,
+    sae: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="LAYER=SOURCE, once for each layer. SOURCE is a directory written by SAELens, RELEASE:SAE_ID of a "
+            "published SAE, or `identity` for the residual dimensions themselves."
+        ),
+    ] = None,
+    task: TaskName = None,
+    grader: Grader = None,
+    out: Annotated[Optional[Path], typer.Option(help="Directory to write the run to.")] = None,
+    pool: Annotated[Optional[str], typer.Option(help="max or mean over a sample's tokens, for the correlation.")] = None,
+    coefficient_pool: Annotated[Optional[str], typer.Option(help="The same for the coefficient; by default as pool.")] = None,
+    positions: Annotated[Optional[str], typer.Option(help="generated, or all to read the prompt as well.")] = None,
+    hook_offset: Annotated[Optional[int], typer.Option(help="-1 reads one block early, as the paper's code does.")] = None,
+    split: Split = None,
+    prompt_field: PromptField = None,
+    answer_field: AnswerField = None,
+    chat: Chat = None,
+    system: System = None,
+    part: Part = None,
+    split_seed: SplitSeed = None,
+    limit: Limit = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    batch_tokens: BatchTokens = None,
+    batch_size: BatchSize = None,
+    json: Json = False,
+) -> None:
+    """Generate and grade a task's completions, and correlate every SAE feature with the reward."""
+    given = config_.read(config_.CollectSettings, config, _flags(locals()))
+    from corrsteer.collection import CollectionStopped
+    from corrsteer.collection import collect as collect_
+
+    task_ = _task(given)
+    model_, tokenizer = _model(given)
+    encoders = _encoders(given.sae, model_)
+    try:
+        run = collect_(
+            model_, tokenizer, encoders, task_,
+            pool=given.pool, coefficient_pool=given.coefficient_pool, positions=given.positions,
+            decoding=_decoding(given), hook_offset=given.hook_offset,
+        )  # fmt: skip
+    except CollectionStopped as stopped:
+        _save_run(stopped.run, given)
+        raise CorrSteerError(f"{stopped}, in {given.out}") from None
+    _save_run(run, given)
+    reward = run.rewards.nanmean().item()
+    tops = {layer: run.correlation(layer).max(0) for layer in run.moments}
+    result = {
+        "out": str(given.out),
+        "samples": run.n,
+        "reward": reward,
+        "notes": run.notes,
+        "layers": {str(layer): {"feature": int(top.indices), "r": float(top.values)} for layer, top in tops.items()},
+    }
+    best = [f"  layer {layer}: top feature {int(top.indices)}, r = {float(top.values):+.3f}" for layer, top in tops.items()]
+    lines = [f"{run.n} samples, mean reward {reward:.3f}, written to {given.out}", *best, *_noted(run.notes)]
+    _print(result, json, "\n".join(lines))
+
+
+@_command
+def select(
+    run: Annotated[Path, typer.Argument(help="Directory that `corrsteer collect` wrote.")],
+    out: Annotated[Path, typer.Option(help="Steering file to write.")] = Path("steering.safetensors"),
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="single (the best feature of all layers), all (the best of each layer), or pruned (those that alone "
+            "beat the unsteered score on the validation part of the run's task)."
+        ),
+    ] = "all",
+    coefficient: Annotated[str, typer.Option(help="mean_positive, mean_positive_active or contrastive.")] = "mean_positive",
+    direction: Annotated[str, typer.Option(help="positive, negative or both: correlations to select.")] = "positive",
+    layer: Annotated[Optional[list[int]], typer.Option(help="Only these layers; by default all but layer 0.")] = None,
+    top_k: Annotated[int, typer.Option(help="Rows of each layer's table.")] = 5,
+    config: Config = None,
+    model: Model = None,
+    task: TaskName = None,
+    grader: Grader = None,
+    part: Part = None,
+    limit: Limit = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    positions: SteerPositions = None,
+    scale: Scale = None,
+    json: Json = False,
+) -> None:
+    """Choose features and coefficients from a collected run, and write a steering file."""
+    from corrsteer.collection import Run
+    from corrsteer.selection import select as select_
+    from corrsteer.tables import feature_table
+
+    flags = {
+        "model": model, "task": task, "grader": grader, "part": part, "limit": limit, "dtype": dtype,
+        "device": device, "positions": positions, "scale": scale,
+    }  # fmt: skip
+    loaded = Run.load(run)
+    pruning: dict[str, Any] = {}
+    if strategy == "pruned":
+        recorded = loaded.provenance.get("settings", {}) | {"part": "validation", "positions": "generated", "limit": None}
+        given = config_.read(config_.EvaluateSettings, config, flags, recorded)
+        validation = _task(given)
+        model_, tokenizer = _model(given)
+        pruning = {
+            "model": model_, "tokenizer": tokenizer, "validation": validation, "decoding": _decoding(given),
+            "positions": given.positions, "scale": given.scale,
+        }  # fmt: skip
+    elif config is not None or any(value is not None for value in flags.values()):
+        named = [f"--{name}" for name, value in (flags | {"config": config}).items() if value is not None]
+        raise CorrSteerError(f"{', '.join(named)} can only be used with --strategy pruned, which runs the model")
+    steering = select_(
+        loaded, strategy, coefficient=coefficient, direction=direction, layers=layer, top_k=top_k, **pruning
+    )
+    if not steering.features:
+        raise CorrSteerError("; ".join(steering.notes))
+    steering.save(out)
+    result = {
+        "out": str(out),
+        "features": [vars(f) for f in steering.features],
+        "table": {str(at): [vars(f) for f in rows] for at, rows in steering.table.items()},
+        "notes": steering.notes,
+    }
+    rows = [f for layer_rows in steering.table.values() for f in layer_rows]
+    text = feature_table(rows, {"selected": steering.features})
+    _print(result, json, "\n".join([text, f"{len(steering.features)} features written to {out}", *_noted(steering.notes)]))
+
+
+@_command
+def evaluate(
+    steering: Annotated[Path, typer.Option(help="Steering file that `corrsteer select` wrote.")],
+    config: Config = None,
+    model: Model = None,
+    task: TaskName = None,
+    grader: Grader = None,
+    positions: SteerPositions = None,
+    scale: Scale = None,
+    split: Split = None,
+    prompt_field: PromptField = None,
+    answer_field: AnswerField = None,
+    chat: Chat = None,
+    system: System = None,
+    part: Part = None,
+    split_seed: SplitSeed = None,
+    limit: Limit = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    batch_tokens: BatchTokens = None,
+    batch_size: BatchSize = None,
+    json: Json = False,
+) -> None:
+    """Score a task unsteered and steered. What is not given is as it was when the run was collected.
+
+    By default that is the test part of the task that the steering was collected on.
+    """
+    from corrsteer.evaluation import evaluate as evaluate_
+    from corrsteer.steering import Steering
+    from corrsteer.tables import table
+
+    flags = _flags(locals(), "steering")
+    loaded = Steering.load(steering)
+    recorded = loaded.provenance.get("settings", {}) | {"part": "test", "positions": "generated", "limit": None}
+    given = config_.read(config_.EvaluateSettings, config, flags, recorded)
+    task_ = _task(given)
+    model_, tokenizer = _model(given)
+    loaded.check(model_)
+    result = evaluate_(
+        model_, tokenizer, task_, loaded,
+        positions=given.positions, scale=given.scale, decoding=_decoding(given),
+    )  # fmt: skip
+    ratio = "no reward changed" if result.side_effect_ratio is None else f"{result.side_effect_ratio:.3f}"
+    text = table(
+        ("samples", str(result.n)),
+        [
+            ("unsteered reward", f"{result.unsteered:.4f}"),
+            ("steered reward", f"{result.steered:.4f}"),
+            ("improved", str(result.improved)),
+            ("worsened", str(result.worsened)),
+            ("changed, reward equal", str(result.changed_equal)),
+            ("side-effect ratio", ratio),
+            ("McNemar exact p", f"{result.p_value:.3g}"),
+        ],
+        indent="",
+    )
+    _print(result.to_dict(), json, text)
+
+
+@_command
+def generate(
+    steering: Annotated[Path, typer.Option(help="Steering file that `corrsteer select` wrote.")],
+    prompt: Annotated[list[str], typer.Option(help="A prompt; give it again for more.")],
+    config: Config = None,
+    model: Model = None,
+    positions: SteerPositions = None,
+    scale: Scale = None,
+    chat: Chat = None,
+    system: System = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    json: Json = False,
+) -> None:
+    """Complete prompts unsteered and steered, side by side."""
+    from corrsteer.evaluation import grade
+    from corrsteer.steering import Steering
+    from corrsteer.tasks import Task
+
+    flags = _flags(locals(), "steering", "prompt")
+    loaded = Steering.load(steering)
+    recorded = loaded.provenance.get("settings", {}) | {"positions": "generated", "part": "all", "task": "prompts"}
+    given = config_.read(config_.EvaluateSettings, config, flags, recorded)
+    model_, tokenizer = _model(given)
+    loaded.check(model_)
+    rows = [{"prompt": text} for text in prompt]
+    task = Task.from_rows(rows, grader="regex:", name="generate", answer_field=None, chat=given.chat, system=given.system)
+    before = grade(model_, tokenizer, task, _decoding(given), progress=False).completions
+    with loaded.apply(model_, given.positions, given.scale):
+        after = grade(model_, tokenizer, task, _decoding(given), progress=False).completions
+    pairs = [{"prompt": p, "unsteered": b, "steered": a} for p, b, a in zip(prompt, before, after)]
+    text = "\n".join(f"{p['prompt']!r}\n  unsteered: {p['unsteered']!r}\n  steered:   {p['steered']!r}" for p in pairs)
+    _print({"completions": pairs}, json, text)
+
+
+@_command
+def doctor(json: Json = False) -> None:
+    """Say what runs on this machine: versions, devices, and each backend with the reason where it does not."""
+    from corrsteer import doctor as doctor_
+
+    report = doctor_.examine()
+    _print(report, json, doctor_.text(report))
+
+
+def _flags(given: dict[str, Any], *others: str) -> dict[str, Any]:
+    """A command's options but those that are not settings."""
+    names = set(config_.CollectSettings.model_fields) | set(config_.EvaluateSettings.model_fields)
+    return {name: value for name, value in given.items() if name in names and name not in others}
+
+
+def _noted(notes: list[str]) -> list[str]:
+    return [f"note: {note}" for note in notes]
+
+
+def _save_run(run, given: config_.CollectSettings) -> None:
+    settings = given.model_dump(mode="json", exclude={"out", "sae"})
+    if Path(given.task).exists():
+        settings["task"] = str(Path(given.task).resolve())
+    if Path(given.model).exists():
+        settings["model"] = str(Path(given.model).resolve())
+    run.provenance["settings"] = settings
+    run.save(given.out)
+
+
+def _task(given: config_.TaskSettings):
+    from corrsteer.tasks import Task
+
+    options = {
+        "grader": given.grader, "prompt_field": given.prompt_field, "answer_field": given.answer_field,
+        "chat": given.chat, "system": given.system,
+    }  # fmt: skip
+    if given.task.endswith((".jsonl", ".json")) or Path(given.task).is_file():
+        task = Task.from_jsonl(given.task, **options)
+    else:
+        name, _, config = given.task.partition(":")
+        task = Task.from_dataset(name, config or None, split=given.split, **options)
+    if given.part != "all":
+        parts = dict(zip(("train", "validation", "test"), task.split(seed=given.split_seed)))
+        if len(parts[given.part]) == 0:
+            raise CorrSteerError(
+                f"the {given.part} part of {given.task} is empty, as it has only {len(task)} examples; use --part all"
+            )
+        task = parts[given.part]
+    return task if given.limit is None else task.take(given.limit)
+
+
+def _encoders(sources: list[str], model) -> dict[int, Any]:
+    from corrsteer.encoder import SparseEncoder
+    from corrsteer.models import width
+
+    encoders: dict[int, Any] = {}
+    for entry in sources:
+        layer, separator, source = entry.partition("=")
+        if not separator or not layer.isdigit():
+            raise CorrSteerError(f"sae must be LAYER=SOURCE, got {entry!r}")
+        if int(layer) in encoders:
+            raise CorrSteerError(f"sae gives layer {layer} twice; give one SAE a layer")
+        if source == "identity":
+            encoders[int(layer)] = SparseEncoder.identity(width(model))
+        elif ":" in source and not Path(source).is_dir():
+            encoders[int(layer)] = SparseEncoder.from_pretrained(*source.split(":", 1))
+        else:
+            encoders[int(layer)] = SparseEncoder.load(source)
+    return encoders
+
+
+def _model(given: config_.ModelSettings):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    placement: dict[str, Any] = {}
+    if given.device != "auto":
+        placement["device_map"] = given.device
+    elif torch.cuda.is_available():
+        placement["device_map"] = "auto"
+    dtype = given.dtype if given.dtype == "auto" else getattr(torch, given.dtype)
+    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=dtype, **placement).eval()
+    return model, AutoTokenizer.from_pretrained(given.model)
+
+
+def _decoding(given: config_.ModelSettings):
+    from corrsteer.generation import Decoding
+
+    names = ("max_new_tokens", "temperature", "top_p", "seed", "batch_tokens", "batch_size")
+    return Decoding(**{name: getattr(given, name) for name in names})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The demo: collect, select, steer and evaluate on the small model that ships with the package."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from corrsteer.collection import collect
+from corrsteer.demo import sums
+from corrsteer.encoder import SparseEncoder
+from corrsteer.evaluation import evaluate, grade
+from corrsteer.generation import Decoding
+from corrsteer.selection import STRATEGIES, select
+from corrsteer.tables import feature_table, table
+from corrsteer.tasks import Task
+
+HERE = Path(__file__).parent
+NAMES = {"single": "CorrSteer-S", "all": "CorrSteer-A", "pruned": "CorrSteer-P"}
+EXAMPLES_SHOWN = 5
+
+
+def load():
+    """The demo's model, tokenizer and encoders by layer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(HERE / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "model")
+    layers = range(model.config.num_hidden_layers)
+    return model, tokenizer, {layer: SparseEncoder.load(HERE / "sae" / f"layer_{layer}") for layer in layers}
+
+
+def run_demo(seed: int = 0, say: Callable[[str], None] = print, progress: bool = True) -> dict[str, Any]:
+    """Run the main job, telling `say` as it goes, and return every number of it."""
+    started = time.monotonic()
+    say("Loading a 0.85-million-parameter language model and the SAE of each of its layers ...")
+    model, tokenizer, encoders = load()
+    splits = sums.splits(seed)
+    train, validation, test = (
+        Task.from_rows(rows, grader="exact", name=name)
+        for name, rows in (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
+    )
+    decoding = Decoding(max_new_tokens=4)
+    say(
+        f"It learnt to write sums like two authors: {sums.CAREFUL}, who is right, and {sums.SLOPPY}, who forgets the carry. "
+        f"Unsigned,\nit does not know which of the two it is. We look for the features that make it right, and steer along them.\n"
+    )
+
+    say(f"1. Collect: complete {len(train)} sums with a carry, some signed, and correlate every feature with the reward.")
+    run = collect(model, tokenizer, encoders, train, pool="max", decoding=decoding, progress=progress)
+    say(f"   The reward was {run.rewards.mean():.3f} on average.\n")
+
+    say(f"2. Select: the best feature of each layer; on {len(validation)} unsigned sums, which of them help when steered alone.")
+    steerings = {
+        strategy: select(
+            run, strategy, model=model, tokenizer=tokenizer, validation=validation, decoding=decoding, progress=progress
+        )
+        for strategy in STRATEGIES
+    }
+    best = {layer: rows[0] for layer, rows in steerings["all"].table.items() if rows}
+    say(feature_table(best.values(), {NAMES[s]: steering.features for s, steering in steerings.items()}) + "\n")
+
+    say(f"3. Steer and evaluate: {len(test)} unsigned sums that nothing was selected on, unsteered and steered.")
+    before = grade(model, tokenizer, test, decoding, progress=progress)
+    evaluations = {
+        strategy: evaluate(
+            model, tokenizer, test, steering, decoding=decoding, unsteered=before, progress=progress
+        )
+        for strategy, steering in steerings.items()
+    }
+    say(
+        table(
+            ("", "layers", "unsteered", "steered", "right now", "wrong now", "side effects", "McNemar p"),
+            [
+                (
+                    NAMES[s],
+                    ",".join(str(f.layer) for f in steerings[s].features) or "none",
+                    f"{e.unsteered:.3f}",
+                    f"{e.steered:.3f}",
+                    str(e.improved),
+                    str(e.worsened),
+                    "-" if e.side_effect_ratio is None else f"{e.side_effect_ratio:.3f}",
+                    f"{e.p_value:.1e}",
+                )
+                for s, e in evaluations.items()
+            ],
+        )
+        + "\n"
+    )
+
+    best_strategy = max(evaluations, key=lambda s: evaluations[s].steered)
+    changed = [e for e in evaluations[best_strategy].examples if e["before"] != e["after"]]
+    say(f"Some answers before and after {NAMES[best_strategy]}:")
+    for example in changed[:EXAMPLES_SHOWN]:
+        verdict = "right" if example["reward_after"] else "wrong"
+        say(f"   {example['prompt']}{example['before']:<5} ->  {example['after']:<5} ({verdict}; the sum is {example['answer']})")
+    seconds = time.monotonic() - started
+    say(f"\nDone in {seconds:.0f} s.")
+    return {
+        "seed": seed,
+        "seconds": seconds,
+        "reward": float(run.rewards.mean()),
+        "samples": {"train": len(train), "validation": len(validation), "test": len(test)},
+        "features": {str(layer): vars(feature) for layer, feature in best.items()},
+        "strategies": {
+            s: {"features": [vars(f) for f in steerings[s].features], "notes": steerings[s].notes}
+            | e.to_dict(examples=False)
+            for s, e in evaluations.items()
+        },
+        "examples": changed[:EXAMPLES_SHOWN],
+    }

@@ -1,0 +1,76 @@
+"""`corrsteer doctor`: what runs on this machine, and where something does not, why and what would fix it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import torch
+
+import corrsteer
+from corrsteer import backends
+from corrsteer.tables import table
+
+PACKAGES = ("torch", "triton", "transformers", "sae-lens", "safetensors", "numpy")
+
+
+def examine() -> dict[str, Any]:
+    """Versions, devices and backends of this machine; anything JSON can hold."""
+    devices = [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return {
+        "corrsteer": corrsteer.__version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "devices": {str(device): _describe(device) for device in devices},
+        "extension": _extension(),
+        "forced_backend": os.environ.get(backends.ENVIRONMENT) or None,
+        "backends": [
+            {
+                "backend": backend.name,
+                "device": device.type,
+                "operations": sorted(backend.operations),
+                **vars(backend.verify(device, torch.float32)),
+            }
+            for backend in backends.registered()
+            for device in {d.type: d for d in devices}.values()
+        ],
+    }
+
+
+def text(report: dict[str, Any]) -> str:
+    """The report for people."""
+    packages = ", ".join(f"{name} {version or 'missing'}" for name, version in report["packages"].items())
+    lines = [f"corrsteer {report['corrsteer']}, Python {report['python']}", packages]
+    lines += [f"{name}: {described}" for name, described in report["devices"].items()]
+    lines += [f"C++ extension: {report['extension']}"]
+    if report["forced_backend"]:
+        lines += [f"{backends.ENVIRONMENT} asks for {report['forced_backend']!r}"]
+    rows = [
+        (b["backend"], b["device"], "yes" if b["ok"] else "no", "; ".join(filter(None, (b["reason"], b["fix"]))) or "-")
+        for b in report["backends"]
+    ]
+    return "\n".join([*lines, "", table(("backend", "device", "runs", "why not, and the fix"), rows, indent="")])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
+
+
+def _extension() -> str:
+    try:
+        from corrsteer import _native
+    except ImportError as error:
+        return f"not built ({error}); install a C++ compiler and run: pip install --force-reinstall --no-deps corrsteer"
+    return f"built; this processor offers {', '.join(_native.instruction_sets())}"

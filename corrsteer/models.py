@@ -1,0 +1,159 @@
+"""Where a hook point sits in a Hugging Face causal language model.
+
+An SAE names the place it was trained at in TransformerLens' words (`blocks.20.hook_resid_post`) or as a module path
+(`model.layers.20`). Capture and steering both happen exactly there, through `attach`, which hides whether the place
+is a module's input or output and whether a layer returns a tensor or a tuple.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Callable
+
+from torch import Tensor, nn
+
+from corrsteer.errors import CorrSteerError
+
+KINDS = ("resid_pre", "resid_post", "mlp_out", "attn_out")
+ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
+
+
+@dataclass(frozen=True)
+class HookPoint:
+    """A place in the residual stream: `resid_pre`, `resid_post`, `mlp_out` or `attn_out` of a layer (0-based)."""
+
+    layer: int
+    kind: str = "resid_post"
+
+    @classmethod
+    def parse(cls, name: str, model: nn.Module | None = None) -> HookPoint:
+        """From `blocks.L.hook_KIND` or, given the model, from a module path.
+
+        A decoder layer's path is its output, `resid_post`; paths of its attention and MLP are `attn_out` and `mlp_out`.
+
+        Raises
+        ------
+        CorrSteerError : if the name is none of these.
+        """
+        found = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", name)
+        if found:
+            if found[2] in KINDS:
+                return cls(int(found[1]), found[2])
+        elif model is not None:
+            point = _from_module_path(name, model)
+            if point is not None:
+                return point
+        raise CorrSteerError(
+            f"hook point {name!r} cannot be used: it must be blocks.L.hook_KIND with KIND one of {', '.join(KINDS)}, "
+            f"or the path of a decoder layer, its attention or its MLP, such as model.layers.20"
+        )
+
+    def __str__(self) -> str:
+        return f"blocks.{self.layer}.hook_{self.kind}"
+
+    def offset(self, by: int) -> HookPoint:
+        """The same point `by` layers on."""
+        return HookPoint(self.layer + by, self.kind)
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The module path and the list of a model's decoder layers."""
+    n = text_config(model).num_hidden_layers
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n]
+    # A vision tower may have as many layers; the decoder's attend with causal self-attention modules.
+    lists = [(name, m) for name, m in lists if _attention_name(m[0]) and "vision" not in name and "encoder" not in name]
+    if len(lists) != 1:
+        raise CorrSteerError(
+            f"model {type(model).__name__} must have exactly one list of {n} decoder layers, found "
+            f"{[name for name, _ in lists] or 'none'}; this architecture is not supported"
+        )
+    return lists[0]
+
+
+def text_config(model: nn.Module):
+    """The configuration of the language model, also inside a multi-modal one."""
+    if not hasattr(model, "config"):
+        raise CorrSteerError(f"model must be a Hugging Face causal language model, got {type(model).__name__}")
+    return model.config.get_text_config(decoder=True)
+
+
+def width(model: nn.Module) -> int:
+    """Width of the residual stream."""
+    return text_config(model).hidden_size
+
+
+def check_point(model: nn.Module, point: HookPoint) -> None:
+    """Raise unless the model has that layer."""
+    _, layers = decoder_layers(model)
+    if not 0 <= point.layer < len(layers):
+        raise CorrSteerError(f"hook point {point} is outside the model, whose layers are 0..{len(layers) - 1}")
+
+
+def attach(model: nn.Module, point: HookPoint, function: Callable[[Tensor], Tensor | None]):
+    """Call `function` with the residual `[B, S, d]` at a hook point in every forward pass.
+
+    What it returns replaces the residual; None leaves it. Returns a handle whose `remove()` ends it.
+    """
+    check_point(model, point)
+    module, at_input = _locate(model, point)
+    if at_input:
+
+        def before(_module, args, kwargs):
+            if args:
+                changed = function(args[0])
+                return None if changed is None else ((changed, *args[1:]), kwargs)
+            changed = function(kwargs["hidden_states"])
+            return None if changed is None else (args, kwargs | {"hidden_states": changed})
+
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+
+    def after(_module, _args, output):
+        if not isinstance(output, tuple):
+            return function(output)
+        changed = function(output[0])
+        return None if changed is None else (changed, *output[1:])
+
+    return module.register_forward_hook(after)
+
+
+def device_of(model: nn.Module, point: HookPoint):
+    """Device of the layer that a hook point belongs to."""
+    return next(decoder_layers(model)[1][point.layer].parameters()).device
+
+
+def _locate(model: nn.Module, point: HookPoint) -> tuple[nn.Module, bool]:
+    """The module, and whether the point is its input rather than its output."""
+    layer = decoder_layers(model)[1][point.layer]
+    if point.kind == "resid_pre":
+        return layer, True
+    if point.kind == "resid_post":
+        return layer, False
+    # Where the block normalises what a sublayer wrote before adding it (Gemma 2 and 3), TransformerLens means the
+    # normalised output: it is what reaches the residual stream. Llama's post_attention_layernorm is another thing.
+    if hasattr(layer, "post_feedforward_layernorm"):
+        norm = "post_attention_layernorm" if point.kind == "attn_out" else "post_feedforward_layernorm"
+        return getattr(layer, norm), False
+    name = _attention_name(layer) if point.kind == "attn_out" else "mlp"
+    if not name or not hasattr(layer, name):
+        raise CorrSteerError(f"hook point {point} does not exist: {type(layer).__name__} has no {name or 'attention'}")
+    return getattr(layer, name), False
+
+
+def _attention_name(layer: nn.Module) -> str | None:
+    return next((name for name in ATTENTION_NAMES if hasattr(layer, name)), None)
+
+
+def _from_module_path(name: str, model: nn.Module) -> HookPoint | None:
+    path, layers = decoder_layers(model)
+    found = re.fullmatch(rf"{re.escape(path)}\.(\d+)(?:\.(\w+))?", name)
+    if not found or int(found[1]) >= len(layers):
+        return None
+    layer, part = int(found[1]), found[2]
+    if part is None:
+        return HookPoint(layer, "resid_post")
+    for kind in ("mlp_out", "attn_out"):
+        module, _ = _locate(model, HookPoint(layer, kind))
+        if getattr(layers[layer], part, None) is module:
+            return HookPoint(layer, kind)
+    return None

@@ -1,0 +1,291 @@
+"""The operations: one function each, which checks its arguments and picks a backend.
+
+An eager call goes straight to the backend. Under `torch.compile` the same call becomes an operator of
+`torch.library` (namespace `corrsteer`) with a fake implementation, so that graphs do not break.
+
+Notation: T tokens, N samples, R labels, V steering vectors, B rows of S positions.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Sequence
+
+import torch
+from torch import Tensor
+
+from corrsteer import backends
+from corrsteer.encoder import SparseEncoder
+from corrsteer.errors import CorrSteerError
+
+if TYPE_CHECKING:
+    from corrsteer.moments import Moments
+
+POOLS = {"mean": ("mean",), "max": ("max",), "both": ("mean", "max")}
+X_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def encode(x: Tensor, encoder: SparseEncoder, *, backend: str | None = None) -> Tensor:
+    """Dense feature activations, for those who want them.
+
+    Parameters
+    ----------
+    x : `[..., d_in]` residuals, float32, float16 or bfloat16; `[..., heads, d_head]` for an SAE trained on hook_z.
+    encoder : on the same device.
+    backend : a backend's name; by default the fastest that can.
+
+    Returns
+    -------
+    `[..., d_sae]` float32.
+    """
+    x = _check_x(x, encoder)
+    rows = x.reshape(-1, encoder.d_in)
+    if torch.compiler.is_compiling():
+        z = torch.ops.corrsteer.encode(rows, *_flatten(encoder), backend)
+    else:
+        z = backends.choose("encode", x.device, x.dtype, backend).operations["encode"](rows, encoder)
+    return z.reshape(*x.shape[:-1], encoder.d_sae)
+
+
+def encode_pool(
+    x: Tensor, cu_seqlens: Tensor, encoder: SparseEncoder, pool: str = "mean", *, backend: str | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Encode packed tokens and pool them per sample; the dense activations need not exist.
+
+    Parameters
+    ----------
+    x : `[T, d_in]` residuals, sample after sample.
+    cu_seqlens : `[N + 1]` int32, where each sample starts; from 0 to T. An empty sample pools to 0.
+    pool : `mean`, `max` or `both`.
+
+    Returns
+    -------
+    `[N, d_sae]` float32, or for `both` a pair (mean, max) of them.
+    """
+    x = _check_packed(x, cu_seqlens, encoder)
+    pools = _check_pool(pool)
+    if torch.compiler.is_compiling():
+        out = torch.ops.corrsteer.encode_pool(x, cu_seqlens, *_flatten(encoder), pool, backend)
+    else:
+        chosen = backends.choose("encode_pool", x.device, x.dtype, backend)
+        out = chosen.operations["encode_pool"](x, cu_seqlens, encoder, pools)
+    return (out[0], out[1]) if pool == "both" else out[0]
+
+
+def update_moments(pooled: Tensor, y: Tensor, moments: Moments, *, backend: str | None = None) -> None:
+    """Fold pooled activations `[N, d_sae]` and rewards `[N]` or `[N, R]` into `moments`, in place."""
+    if pooled.dim() != 2 or pooled.shape[1] != moments.d_sae:
+        raise CorrSteerError(f"pooled must be [N, d_sae={moments.d_sae}], got {list(pooled.shape)}")
+    _check_device("pooled", pooled, moments.device)
+    y = _check_y(y, len(pooled), moments)
+    if torch.compiler.is_compiling():
+        torch.ops.corrsteer.update_moments(pooled, y, moments.state(), backend)
+    else:
+        chosen = backends.choose("update_moments", pooled.device, pooled.dtype, backend)
+        chosen.operations["update_moments"](pooled, y, moments)
+
+
+def encode_update(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    y: Tensor,
+    encoder: SparseEncoder,
+    moments: Moments | tuple[Moments, Moments],
+    pool: str = "mean",
+    *,
+    backend: str | None = None,
+) -> None:
+    """`encode_pool` and `update_moments` in one pass; neither the dense nor the pooled matrix need exist.
+
+    Parameters are theirs; for `pool="both"`, `moments` is a pair (of the means, of the maxima).
+    """
+    x = _check_packed(x, cu_seqlens, encoder)
+    pools = _check_pool(pool)
+    states = (moments,) if pool != "both" else tuple(moments)
+    if len(states) != len(pools):
+        raise CorrSteerError(f"moments must be a pair (of the means, of the maxima) for pool='both', got {len(states)}")
+    for state in states:
+        if state.d_sae != encoder.d_sae:
+            raise CorrSteerError(f"moments must have the encoder's d_sae={encoder.d_sae}, got d_sae={state.d_sae}")
+        _check_device("moments", state.z_mean, x.device)
+        y = _check_y(y, len(cu_seqlens) - 1, state)
+    if torch.compiler.is_compiling():
+        flat = [tensor for state in states for tensor in state.state()]
+        torch.ops.corrsteer.encode_update(x, cu_seqlens, y, *_flatten(encoder), flat, pool, backend)
+    else:
+        chosen = backends.choose("encode_update", x.device, x.dtype, backend)
+        chosen.operations["encode_update"](x, cu_seqlens, y, encoder, states, pools)
+
+
+def steer_add(
+    h: Tensor, vectors: Tensor, row_vector: Tensor, positions: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """Add a steering vector to each row of the residual stream, in place.
+
+    Parameters
+    ----------
+    h : `[B, S, d]` residuals, changed in place.
+    vectors : `[V, d]` float32.
+    row_vector : `[B]` int32, which vector each row gets; -1 leaves the row as it is.
+    positions : `[B, S]` bool, which positions are steered; None for all.
+
+    Returns
+    -------
+    `h` itself.
+    """
+    if h.dim() != 3:
+        raise CorrSteerError(f"h must be [B, S, d], got {list(h.shape)}")
+    if vectors.dim() != 2 or vectors.shape[1] != h.shape[2]:
+        raise CorrSteerError(
+            f"vectors must be [V, d={h.shape[2]}] as h is {list(h.shape)}, got {list(vectors.shape)}; "
+            f"the steering belongs to a model of another width"
+        )
+    if row_vector.shape != h.shape[:1] or row_vector.dtype != torch.int32:
+        raise CorrSteerError(
+            f"row_vector must be [B={len(h)}] int32, got {list(row_vector.shape)} {row_vector.dtype}"
+        )
+    if positions is not None and (positions.shape != h.shape[:2] or positions.dtype != torch.bool):
+        raise CorrSteerError(
+            f"positions must be [B, S]={list(h.shape[:2])} bool, got {list(positions.shape)} {positions.dtype}"
+        )
+    for name, tensor in (("vectors", vectors), ("row_vector", row_vector), ("positions", positions)):
+        if tensor is not None:
+            _check_device(name, tensor, h.device)
+    if torch.compiler.is_compiling():
+        torch.ops.corrsteer.steer_add(h, vectors, row_vector, positions, backend)
+        return h
+    if h.device.type == "cpu" and len(h) and not -1 <= int(row_vector.min()) <= int(row_vector.max()) < len(vectors):
+        raise CorrSteerError(f"row_vector must lie in -1..{len(vectors) - 1}, got {row_vector.tolist()}")
+    backends.choose("steer_add", h.device, h.dtype, backend).operations["steer_add"](h, vectors, row_vector, positions)
+    return h
+
+
+def _check_x(x: Tensor, encoder: SparseEncoder) -> Tensor:
+    if encoder.metadata.get("reshape_activations") == "hook_z" and x.shape[-1] != encoder.d_in and x.dim() > 1:
+        x = x.flatten(-2)
+    if x.dim() == 0 or x.shape[-1] != encoder.d_in:
+        raise CorrSteerError(
+            f"x must have d_in={encoder.d_in} as its last dimension, got {list(x.shape)}; "
+            f"the SAE belongs to another model or hook point"
+        )
+    if x.dtype not in X_DTYPES:
+        raise CorrSteerError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
+    if encoder.device is not None:
+        _check_device("x", x, encoder.device)
+    return x
+
+
+def _check_packed(x: Tensor, cu_seqlens: Tensor, encoder: SparseEncoder) -> Tensor:
+    x = _check_x(x, encoder)
+    if x.dim() != 2:
+        raise CorrSteerError(f"x must be [T, d_in={encoder.d_in}], packed sample after sample, got {list(x.shape)}")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype != torch.int32:
+        raise CorrSteerError(
+            f"cu_seqlens must be [N + 1] int32, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}; "
+            f"use cumsum(lengths, 0, dtype=torch.int32) with a 0 before it"
+        )
+    _check_device("cu_seqlens", cu_seqlens, x.device)
+    # Reading values from a GPU would stall it at every call, and cannot be traced: there the kernels bound them.
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != len(x) or bool((cu_seqlens.diff() < 0).any()):
+            raise CorrSteerError(
+                f"cu_seqlens must start at 0, never decrease and end at T={len(x)}, got {_abbreviate(cu_seqlens)}"
+            )
+    return x
+
+
+def _check_pool(pool: str) -> tuple[str, ...]:
+    if pool not in POOLS:
+        raise CorrSteerError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
+    return POOLS[pool]
+
+
+def _check_y(y: Tensor, n: int, moments: Moments) -> Tensor:
+    if y.dim() == 1:
+        y = y[:, None]
+    if y.shape != (n, moments.n_labels):
+        raise CorrSteerError(f"y must be [N={n}, n_labels={moments.n_labels}], got {list(y.shape)}")
+    _check_device("y", y, moments.device)
+    return y
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise CorrSteerError(f"{name} must be on {device}, got {tensor.device}; move it with .to({str(device)!r})")
+
+
+def _abbreviate(values: Tensor) -> str:
+    numbers = [str(v) for v in values.tolist()]
+    return f"[{', '.join(numbers if len(numbers) < 8 else numbers[:3] + ['...'] + numbers[-3:])}]"
+
+
+# The same operations for torch.compile: an operator takes tensors and numbers, so an encoder travels as its parts.
+
+_PARTS = ("weight", "bias", "threshold", "magnitude_scale", "magnitude_bias")
+_ENCODER = "Tensor?[] parts, int d_in, int d_sae, str activation, int k, str input_norm"
+
+
+def _flatten(encoder: SparseEncoder) -> tuple:
+    parts = [getattr(encoder, name) for name in _PARTS]
+    return parts, encoder.d_in, encoder.d_sae, encoder.activation, encoder.k, encoder.input_norm
+
+
+def _restore(parts, d_in, d_sae, activation, k, input_norm) -> SparseEncoder:
+    return SparseEncoder(d_in, d_sae, activation, **dict(zip(_PARTS, parts)), k=k, input_norm=input_norm)
+
+
+def _restore_moments(flat: Sequence[Tensor], pool: str) -> Moments | tuple[Moments, Moments]:
+    from corrsteer.moments import Moments
+
+    each = len(Moments.STATE)
+    states = tuple(Moments.from_state(flat[at : at + each]) for at in range(0, len(flat), each))
+    return states if pool == "both" else states[0]
+
+
+def _define(name: str, schema: str, run, fake) -> None:
+    torch.library.define(f"corrsteer::{name}", schema)
+    torch.library.impl(f"corrsteer::{name}", "CompositeExplicitAutograd", run)
+    torch.library.register_fake(f"corrsteer::{name}", fake)
+
+
+def _run_encode_pool(x, cu_seqlens, parts, d_in, d_sae, activation, k, input_norm, pool, backend):
+    out = encode_pool(x, cu_seqlens, _restore(parts, d_in, d_sae, activation, k, input_norm), pool, backend=backend)
+    return torch.stack(out) if pool == "both" else out[None]
+
+
+_define(
+    "encode",
+    f"(Tensor x, {_ENCODER}, str? backend) -> Tensor",
+    lambda x, *rest: encode(x, _restore(*rest[:-1]), backend=rest[-1]).clone(),
+    lambda x, parts, d_in, d_sae, *rest: x.new_empty(len(x), d_sae, dtype=torch.float32),
+)
+_define(
+    "encode_pool",
+    f"(Tensor x, Tensor cu_seqlens, {_ENCODER}, str pool, str? backend) -> Tensor",
+    _run_encode_pool,
+    lambda x, cu, parts, d_in, d_sae, activation, k, norm, pool, backend: x.new_empty(
+        len(POOLS[pool]), len(cu) - 1, d_sae, dtype=torch.float32
+    ),
+)
+_define(
+    "update_moments",
+    "(Tensor pooled, Tensor y, Tensor(a!)[] moments, str? backend) -> ()",
+    lambda pooled, y, flat, backend: update_moments(pooled, y, _restore_moments(flat, ""), backend=backend),
+    lambda *_: None,
+)
+_define(
+    "encode_update",
+    f"(Tensor x, Tensor cu_seqlens, Tensor y, {_ENCODER}, Tensor(a!)[] moments, str pool, str? backend) -> ()",
+    lambda x, cu, y, *rest: encode_update(
+        x, cu, y, _restore(*rest[:6]), _restore_moments(rest[6], rest[7]), rest[7], backend=rest[8]
+    ),
+    lambda *_: None,
+)
+_define(
+    "steer_add",
+    "(Tensor(a!) h, Tensor vectors, Tensor row_vector, Tensor? positions, str? backend) -> ()",
+    lambda h, vectors, row_vector, positions, backend: (
+        steer_add(h, vectors, row_vector, positions, backend=backend),
+        None,
+    )[1],
+    lambda *_: None,
+)

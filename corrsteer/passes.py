@@ -1,0 +1,140 @@
+"""Which token positions each forward pass of a model reads: prompt, generated, or padding.
+
+With a KV cache, `generate` reads the prompt once and then one token a pass; without, it reads everything every time.
+`PassTracker` tells the two apart, so that a hook treats the same token the same way in both. Padding is told by the
+attention mask, never by position ids (left padding gives padded tokens position 0).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from corrsteer.errors import CorrSteerError
+
+POSITIONS = ("generated", "all", "prompt")
+
+_trackers: weakref.WeakKeyDictionary[nn.Module, PassTracker] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def track(model: nn.Module):
+    """The model's `PassTracker` for as long as the context lasts; nested contexts share one."""
+    refuse_compiled(model)
+    tracker = _trackers.get(model)
+    if tracker is None:
+        tracker = _trackers[model] = PassTracker(model)
+    tracker.users += 1
+    try:
+        yield tracker
+    finally:
+        tracker.users -= 1
+        if tracker.users == 0:
+            tracker.remove()
+            del _trackers[model]
+
+
+class PassTracker:
+    """Watches a model's forward passes until it is removed.
+
+    Attributes
+    ----------
+    start : absolute position of the first token that the running pass reads (the length of the cache).
+    mask : `[B, start + S]` bool, which tokens are not padding, or None where all are.
+    prompt_width : padded width of the prompt of the `generate` call under way. Outside of one, whatever is read
+        without a cache is a prompt, and None stands here.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.users = 0
+        self.start, self.mask, self.prompt_width = 0, None, None
+        self._prefill_width = 0
+        self._selected: dict[tuple[str, torch.device], Tensor] = {}
+        self._handle = model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
+        self._model = weakref.ref(model)
+        self._shadowed = model.__dict__.get("generate")
+        inner = model.generate
+
+        @functools.wraps(inner)
+        def generate(*args, **kwargs):
+            prompts = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs"), kwargs.get("inputs_embeds"))
+            self.prompt_width = next((p.shape[1] for p in prompts if isinstance(p, Tensor)), None)
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self.prompt_width = None
+
+        # Shadows the method on this one model, because a pass without a cache does not say where the prompt ended.
+        model.generate = generate
+
+    def remove(self) -> None:
+        """Stop watching and leave the model as it was."""
+        self._handle.remove()
+        model = self._model()
+        del model.generate
+        if self._shadowed is not None:
+            model.generate = self._shadowed
+
+    def _before_pass(self, _module, args, kwargs) -> None:
+        self._selected.clear()
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        tokens = args[0] if args else kwargs.get("input_ids")
+        if tokens is None:
+            tokens = kwargs["inputs_embeds"]
+        self.start = int(cache.get_seq_length()) if cache is not None else 0
+        if self.start == 0:
+            self._prefill_width = tokens.shape[1]
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            self.mask = mask[:, : self.start + tokens.shape[1]].bool()
+        elif mask is None or self.start == 0:
+            self.mask = None
+        # else: a mask prepared for a static cache, [B, 1, S, capacity]; what the first pass said still holds
+
+    def select(self, h: Tensor, positions: str) -> Tensor:
+        """Which of the tokens in `h: [B, S, d]` count as `positions`: `[B, S]` bool on h's device.
+
+        `generated` is the last prompt token and every generated token, `prompt` every prompt token, `all` both;
+        none of them padding.
+        """
+        key = (positions, h.device)
+        if key not in self._selected:  # the same in every layer of a pass
+            self._selected[key] = self._select(h, positions)
+        return self._selected[key]
+
+    def _select(self, h: Tensor, positions: str) -> Tensor:
+        rows, steps = h.shape[:2]
+        end = self.start + steps
+        width = self.prompt_width or self._prefill_width
+        column = torch.arange(self.start, end, device=h.device).expand(rows, steps)
+        if self.mask is None:
+            real = torch.ones(rows, steps, dtype=torch.bool, device=h.device)
+            last = width - 1
+        else:
+            # A mask kept from the first pass is too short; what came since is no padding.
+            mask = nn.functional.pad(self.mask.to(h.device), (0, end - self.mask.shape[1]), value=True)
+            real = mask[:, self.start :]
+            # Where padding is on the right, the last prompt token is not in the last column.
+            order = torch.arange(width, device=h.device)
+            last = (mask[:, :width] * order).amax(1, keepdim=True)
+        if positions == "generated":
+            return real & (column >= last)
+        return real & (column < width) if positions == "prompt" else real
+
+
+def check_positions(positions: str, known: tuple[str, ...] = POSITIONS) -> None:
+    """Raise unless `positions` is known."""
+    if positions not in known:
+        raise CorrSteerError(f"positions must be one of {', '.join(known)}, got {positions!r}")
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise for a model that is already compiled: hooks added afterwards would silently do nothing."""
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise CorrSteerError(
+            "model is already compiled by torch.compile, which ignores hooks added afterwards; "
+            "pass the model as it was before compiling"
+        )

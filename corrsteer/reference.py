@@ -1,0 +1,136 @@
+"""Each operation in a few lines of eager torch: the definition that every backend is tested against.
+
+Arithmetic is done in float32, or in float64 where the encoder is float64, which is how tests get the truth
+that errors are measured from. Arguments are taken as checked; `corrsteer.ops` is the way in.
+
+Notation: T tokens, N samples, R labels, V steering vectors, B rows of S positions.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from corrsteer.encoder import SparseEncoder
+    from corrsteer.moments import Moments
+
+LAYER_NORM_EPS = 1e-5  # SAELens' own, added to the standard deviation
+
+
+def token_scale(x: Tensor, encoder: SparseEncoder) -> Tensor | None:
+    """What each token's product is multiplied by: `[T, 1]`, or None where the SAE does not normalise."""
+    x = x.to(encoder.compute_dtype)
+    if encoder.input_norm == "layer_norm":  # centring is folded into the weight
+        return 1 / (x.std(dim=-1, keepdim=True) + LAYER_NORM_EPS)
+    if encoder.input_norm == "constant_norm_rescale":
+        return encoder.d_in**0.5 / x.norm(dim=-1, keepdim=True)
+    return None
+
+
+def preactivation(x: Tensor, encoder: SparseEncoder) -> Tensor:
+    """`scale · (W x)` before any bias: `[T, d_sae]`."""
+    product = x.to(encoder.compute_dtype) @ encoder.weight.to(encoder.compute_dtype).T
+    scale = token_scale(x, encoder)
+    return product if scale is None else product * scale
+
+
+def encode(x: Tensor, encoder: SparseEncoder) -> Tensor:
+    """Dense feature activations `[T, d_sae]` of residual rows `x: [T, d_in]` (DESIGN: Encoder)."""
+    if encoder.activation == "identity":
+        return x.to(encoder.compute_dtype)
+    product = preactivation(x, encoder)
+    p = product + encoder.bias
+    if encoder.activation == "relu":
+        return p.relu()
+    if encoder.activation == "jumprelu":
+        return p.relu() * (p > encoder.threshold)
+    if encoder.activation == "gated":
+        return (product * encoder.magnitude_scale + encoder.magnitude_bias).relu() * (p > 0)
+    rank = p.abs() if encoder.activation == "abstopk" else p
+    top = rank.topk(encoder.k, dim=-1).indices
+    kept = torch.zeros_like(p).scatter_(-1, top, p.gather(-1, top))
+    return kept if encoder.activation == "abstopk" else kept.relu()
+
+
+def pool(z: Tensor, cu_seqlens: Tensor, how: str) -> Tensor:
+    """Mean or max of `z: [T, d]` over each sample's tokens: `[N, d]`. A sample without tokens pools to 0."""
+    lengths = cu_seqlens.diff().long()
+    sample = torch.repeat_interleave(torch.arange(len(lengths), device=z.device), lengths, output_size=len(z))
+    out = z.new_zeros(len(lengths), z.shape[1])
+    if how == "mean":
+        return out.index_add_(0, sample, z) / lengths.clamp(min=1)[:, None]
+    # include_self=False: activations may be negative, so 0 is not where a maximum starts
+    return out.scatter_reduce_(0, sample[:, None].expand_as(z), z, "amax", include_self=False)
+
+
+def encode_pool(x: Tensor, cu_seqlens: Tensor, encoder: SparseEncoder, pools: tuple[str, ...]) -> Tensor:
+    """Pooled activations `[len(pools), N, d_sae]`."""
+    z = encode(x, encoder)
+    return torch.stack([pool(z, cu_seqlens, how) for how in pools])
+
+
+def update_moments(pooled: Tensor, y: Tensor, moments: Moments) -> None:
+    """Fold `pooled: [N, d_sae]` and `y: [N, R]` into `moments`, in place.
+
+    The batch's own moments are computed about its own means and merged as in Chan, Golub & LeVeque,
+    "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances" (1979), eq. 1.5, here for
+    cross moments as well.
+    """
+    z, y = pooled.double(), y.double()
+    n, m = moments.count.clone(), len(z)
+    if m == 0:
+        return
+    z_mean, y_mean = z.mean(0), y.mean(0)
+    z_dev, y_dev = z - z_mean, y - y_mean
+    positive, active = (y > 0).double(), (z > 0).double()
+
+    merge_centred(
+        moments,
+        n=torch.tensor(float(m), dtype=torch.float64, device=z.device),
+        z_mean=z_mean,
+        z_m2=z_dev.square().sum(0),
+        y_mean=y_mean,
+        y_m2=y_dev.square().sum(0),
+        cross=y_dev.T @ z_dev,
+    )
+    moments.n_positive += positive.sum(0)
+    moments.n_active += active.sum(0)
+    for at, members in enumerate((positive, 1 - positive)):
+        moments.group_sum[at] += members.T @ z
+        moments.group_active_sum[at] += members.T @ (z * active)
+        moments.group_active_count[at] += members.T @ active
+
+
+def merge_centred(moments: Moments, n, z_mean, z_m2, y_mean, y_m2, cross) -> None:
+    """Chan's merge of another group's count, means and centred sums into `moments`, in place."""
+    total = moments.count + n
+    z_delta, y_delta = z_mean - moments.z_mean, y_mean - moments.y_mean
+    weight = moments.count * n / total
+    moments.z_m2 += z_m2 + weight * z_delta.square()
+    moments.y_m2 += y_m2 + weight * y_delta.square()
+    moments.cross += cross + weight * y_delta[:, None] * z_delta
+    moments.z_mean += z_delta * (n / total)
+    moments.y_mean += y_delta * (n / total)
+    moments.count += n
+
+
+def encode_update(
+    x: Tensor, cu_seqlens: Tensor, y: Tensor, encoder: SparseEncoder, moments: tuple[Moments, ...], pools: tuple[str, ...]
+) -> None:
+    """`encode_pool`, then `update_moments` of each pooling's own moments."""
+    for pooled, state in zip(encode_pool(x, cu_seqlens, encoder, pools), moments):
+        update_moments(pooled, y, state)
+
+
+def steer_add(h: Tensor, vectors: Tensor, row_vector: Tensor, positions: Tensor | None) -> None:
+    """Add `vectors[row_vector[b]]` to `h[b, s]` where `positions[b, s]`, in place; a row of -1 is left alone.
+
+    The sum is formed in float32 and rounded once to `h`'s dtype.
+    """
+    steered = row_vector >= 0
+    where = steered[:, None] if positions is None else positions & steered[:, None]
+    added = h.float() + vectors[row_vector.clamp(min=0)].float()[:, None]
+    h.copy_(torch.where(where[..., None], added.to(h.dtype), h))

@@ -1,0 +1,160 @@
+"""Where SAEs lie: SAELens' directories, its published releases, and rows of their decoders read on demand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from corrsteer.errors import CorrSteerError
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+DTYPES = {
+    name: dtype
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    for name in (str(dtype), str(dtype).removeprefix("torch."))
+}
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Decoder rows by feature index, and where they come from, in words that can be stored and read back."""
+
+    source: dict[str, Any]
+    rows: Callable[[list[int]], Tensor]
+
+
+def read(directory) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and encoder parameters of an SAE directory; `W_dec` only where the encoder needs its norms."""
+    directory = Path(directory)
+    config = _read_config(directory)
+    with _open(directory) as file:
+        names = set(file.keys())
+        wanted = {"W_enc", "b_enc", "b_dec", "threshold", "b_gate", "b_mag", "r_mag"}
+        if config.get("rescale_acts_by_decoder_norm"):
+            wanted.add("W_dec")
+        parameters = {name: file.get_tensor(name) for name in wanted & names}
+    gated = config["architecture"] == "gated"
+    needed = {"W_enc"} | ({"b_gate", "b_mag", "r_mag"} if gated else {"b_enc"})
+    if "jumprelu" in config["architecture"]:
+        needed.add("threshold")
+    if config.get("apply_b_dec_to_input") and "transcoder" not in config["architecture"]:
+        needed.add("b_dec")
+    missing = sorted(needed - names)
+    if missing:
+        raise CorrSteerError(f"{directory / WEIGHTS} lacks {', '.join(missing)}, which a {config['architecture']} SAE has")
+    return config, parameters
+
+
+def dtype_of(config: dict[str, Any], directory) -> torch.dtype:
+    """The dtype an SAE's configuration names."""
+    if config.get("dtype", "float32") not in DTYPES:
+        raise CorrSteerError(f"dtype in {Path(directory) / CONFIG} must be one of {', '.join(DTYPES)}, got {config['dtype']!r}")
+    return DTYPES[config.get("dtype", "float32")]
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CorrSteerError(
+            f"{directory} is not an SAE directory: it has no {CONFIG}. It must hold {CONFIG} and {WEIGHTS}, "
+            f"as SAELens' save_model writes them"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise CorrSteerError(f"{path} is not JSON ({error}); save the SAE again") from None
+    if "sae_lens_version" not in (config.get("metadata") or {}):
+        # Written before SAELens 6: its own conversion knows every older layout.
+        from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
+
+        config = handle_config_defaulting(config)
+    if not isinstance(config.get("architecture"), str):
+        raise CorrSteerError(f"{path} names no architecture; save the SAE again with SAELens 6 or later")
+    return config
+
+
+def _open(directory: Path):
+    path = directory / WEIGHTS
+    try:
+        return safe_open(str(path), framework="pt")
+    except FileNotFoundError:
+        raise CorrSteerError(f"{directory} is not an SAE directory: it has no {WEIGHTS}") from None
+    except SafetensorError as error:
+        raise CorrSteerError(f"{path} is damaged ({error}); fetch or save it again") from None
+
+
+def _finish(rows: Tensor, divide_by_norm: bool) -> Tensor:
+    rows = rows.detach().to("cpu", torch.float32)
+    return rows / rows.norm(dim=-1, keepdim=True) if divide_by_norm else rows
+
+
+def decoder_in_memory(W_dec: Tensor, divide_by_norm: bool) -> Decoder:
+    """Rows of a decoder that its owner keeps in memory."""
+    return Decoder({"kind": "memory"}, lambda features: _finish(W_dec[features], divide_by_norm))
+
+
+def decoder_on_disk(directory, divide_by_norm: bool) -> Decoder:
+    """Rows read one by one from an SAE directory."""
+    directory = Path(directory).resolve()
+
+    def rows(features: list[int]) -> Tensor:
+        with _open(directory) as file:
+            W_dec = file.get_slice("W_dec")
+            return _finish(torch.cat([W_dec[f : f + 1] for f in features]), divide_by_norm)
+
+    return Decoder({"kind": "directory", "directory": str(directory), "divide_by_norm": divide_by_norm}, rows)
+
+
+def decoder_in_release(release: str, sae_id: str, divide_by_norm: bool) -> Decoder:
+    """Rows of a published SAE, which is loaded for as long as it takes to copy them."""
+
+    def rows(features: list[int]) -> Tensor:
+        return _finish(load_pretrained(release, sae_id, torch.float32, "cpu").W_dec[features], divide_by_norm)
+
+    source = {"kind": "release", "release": release, "sae_id": sae_id, "divide_by_norm": divide_by_norm}
+    return Decoder(source, rows)
+
+
+def decoder_of_identity(d_in: int) -> Decoder:
+    """Unit vectors."""
+    return Decoder(
+        {"kind": "identity", "d_in": d_in},
+        lambda features: torch.nn.functional.one_hot(torch.tensor(features), d_in).float(),
+    )
+
+
+def open_decoder(source: dict[str, Any]) -> Decoder:
+    """The decoder that a stored source describes."""
+    source = dict(source)
+    kind = source.pop("kind", None)
+    opens = {"directory": decoder_on_disk, "release": decoder_in_release, "identity": decoder_of_identity}
+    if kind in opens:
+        return opens[kind](**source)
+
+    def rows(features: list[int]) -> Tensor:
+        raise CorrSteerError(
+            f"decoder rows cannot be read: the SAE was in memory when this was made (source {kind!r}). Give the "
+            f"encoders to select, or make them with SparseEncoder.load or from_pretrained"
+        )
+
+    return Decoder({"kind": kind}, rows)
+
+
+def load_pretrained(release: str, sae_id: str, dtype: torch.dtype, device):
+    """SAELens' own loader, with its complaints about names as ours."""
+    try:
+        from sae_lens import SAE
+    except ImportError as error:
+        raise CorrSteerError(
+            f"published SAEs are loaded by SAELens, which cannot be imported ({error}): pip install sae-lens"
+        ) from None
+    try:
+        return SAE.from_pretrained(release, sae_id, device=str(device), dtype=str(dtype).removeprefix("torch."))
+    except ValueError as error:
+        raise CorrSteerError(f"release {release!r}, sae_id {sae_id!r}: {error}") from None

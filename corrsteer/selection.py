@@ -1,0 +1,161 @@
+"""`select`: from what was collected to a `Steering`, by one of the paper's three strategies."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from corrsteer.collection import Run
+from corrsteer.encoder import SparseEncoder
+from corrsteer.errors import CorrSteerError
+from corrsteer.evaluation import grade
+from corrsteer.generation import Decoding
+from corrsteer.moments import COEFFICIENTS, NEGATIVE, POSITIVE
+from corrsteer.steering import Feature, Steering
+from corrsteer.tasks import Task
+
+STRATEGIES = ("single", "all", "pruned")
+SCORES = ("pearson",)
+DIRECTIONS = ("positive", "negative", "both")
+
+
+def select(
+    run: Run,
+    strategy: str = "all",
+    *,
+    score: str = "pearson",
+    coefficient: str = "mean_positive",
+    direction: str = "positive",
+    layers: Sequence[int] | None = None,
+    top_k: int = 10,
+    encoders: Mapping[int, SparseEncoder] | None = None,
+    model: nn.Module | None = None,
+    tokenizer=None,
+    validation: Task | None = None,
+    positions: str = "generated",
+    scale: float = 1.0,
+    decoding: Decoding | None = None,
+    progress: bool = True,
+) -> Steering:
+    """Select features and set their coefficients (CorrSteer-S, -A and -P).
+
+    Parameters
+    ----------
+    run : what `collect` returned.
+    strategy : `single`, the one feature with the highest correlation over all layers; `all`, the top feature of
+        every layer; `pruned`, those of `all` whose feature, steered alone, beats the unsteered validation score.
+    score : `pearson`.
+    coefficient : `mean_positive`, `mean_positive_active` or `contrastive` (DESIGN: Coefficient).
+    direction : `positive` correlations, `negative` ones (steered with -|c|), or `both`, by |r|.
+    layers : which layers to select from; by default all but layer 0.
+    top_k : rows of each layer's table.
+    encoders : where decoder rows are read from, if not where the run's encoders came from.
+    model, tokenizer, validation : for `pruned`: the model, and the task whose score decides.
+    positions, scale, decoding : for `pruned`: how candidates are steered and completions generated.
+
+    Returns
+    -------
+    The steering. Where nothing can be selected it has no features, and its notes say why.
+    """
+    for name, value, known in (
+        ("strategy", strategy, STRATEGIES),
+        ("score", score, SCORES),
+        ("coefficient", coefficient, COEFFICIENTS),
+        ("direction", direction, DIRECTIONS),
+    ):
+        if value not in known:
+            raise CorrSteerError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if top_k < 1:
+        raise CorrSteerError(f"top_k must be at least 1, got {top_k}")
+    if strategy == "pruned" and (model is None or tokenizer is None or validation is None):
+        raise CorrSteerError("strategy 'pruned' steers the model: give model, tokenizer and validation")
+    unknown = set(layers or ()) - set(run.moments)
+    if unknown:
+        raise CorrSteerError(f"layers must be among those collected, {sorted(run.moments)}, got {sorted(unknown)}")
+    layers = sorted(layers if layers is not None else set(run.moments) - {0})
+
+    table = {layer: _top_features(run, layer, coefficient, direction, top_k) for layer in sorted(run.moments)}
+    chosen = [table[layer][0] for layer in layers if table[layer]]
+    if strategy == "single":
+        chosen = sorted(chosen, key=lambda f: -abs(f.correlation))[:1]
+    notes = list(run.notes)
+    if not chosen and not notes:
+        notes.append(
+            f"no feature of layers {layers} has a {'nonzero' if direction == 'both' else direction} correlation with the "
+            f"reward over {run.n} samples"
+        )
+    steering = Steering(
+        chosen,
+        _directions(run, chosen, encoders),
+        table,
+        notes,
+        run.provenance
+        | {"selection": {"strategy": strategy, "score": score, "coefficient": coefficient, "direction": direction}}
+        | {"pool": run.pool, "coefficient_pool": run.coefficient_pool, "n": run.n},
+    )
+    if strategy == "pruned" and chosen:
+        steering = _prune(steering, model, tokenizer, validation, positions, scale, decoding or Decoding(), progress)
+    return steering
+
+
+def _top_features(run: Run, layer: int, coefficient: str, direction: str, k: int) -> list[Feature]:
+    """A layer's best features in the given direction; those with r = 0 are never among them."""
+    moments, r = run.moments[layer][run.pool], run.correlation(layer)
+    rank = {"positive": r, "negative": -r, "both": r.abs()}[direction]
+    c = run.moments[layer][run.coefficient_pool].coefficient(coefficient)[0]
+    frequency, group = moments.frequency(), moments.group_frequency()[:, 0]
+    best, indices = rank.topk(min(k, len(rank)))
+    features = []
+    for index in indices[best > 0].tolist():
+        value = -abs(float(c[index])) if r[index] < 0 else float(c[index])
+        features.append(
+            Feature(
+                hook_point=str(run.points[layer]),
+                layer=layer,
+                index=index,
+                correlation=float(r[index]),
+                coefficient=value,
+                frequency=float(frequency[index]),
+                frequency_positive=float(group[POSITIVE, index]),
+                frequency_negative=float(group[NEGATIVE, index]),
+            )
+        )
+    return features
+
+
+def _directions(run: Run, features: list[Feature], encoders: Mapping[int, SparseEncoder] | None) -> Tensor:
+    decoders = run.decoders if encoders is None else {layer: e.decoder for layer, e in encoders.items()}
+    if not features:
+        return torch.zeros(0, 0)
+    return torch.cat([decoders[f.layer].rows([f.index]) for f in features])
+
+
+def _prune(steering, model, tokenizer, validation, positions, scale, decoding, progress) -> Steering:
+    """Keep the features that, steered alone, beat the unsteered validation score."""
+
+    def score() -> float:
+        return grade(model, tokenizer, validation, decoding, progress=progress).score
+
+    unsteered = score()
+    alone = []
+    for feature, direction in zip(steering.features, steering.directions):
+        with Steering([feature], direction[None]).apply(model, positions, scale):
+            alone.append(score())
+    kept = [at for at, value in enumerate(alone) if value > unsteered]
+    steering.provenance["selection"] |= {
+        "validation": {"task": validation.name, "n": len(validation), "positions": positions, "scale": scale},
+        "unsteered_score": unsteered,
+        "score_alone": [{"feature": asdict(f), "score": value} for f, value in zip(steering.features, alone)],
+        "decoding": asdict(decoding),
+    }
+    notes = [] if kept else [f"no feature, steered alone, beat the unsteered validation score of {unsteered:.4f}"]
+    return Steering(
+        [steering.features[at] for at in kept],
+        steering.directions[kept],
+        steering.table,
+        steering.notes + notes,
+        steering.provenance,
+    )

@@ -1,0 +1,6 @@
+"""Tasks: prompts with answers, and the graders that turn a completion into a reward."""
+
+from .examples import Example, Task
+from .graders import Grader, TaskError
+
+__all__ = ["Example", "Grader", "Task", "TaskError"]

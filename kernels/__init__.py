@@ -1,0 +1,1 @@
+"""Triton kernels, one file an operation. None is written yet; `corrsteer doctor` shows which backends there are."""
