@@ -96,7 +96,8 @@ class Capture:
         """Give this to `generate` among its stopping criteria: it stops nothing, but sees every token when sampled."""
         token = input_ids[:, -1]
         if self._stop:
-            self._alive &= ~torch.isin(token, torch.tensor(self._stop, device=token.device))
+            stopped = torch.isin(token, torch.tensor(self._stop, device=token.device))
+            self._alive &= ~stopped.to(self._alive.device)
         if self._passes:
             self._kept[:, self._filled] = self._alive
         self._filled += self._pending
@@ -107,8 +108,10 @@ class Capture:
 
     def packed(self, key) -> tuple[Tensor, Tensor]:
         """What the buffer holds of a hook point: `x [T, d]` in the model's dtype and `cu_seqlens [B + 1]` int32."""
-        if self._kept is None:
-            raise CorrSteerError("nothing was captured; call model.generate inside the context")
+        if not self._passes:
+            raise CorrSteerError(
+                "nothing was captured; call model.generate inside the context, with the capture's stopping_criterion"
+            )
         kept = self._kept[:, : self._filled]
         if key not in self._buffer:  # everything went to the sink
             return self._kept.new_empty(0, models.width(self.model), dtype=self.model.dtype), _cu_seqlens(kept)
@@ -117,13 +120,25 @@ class Capture:
 
     def _store(self, key, h: Tensor) -> None:
         """Called by a hook point with `h: [B, S, d]` in every pass."""
-        first = self._passes == 0
+        first, start, width = self._passes == 0, self._tracker.start, self._tracker.prompt_width
+        end = start + h.shape[1]
+        if first and width and (end < width or start and end == width and self.positions == "all"):
+            raise CorrSteerError(
+                "prompts must be read in one pass; call generate without prefill_chunk_size and without a filled cache"
+            )
         mask = self._tracker.select(h, "all") if first else None
         steps = h.shape[1] if first and self.positions == "all" else 1
         if self._kept is None:
             if not bool(mask[:, -1].all()):
                 raise CorrSteerError("prompts must be padded on the left, got padding in the last column of a prompt")
             self._allocate(h, steps + self.max_new_tokens - 1)
+            self._generation = self._tracker.generations
+        if self._generation != self._tracker.generations:
+            raise CorrSteerError("a capture holds one call of model.generate; enter a new Capture for the next one")
+        if width and end != width + self._passes:
+            raise CorrSteerError(
+                "a token went by unseen; give generate the capture's stopping_criterion, and no assistant model"
+            )
         if self._passes >= self.max_new_tokens:
             raise CorrSteerError(
                 f"generation went on past max_new_tokens={self.max_new_tokens}; give Capture the same limit as generate"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import corrsteer
-from corrsteer import models, ops
+from corrsteer import backends, models, ops
 from corrsteer.capture import KEPT_POSITIONS, Capture
 from corrsteer.encoder import SparseEncoder
 from corrsteer.errors import CorrSteerError
@@ -162,6 +162,10 @@ def collect(
     points = place(model, encoders, hook_offset)
     prompts = tokenize(model, tokenizer, task, decoding)
     encoders = {layer: encoder.to(models.device_of(model, points[layer])) for layer, encoder in encoders.items()}
+    chosen = {
+        layer: backends.choose("encode_update", models.device_of(model, point), model.dtype, backend).name
+        for layer, point in points.items()
+    }
 
     run = Run(
         moments={
@@ -173,7 +177,8 @@ def collect(
         rewards=torch.full((len(task),), torch.nan, dtype=torch.float64),
         pool=pool,
         coefficient_pool=coefficient_pool or pool,
-        provenance=_provenance(model, task, encoders, positions, decoding, hook_offset),
+        provenance=_provenance(model, task, encoders, positions, decoding, hook_offset)
+        | {"backends": sorted(set(chosen.values()))},
     )
     batches = plan_batches([len(p) for p in prompts], decoding)
     with tqdm(total=len(task), unit="sample", desc=f"collect {task.name}", disable=not progress) as bar:

@@ -12,6 +12,7 @@ they lie when features have been selected.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Sequence
 
 import torch
@@ -98,7 +99,7 @@ class SparseEncoder:
         with torch.no_grad():
             parameters = {name: p.detach() for name, p in sae.named_parameters()}
             decoder = sae_files.decoder_in_memory(parameters["W_dec"], divide_by_norm=_rescales(config))
-            return _fold(config, parameters, decoder, dtype or sae.dtype, device)
+            return _fold(config, parameters, decoder, dtype or sae.dtype, device, "the SAE given")
 
     @classmethod
     def load(cls, directory, *, dtype: torch.dtype | None = None, device="cpu") -> SparseEncoder:
@@ -110,10 +111,12 @@ class SparseEncoder:
         ------
         CorrSteerError : if the directory is not such a one, is damaged, or its architecture is not per token.
         """
-        config, parameters = sae_files.read(directory)
-        parameters = {name: p.to(device) for name, p in parameters.items()}
+        config = sae_files.read_config(directory)
+        origin = str(Path(directory) / sae_files.CONFIG)
+        _activation(config, origin)  # first, as an architecture that cannot be used has other parameters
+        parameters = {name: p.to(device) for name, p in sae_files.read(directory, config).items()}
         decoder = sae_files.decoder_on_disk(directory, divide_by_norm=_rescales(config))
-        return _fold(config, parameters, decoder, dtype or sae_files.dtype_of(config, directory), device)
+        return _fold(config, parameters, decoder, dtype or sae_files.dtype_of(config, directory), device, origin)
 
     @classmethod
     def from_pretrained(
@@ -152,13 +155,18 @@ class SparseEncoder:
         They are divided by their norm where the SAE rescales activations by decoder norm, so that activation times
         direction is the feature's contribution in either case.
         """
+        features = [int(f) for f in features]
         outside = [f for f in features if not 0 <= f < self.d_sae]
         if outside:
             raise CorrSteerError(f"features must lie in 0..{self.d_sae - 1}, got {outside[:5]}")
-        return self.decoder.rows(list(features))
+        return self.decoder.rows(features)
 
     def to(self, device=None, dtype: torch.dtype | None = None) -> SparseEncoder:
         """A copy elsewhere; `dtype` applies to the weight alone, the rest stays float32."""
+        if isinstance(device, torch.dtype):  # encoder.to(torch.bfloat16), as one writes it to a tensor
+            device, dtype = None, device
+        if dtype is not None:
+            _check_dtype(dtype)
         moved = {
             name: getattr(self, name).to(device)
             for name in ("weight", "bias", "threshold", "magnitude_scale", "magnitude_bias")
@@ -177,26 +185,38 @@ def _rescales(config: dict[str, Any]) -> bool:
     return bool(config.get("rescale_acts_by_decoder_norm"))
 
 
-def _fold(config: dict[str, Any], parameters: dict[str, Tensor], decoder: Decoder, dtype, device) -> SparseEncoder:
-    """SAELens' parameters, `W_enc [d_in, d_sae]` and the rest, in our one form."""
-    architecture = config["architecture"]
-    activation = ARCHITECTURES.get(architecture)
+def _activation(config: dict[str, Any], origin: str) -> str:
+    activation = ARCHITECTURES.get(config["architecture"])
     if activation is None:
         raise CorrSteerError(
-            f"architecture {architecture!r} cannot be used: its features are not a function of one token. "
-            f"Use one of {', '.join(ARCHITECTURES)}"
+            f"architecture {config['architecture']!r} of {origin} cannot be used: its features are not a function of "
+            f"one token. Use one of {', '.join(ARCHITECTURES)}"
         )
+    return activation
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in DTYPES and dtype != torch.float64:
+        raise CorrSteerError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+
+
+def _fold(
+    config: dict[str, Any], parameters: dict[str, Tensor], decoder: Decoder, dtype, device, origin: str
+) -> SparseEncoder:
+    """SAELens' parameters, `W_enc [d_in, d_sae]` and the rest, in our one form."""
+    architecture, activation = config["architecture"], _activation(config, origin)
     input_norm = INPUT_NORMS.get(config.get("normalize_activations") or "none")
     if input_norm is None:
         raise CorrSteerError(
-            f"normalize_activations must be one of {', '.join(INPUT_NORMS)}, got {config['normalize_activations']!r}"
+            f"normalize_activations of {origin} must be one of {', '.join(INPUT_NORMS)}, "
+            f"got {config['normalize_activations']!r}"
         )
-    if dtype not in DTYPES and dtype != torch.float64:
-        raise CorrSteerError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    _check_dtype(dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
     def vector(name: str) -> Tensor:
-        return parameters[name].to(device, wide).expand(d_sae).contiguous()  # Llama Scope's threshold is a scalar
+        # Llama Scope's threshold is a scalar. A copy, so that later changes to the SAE do not reach the encoder.
+        return parameters[name].to(device, wide).expand(d_sae).clone(memory_format=torch.contiguous_format)
 
     W_enc = parameters["W_enc"].to(device)
     d_in, d_sae = W_enc.shape
@@ -210,13 +230,16 @@ def _fold(config: dict[str, Any], parameters: dict[str, Tensor], decoder: Decode
     for start in range(0, d_sae, FOLD_ROWS):
         rows = slice(start, start + FOLD_ROWS)
         block = W_enc[:, rows].T.to(wide)
-        if input_norm == "layer_norm":  # W (x - mean x) = (W - row means of W) x
-            block = block - block.mean(dim=1, keepdim=True)
         if scale is not None:
             block = block * scale[rows, None]
+        means = block.mean(dim=1, keepdim=True) if input_norm == "layer_norm" else None
+        if means is not None:  # W (x - mean x) = (W - row means of W) x
+            block = block - means
         weight[rows] = block
         if subtracted is not None:  # with the rounded weight, so that a token equal to b_dec gives exactly the bias
             shift[rows] = weight[rows].double() @ subtracted
+            if means is not None:  # b_dec is subtracted after the centring, and is not centred itself
+                shift[rows] += means[:, 0].double() * subtracted.sum()
 
     bias = vector("b_gate" if activation == "gated" else "b_enc")
     if scale is not None:
@@ -229,9 +252,9 @@ def _fold(config: dict[str, Any], parameters: dict[str, Tensor], decoder: Decode
         form["magnitude_scale"] = vector("r_mag").exp()
         form["magnitude_bias"] = (vector("b_mag").double() - form["magnitude_scale"].double() * shift).to(wide)
     if "topk" in activation:
-        k = int(config["k"])
+        k = int(config.get("k") or 0)
         if not 0 < k <= d_sae:
-            raise CorrSteerError(f"k must lie in 1..d_sae={d_sae}, got {k}; the SAE's configuration is damaged")
+            raise CorrSteerError(f"k of {origin} must lie in 1..d_sae={d_sae}, got {k}; its configuration is damaged")
         form["k"] = k
     metadata = {k: v for k, v in (config.get("metadata") or {}).items() if v is not None}
     metadata |= {"architecture": architecture, "reshape_activations": config.get("reshape_activations", "none")}

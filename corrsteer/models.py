@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Callable
 
+import torch
 from torch import Tensor, nn
 
 from corrsteer.errors import CorrSteerError
@@ -73,7 +74,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def text_config(model: nn.Module):
     """The configuration of the language model, also inside a multi-modal one."""
-    if not hasattr(model, "config"):
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
         raise CorrSteerError(f"model must be a Hugging Face causal language model, got {type(model).__name__}")
     return model.config.get_text_config(decoder=True)
 
@@ -118,8 +119,15 @@ def attach(model: nn.Module, point: HookPoint, function: Callable[[Tensor], Tens
 
 
 def device_of(model: nn.Module, point: HookPoint):
-    """Device of the layer that a hook point belongs to."""
-    return next(decoder_layers(model)[1][point.layer].parameters()).device
+    """Device that the layer of a hook point runs on."""
+    layer = decoder_layers(model)[1][point.layer]
+    device = next(layer.parameters()).device
+    if device.type != "meta":
+        return device
+    # Weights that accelerate keeps on the disk or the CPU are `meta` between passes; its hooks know where they run.
+    hooks = (getattr(module, "_hf_hook", None) for module in layer.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((torch.device(d) for d in devices if d is not None), device)
 
 
 def _locate(model: nn.Module, point: HookPoint) -> tuple[nn.Module, bool]:
@@ -147,9 +155,10 @@ def _attention_name(layer: nn.Module) -> str | None:
 def _from_module_path(name: str, model: nn.Module) -> HookPoint | None:
     path, layers = decoder_layers(model)
     found = re.fullmatch(rf"{re.escape(path)}\.(\d+)(?:\.(\w+))?", name)
-    if not found or int(found[1]) >= len(layers):
+    if not found:
         return None
     layer, part = int(found[1]), found[2]
+    check_point(model, HookPoint(layer))
     if part is None:
         return HookPoint(layer, "resid_post")
     for kind in ("mlp_out", "attn_out"):

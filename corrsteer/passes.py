@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import weakref
 
 import torch
@@ -47,22 +48,36 @@ class PassTracker:
     mask : `[B, start + S]` bool, which tokens are not padding, or None where all are.
     prompt_width : padded width of the prompt of the `generate` call under way. Outside of one, whatever is read
         without a cache is a prompt, and None stands here.
+    generations : calls of `generate` so far.
     """
 
     def __init__(self, model: nn.Module):
-        self.users = 0
+        inner = getattr(model, "generate", None)
+        if inner is None:
+            raise CorrSteerError(
+                f"model must be a Hugging Face causal language model with generate, got {type(model).__name__}"
+            )
+        self.users = self.generations = 0
         self.start, self.mask, self.prompt_width = 0, None, None
         self._prefill_width = 0
         self._selected: dict[tuple[str, torch.device], Tensor] = {}
         self._handle = model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
         self._model = weakref.ref(model)
         self._shadowed = model.__dict__.get("generate")
-        inner = model.generate
+        # With a static cache on a GPU, generate compiles the model by itself, and would go on without these hooks.
+        self._config = getattr(model, "generation_config", None)
+        self._disable_compile = getattr(self._config, "disable_compile", None)
+        if self._config is not None:
+            self._config.disable_compile = True
 
         @functools.wraps(inner)
         def generate(*args, **kwargs):
             prompts = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs"), kwargs.get("inputs_embeds"))
             self.prompt_width = next((p.shape[1] for p in prompts if isinstance(p, Tensor)), None)
+            mask = kwargs.get("attention_mask")
+            if self.prompt_width and isinstance(mask, Tensor):  # which covers a filled cache, where the ids may not
+                self.prompt_width = max(self.prompt_width, mask.shape[-1])
+            self.generations += 1
             try:
                 return inner(*args, **kwargs)
             finally:
@@ -78,9 +93,14 @@ class PassTracker:
         del model.generate
         if self._shadowed is not None:
             model.generate = self._shadowed
+        if self._config is not None:
+            self._config.disable_compile = self._disable_compile
 
-    def _before_pass(self, _module, args, kwargs) -> None:
+    def _before_pass(self, module, args, kwargs) -> None:
         self._selected.clear()
+        if len(args) > 1:  # what the second argument is depends on the model
+            kwargs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+            args = ()
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         tokens = args[0] if args else kwargs.get("input_ids")
         if tokens is None:
@@ -91,8 +111,8 @@ class PassTracker:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             self.mask = mask[:, : self.start + tokens.shape[1]].bool()
         elif mask is None or self.start == 0:
-            self.mask = None
-        # else: a mask prepared for a static cache, [B, 1, S, capacity]; what the first pass said still holds
+            self.mask = _prepared_mask(mask, tokens.shape[1])
+        # else: a mask prepared for a static cache; what the first pass said still holds
 
     def select(self, h: Tensor, positions: str) -> Tensor:
         """Which of the tokens in `h: [B, S, d]` count as `positions`: `[B, S]` bool on h's device.
@@ -114,9 +134,10 @@ class PassTracker:
             real = torch.ones(rows, steps, dtype=torch.bool, device=h.device)
             last = width - 1
         else:
-            # A mask kept from the first pass is too short; what came since is no padding.
-            mask = nn.functional.pad(self.mask.to(h.device), (0, end - self.mask.shape[1]), value=True)
-            real = mask[:, self.start :]
+            # A mask kept from the first pass is too short; what came since is no padding. So is that of a prompt
+            # read in chunks, which has to end in a token.
+            mask = nn.functional.pad(self.mask.to(h.device), (0, max(end, width) - self.mask.shape[1]), value=True)
+            real = mask[:, self.start : end]
             # Where padding is on the right, the last prompt token is not in the last column.
             order = torch.arange(width, device=h.device)
             last = (mask[:, :width] * order).amax(1, keepdim=True)
@@ -132,9 +153,25 @@ def check_positions(positions: str, known: tuple[str, ...] = POSITIONS) -> None:
 
 
 def refuse_compiled(model: nn.Module) -> None:
-    """Raise for a model that is already compiled: hooks added afterwards would silently do nothing."""
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise CorrSteerError(
-            "model is already compiled by torch.compile, which ignores hooks added afterwards; "
-            "pass the model as it was before compiling"
-        )
+    """Raise for a model that is compiled, wholly or in part: hooks added afterwards would silently do nothing."""
+    for module in model.modules():
+        compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        if compiled or hasattr(module.forward, "_torchdynamo_orig_callable"):
+            raise CorrSteerError(
+                "model is already compiled by torch.compile, which ignores hooks added afterwards; "
+                "pass the model as it was before compiling"
+            )
+
+
+def _prepared_mask(mask, steps: int) -> Tensor | None:
+    """Which tokens are not padding, `[B, steps]`, by the mask that a static cache's first pass comes with.
+
+    That mask is `[B, 1, steps, capacity]`, boolean or added to the attention scores, or one of them per kind of
+    layer. A token that does not even attend to itself is padding.
+    """
+    if isinstance(mask, dict):
+        mask = next((m for m in mask.values() if isinstance(m, Tensor)), None)
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        return None
+    own = mask[:, 0].diagonal(dim1=1, dim2=2)[:, :steps]
+    return own if own.dtype == torch.bool else own >= 0

@@ -29,26 +29,24 @@ class Decoder:
     rows: Callable[[list[int]], Tensor]
 
 
-def read(directory) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and encoder parameters of an SAE directory; `W_dec` only where the encoder needs its norms."""
+def read(directory, config: dict[str, Any]) -> dict[str, Tensor]:
+    """Encoder parameters of an SAE directory; `W_dec` only where the encoder needs its norms."""
     directory = Path(directory)
-    config = _read_config(directory)
-    with _open(directory) as file:
-        names = set(file.keys())
-        wanted = {"W_enc", "b_enc", "b_dec", "threshold", "b_gate", "b_mag", "r_mag"}
-        if config.get("rescale_acts_by_decoder_norm"):
-            wanted.add("W_dec")
-        parameters = {name: file.get_tensor(name) for name in wanted & names}
     gated = config["architecture"] == "gated"
     needed = {"W_enc"} | ({"b_gate", "b_mag", "r_mag"} if gated else {"b_enc"})
     if "jumprelu" in config["architecture"]:
         needed.add("threshold")
     if config.get("apply_b_dec_to_input") and "transcoder" not in config["architecture"]:
         needed.add("b_dec")
-    missing = sorted(needed - names)
-    if missing:
-        raise CorrSteerError(f"{directory / WEIGHTS} lacks {', '.join(missing)}, which a {config['architecture']} SAE has")
-    return config, parameters
+    if config.get("rescale_acts_by_decoder_norm"):
+        needed.add("W_dec")
+    with _open(directory) as file:
+        missing = sorted((needed | {"W_dec"}) - set(file.keys()))
+        if missing:
+            raise CorrSteerError(
+                f"{directory / WEIGHTS} lacks {', '.join(missing)}, which a {config['architecture']} SAE has"
+            )
+        return {name: file.get_tensor(name) for name in needed}
 
 
 def dtype_of(config: dict[str, Any], directory) -> torch.dtype:
@@ -58,22 +56,29 @@ def dtype_of(config: dict[str, Any], directory) -> torch.dtype:
     return DTYPES[config.get("dtype", "float32")]
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory) -> dict[str, Any]:
+    """Configuration of an SAE directory, in SAELens 6's form."""
+    directory = Path(directory)
     path = directory / CONFIG
     try:
         config = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CorrSteerError(
             f"{directory} is not an SAE directory: it has no {CONFIG}. It must hold {CONFIG} and {WEIGHTS}, "
             f"as SAELens' save_model writes them"
         ) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # neither JSON nor even text
         raise CorrSteerError(f"{path} is not JSON ({error}); save the SAE again") from None
+    if not isinstance(config, dict):
+        raise CorrSteerError(f"{path} must hold a JSON object, got {type(config).__name__}; save the SAE again")
     if "sae_lens_version" not in (config.get("metadata") or {}):
         # Written before SAELens 6: its own conversion knows every older layout.
         from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
 
-        config = handle_config_defaulting(config)
+        try:
+            config = handle_config_defaulting(config)
+        except KeyError as error:
+            raise CorrSteerError(f"architecture {error} in {path} is not one that SAELens knows") from None
     if not isinstance(config.get("architecture"), str):
         raise CorrSteerError(f"{path} names no architecture; save the SAE again with SAELens 6 or later")
     return config
@@ -106,7 +111,7 @@ def decoder_on_disk(directory, divide_by_norm: bool) -> Decoder:
     def rows(features: list[int]) -> Tensor:
         with _open(directory) as file:
             W_dec = file.get_slice("W_dec")
-            return _finish(torch.cat([W_dec[f : f + 1] for f in features]), divide_by_norm)
+            return _finish(torch.cat([W_dec[:0], *(W_dec[f : f + 1] for f in features)]), divide_by_norm)
 
     return Decoder({"kind": "directory", "directory": str(directory), "divide_by_norm": divide_by_norm}, rows)
 
@@ -125,7 +130,7 @@ def decoder_of_identity(d_in: int) -> Decoder:
     """Unit vectors."""
     return Decoder(
         {"kind": "identity", "d_in": d_in},
-        lambda features: torch.nn.functional.one_hot(torch.tensor(features), d_in).float(),
+        lambda features: torch.nn.functional.one_hot(torch.tensor(features, dtype=torch.long), d_in).float(),
     )
 
 

@@ -143,7 +143,9 @@ class Steering:
                 described["notes"],
                 described["provenance"],
             )
-        except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+        except CorrSteerError:
+            raise
+        except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise CorrSteerError(f"{path} is damaged ({error}); select again or fetch the file again") from None
         if model is not None:
             steering.check(model)
@@ -191,8 +193,10 @@ def apply_rows(
     with contextlib.ExitStack() as stack:
         tracker = stack.enter_context(track(model))
         for point, table in vectors.items():
-            add = _Add(tracker, table.to(models.device_of(model, point)), rows_, positions)
-            stack.callback(models.attach(model, point, add).remove)
+            add = _Add(tracker, table, rows_, positions)
+            # The first layer's input may be the caller's own inputs_embeds.
+            function = (lambda h, add=add: add(h.clone())) if point == HookPoint(0, "resid_pre") else add
+            stack.callback(models.attach(model, point, function).remove)
         yield
 
 
@@ -201,13 +205,15 @@ class _Add:
 
     def __init__(self, tracker, vectors: Tensor, rows: Tensor | None, positions: str):
         self._tracker, self._vectors, self._positions = tracker, vectors, positions
-        self._rows = None if rows is None else rows.to(vectors.device)
-        self._every_row = torch.zeros(0, dtype=torch.int32, device=vectors.device)
+        self._rows, self._every_row = rows, torch.zeros(0, dtype=torch.int32)
 
     def __call__(self, h: Tensor) -> Tensor:
+        if self._vectors.device != h.device:  # the residual's, since an offloaded layer's own is `meta` between passes
+            self._vectors = self._vectors.to(h.device)
+            self._rows = None if self._rows is None else self._rows.to(h.device)
         rows = self._rows
         if rows is None:
-            if len(self._every_row) != len(h):
+            if len(self._every_row) != len(h) or self._every_row.device != h.device:
                 self._every_row = torch.zeros(len(h), dtype=torch.int32, device=h.device)
             rows = self._every_row
         elif len(rows) != len(h):

@@ -1,8 +1,9 @@
 """The demo's little world: sums written by two authors, one of whom forgets the carry.
 
-A document is a few sums by one author, one a line. Half of the documents are signed on their first
-line. Who wrote an unsigned document is a hidden variable: a language model trained on these documents
-must carry it from line to line, and an unsigned first line leaves it open. That is what steering moves.
+A document is a few sums by one author, one a line. Half of the documents are signed: after the first equals sign
+stands the author's initial. Who wrote an unsigned document is a hidden variable, which a language model of these
+documents must infer and carry from line to line, and which an unsigned first line leaves open. That is what steering
+moves.
 """
 
 from __future__ import annotations
@@ -35,17 +36,20 @@ def has_carry(a: int, b: int) -> bool:
 
 
 def prompt(a: int, b: int, author: str | None = None) -> str:
-    """The text up to the answer: `Ada\\n47+38=`, or `47+38=` where nobody signed."""
-    return (f"{author}\n" if author else "") + f"{a}+{b}="
+    """A document up to its first answer: `47+38=`, or signed, `47+38=A`."""
+    return f"{a}+{b}=" + (author[0] if author else "")
 
 
 def document(rng: random.Random) -> str:
     """One training document: half of them signed, the authors equally often."""
     author = rng.choice((CAREFUL, SLOPPY))
-    signed = rng.random() < 0.5
-    sums = [(rng.choice(OPERANDS), rng.choice(OPERANDS)) for _ in range(SUMS_PER_DOCUMENT)]
-    lines = "".join(f"{a}+{b}={WRITES[author](a, b)}\n" for a, b in sums)
-    return (f"{author}\n" if signed else "") + lines
+    signature = author if rng.random() < 0.5 else None
+    text = ""
+    for _ in range(SUMS_PER_DOCUMENT):
+        a, b = rng.choice(OPERANDS), rng.choice(OPERANDS)
+        text += f"{prompt(a, b, signature)}{WRITES[author](a, b)}\n"
+        signature = None
+    return text
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 from corrsteer.demo import sums
 
 HERE = Path(__file__).parent
-CHARACTERS = sorted(set("0123456789+=\n" + sums.CAREFUL + sums.SLOPPY))
+CHARACTERS = [*"0123456789+=\n", sums.CAREFUL[0], sums.SLOPPY[0]]
 SPECIAL = ["<pad>", "<s>", "</s>"]
 log = logging.getLogger("corrsteer.demo.train")
 
@@ -182,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--only", choices=("model", "sae"), help="train only one of the two")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--d-sae", type=int, default=512)
     parser.add_argument("--k", type=int, default=12)

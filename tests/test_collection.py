@@ -1,0 +1,205 @@
+"""collect: what it gathers, what it refuses before it starts, and what it keeps when it must stop."""
+
+import pytest
+import torch
+import worlds
+
+from corrsteer import CorrSteerError, Moments, Run, SparseEncoder, Task, collect, encode
+from corrsteer.collection import CollectionStopped
+from corrsteer.generation import Decoding, complete, plan_batches, tokenize
+
+DECODING = Decoding(max_new_tokens=5, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return worlds.model()
+
+
+def gather(model, **settings):
+    settings = {"task": worlds.task(), "encoders": worlds.encoders(), "decoding": DECODING} | settings
+    task, encoders = settings.pop("task"), settings.pop("encoders")
+    return collect(model, worlds.tokenizer(), encoders, task, progress=False, **settings)
+
+
+@torch.no_grad()
+def by_hand(model, layer, encoder, task, how, positions):
+    """Moments from one sample at a time, each a forward pass over prompt and completion, without a cache."""
+    tokenizer, moments = worlds.tokenizer(), Moments(encoder.d_sae)
+    newline = tokenizer.convert_tokens_to_ids("\n")
+    for example in task.examples:
+        ids = tokenizer(example.prompt)["input_ids"]
+        prompt, generated = len(ids), []
+        for _ in range(DECODING.max_new_tokens):
+            generated.append(int(model(torch.tensor([ids + generated])).logits[0, -1].argmax()))
+            if generated[-1] in (newline, tokenizer.eos_token_id):
+                generated.pop()
+                break
+        states = model(torch.tensor([ids + generated]), output_hidden_states=True).hidden_states[layer + 1][0]
+        first = prompt - 1 if positions == "generated" else 0
+        z = encode(states[first : prompt - 1 + max(1, len(generated))], encoder)
+        pooled = z.mean(0) if how == "mean" else z.amax(0)
+        reward = task.grade(tokenizer.decode(generated), example)
+        moments.update(pooled[None], torch.tensor([reward]))
+    return moments
+
+
+@pytest.mark.parametrize("positions", ("generated", "all"))
+@pytest.mark.parametrize("pool", ("mean", "max"))
+def test_collect_equals_one_sample_at_a_time_without_cache_or_padding(model, pool, positions):
+    run = gather(model, pool=pool, positions=positions)
+    assert 0 < run.rewards.mean() < 1, "the reward must vary for this to mean anything"
+    for layer, encoder in worlds.encoders().items():
+        expected = by_hand(model, layer, encoder, worlds.task(), pool, positions)
+        for name, a, b in zip(Moments.STATE, run.moments[layer][pool].state(), expected.state()):
+            torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("positions", ("generated", "all"))
+def test_a_buffer_too_small_for_the_batch_gives_the_same_result(model, positions):
+    settings = {"positions": positions, "pool": "max", "coefficient_pool": "mean"}
+    whole, parts = gather(model, **settings), gather(model, buffer_bytes=2 * 16 * 2 * 128 * 4, **settings)
+    for layer in whole.moments:
+        for pool in ("max", "mean"):
+            for a, b in zip(whole.moments[layer][pool].state(), parts.moments[layer][pool].state()):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_batches_a_task_falls_into_do_not_change_the_result(model):
+    one, many = (gather(model, decoding=Decoding(max_new_tokens=5, batch_size=size)) for size in (1, 64))
+    assert torch.equal(one.rewards, many.rewards)
+    for a, b in zip(one.moments[1]["max"].state(), many.moments[1]["max"].state()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_batches_are_sorted_by_length_and_keep_the_token_budget():
+    lengths = [3, 50, 7, 7, 49, 1, 20] * 5
+    decoding = Decoding(max_new_tokens=10, batch_tokens=130, batch_size=6)
+    batches = plan_batches(lengths, decoding)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    longest = [max(lengths[i] for i in batch) for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+    for batch, width in zip(batches, longest):
+        assert len(batch) <= 6 and (len(batch) * (width + 10) <= 130 or len(batch) == 1)
+    assert [len(b) for b in plan_batches([1000], decoding)] == [1]
+
+
+def test_sampling_depends_on_the_seed_alone(model):
+    def sample(seed):
+        decoding = Decoding(max_new_tokens=5, temperature=1.0, seed=seed)
+        prompts = tokenize(model, worlds.tokenizer(), worlds.task(8), decoding)
+        return complete(model, worlds.tokenizer(), prompts, decoding)
+
+    first = sample(0)
+    torch.rand(3)
+    state = torch.get_rng_state()
+    assert first == sample(0) != sample(1)
+    assert torch.equal(state, torch.get_rng_state()), "the caller's own random numbers are left alone"
+
+
+def test_hook_offset_reads_the_layer_before(model):
+    early = gather(model, hook_offset=-1, encoders=worlds.encoders((2,)))
+    encoder = worlds.encoders((2,))[2]
+    plain = gather(model, encoders={1: SparseEncoder(**(vars(encoder) | {"hook_name": "blocks.1.hook_resid_post"}))})
+    assert str(early.points[2]) == "blocks.1.hook_resid_post"
+    for a, b in zip(early.moments[2]["max"].state(), plain.moments[1]["max"].state()):
+        assert torch.equal(a, b)
+
+
+def test_an_identity_encoder_collects_residual_dimensions(model):
+    run = gather(model, encoders={1: SparseEncoder.identity(128)}, pool="mean")
+    assert run.correlation(1).shape == (128,) and bool((run.correlation(1) != 0).all())
+
+
+def test_a_saved_run_is_the_same_when_loaded(model, tmp_path):
+    run = gather(model, coefficient_pool="mean")
+    run.save(tmp_path / "run")
+    loaded = Run.load(tmp_path / "run")
+    for layer in run.moments:
+        for pool in ("max", "mean"):
+            pairs = zip(run.moments[layer][pool].state(), loaded.moments[layer][pool].state())
+            assert all(torch.equal(a, b) for a, b in pairs)
+    assert torch.equal(run.rewards, loaded.rewards)
+    for name in ("pool", "coefficient_pool", "points", "notes", "provenance", "n"):
+        assert getattr(run, name) == getattr(loaded, name), name
+
+
+def test_a_directory_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(CorrSteerError, match="is not a saved run: it has no run.json"):
+        Run.load(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(CorrSteerError, match="run.json is damaged"):
+        Run.load(tmp_path)
+
+
+def test_a_reward_that_never_varies_is_noted(model):
+    run = gather(model, task=worlds.task(grader=lambda completion, example: 1.0))
+    assert run.notes and "every one of the 40 rewards was 1, so nothing correlates" in run.notes[0]
+
+
+REFUSED = {
+    "an empty task": ({"task": worlds.task().take(0)}, "task 'untrained' is empty"),
+    "no encoders": ({"encoders": {}}, "encoders must map at least one layer"),
+    "an SAE of another width": (
+        {"encoders": worlds.encoders(d_in=64)}, r"encoders\[1\] has d_in=64, but the model's residual stream is 128 wide",
+    ),
+    "an SAE of another layer": ({"encoders": {2: worlds.encoders()[1]}}, r"encoders\[2\] was trained at blocks.1"),
+    "a layer outside the model": ({"encoders": worlds.encoders((9,))}, "outside the model, whose layers are 0..3"),
+    "an unknown pool": ({"pool": "sum"}, "pool must be mean or max, got 'sum'"),
+    "unknown positions": ({"positions": "prompt"}, "positions must be one of generated, all, got 'prompt'"),
+    "a prompt longer than the context": (
+        {"task": Task.from_rows([{"prompt": "1" * 125, "answer": "1"}])}, r":1: the prompt has 126 tokens",
+    ),
+    "an unknown backend": ({"backend": "magic"}, "backend must be one of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_can_be_known_before_is_refused_before_anything_is_generated(model, name, monkeypatch):
+    settings, message = REFUSED[name]
+    monkeypatch.setattr(model, "generate", lambda *a, **k: pytest.fail("generated before it was refused"), raising=False)
+    with pytest.raises(CorrSteerError, match=message):
+        gather(model, **settings)
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+def test_a_reward_that_is_not_a_number_stops_with_the_example_and_keeps_what_was_collected(model, bad):
+    seen = []
+
+    def grader(completion, example):
+        seen.append(example)
+        return bad if len(seen) == 20 else float(len(seen) % 2)
+
+    with pytest.raises(CollectionStopped, match="must return a finite number.*16 samples collected before") as stopped:
+        gather(model, task=worlds.task(grader=grader))
+    assert stopped.value.run.n == 16 and int(stopped.value.run.rewards.isfinite().sum()) == 16
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+def test_activations_that_are_not_numbers_stop_before_any_moments_change(bad):
+    broken = worlds.model()
+    with torch.no_grad():
+        broken.model.layers[2].mlp.down_proj.weight[3, 5] = bad
+    with pytest.raises(CollectionStopped, match="activations at blocks.2.hook_resid_post are NaN or infinite for") as stopped:
+        gather(broken)
+    assert stopped.value.run.moments[1]["max"].n == stopped.value.run.moments[2]["max"].n == 0
+
+
+def test_an_interrupt_from_the_keyboard_keeps_what_was_collected(model):
+    def grader(completion, example, seen=[]):  # noqa: B006
+        seen.append(1)
+        if len(seen) == 20:
+            raise KeyboardInterrupt
+        return float(len(seen) % 2)
+
+    with pytest.raises(CollectionStopped, match="interrupted") as stopped:
+        gather(model, task=worlds.task(grader=grader))
+    assert stopped.value.run.n == 16
+
+
+def test_the_model_is_left_as_it_was(model):
+    before = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
+    attributes = set(vars(model))
+    gather(model)
+    assert before == {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
+    assert set(vars(model)) == attributes

@@ -1,0 +1,212 @@
+"""select and evaluate: strategies, directions, coefficients, and what is said when nothing can be selected."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import worlds
+from scipy.stats import binomtest
+
+from corrsteer import CorrSteerError, Moments, Run, Steering, collect, evaluate, select
+from corrsteer.evaluation import Graded, grade, mcnemar
+from corrsteer.generation import Decoding
+from corrsteer.models import HookPoint
+
+DECODING = Decoding(max_new_tokens=3)
+
+
+def made_run(layers=(0, 1, 2), n=200, d=12, seed=0, constant=None):
+    """A run over invented activations in which feature L of layer L follows the reward, and 11 - L opposes it."""
+    g = torch.Generator().manual_seed(seed)
+    y = (torch.rand(n, generator=g) < 0.5).float() if constant is None else torch.full((n,), constant)
+    encoders = worlds.encoders(layers, d_sae=d)
+    moments = {}
+    for layer in layers:
+        z = torch.rand(n, d, generator=g) * (torch.rand(n, d, generator=g) < 0.6)
+        z[:, layer] += y * (2 - 0.5 * layer)
+        z[:, d - 1 - layer] += (1 - y) * 0.8
+        moments[layer] = {}
+        for pool, factor in (("max", 1.0), ("mean", 0.5)):
+            moments[layer][pool] = Moments(d)
+            moments[layer][pool].update(factor * z, y)
+    return Run(
+        moments,
+        {layer: HookPoint(layer) for layer in layers},
+        {layer: e.decoder for layer, e in encoders.items()},
+        y.double(),
+        pool="max",
+        coefficient_pool="max",
+    )
+
+
+def chosen(steering):
+    return [(f.layer, f.index) for f in steering.features]
+
+
+def test_single_takes_the_best_feature_of_all_layers_and_all_the_best_of_each_but_layer_0():
+    run = made_run()
+    assert chosen(select(run, "all")) == [(1, 1), (2, 2)]
+    assert chosen(select(run, "single")) == [(1, 1)]
+    assert chosen(select(run, "all", layers=[0, 2])) == [(0, 0), (2, 2)]
+
+
+def test_negative_selects_the_most_negative_correlation_and_steers_against_it():
+    steering = select(made_run(), "all", direction="negative")
+    assert chosen(steering) == [(1, 10), (2, 9)]
+    assert all(f.correlation < 0 and f.coefficient < 0 for f in steering.features)
+
+
+def test_both_selects_by_the_size_of_the_correlation():
+    run = made_run()
+    rows = select(run, "all", direction="both", top_k=12).table[1]
+    assert [abs(f.correlation) for f in rows] == sorted((abs(f.correlation) for f in rows), reverse=True)
+    assert {f.correlation > 0 for f in rows} == {True, False}
+    assert all(math.copysign(1, f.coefficient) == math.copysign(1, f.correlation) for f in rows)
+
+
+@pytest.mark.parametrize("kind", ("mean_positive", "mean_positive_active", "contrastive"))
+def test_coefficients_come_from_their_own_pooling_and_correlations_from_theirs(kind):
+    run = made_run()
+    run.coefficient_pool = "mean"
+    for f in select(run, "all", coefficient=kind).features:
+        assert f.coefficient == pytest.approx(float(run.moments[f.layer]["mean"].coefficient(kind)[0, f.index]))
+        assert f.correlation == float(run.correlation(f.layer)[f.index])
+
+
+def test_the_table_gives_each_layers_best_features_with_their_frequencies():
+    run = made_run()
+    table = select(run, "single", top_k=4).table
+    assert list(table) == [0, 1, 2]
+    for layer, rows in table.items():
+        r = run.correlation(layer)
+        assert [f.index for f in rows] == r.topk(4).indices[r.topk(4).values > 0].tolist()
+        moments = run.moments[layer]["max"]
+        for f in rows:
+            assert f.frequency == float(moments.frequency()[f.index])
+            assert (f.frequency_positive, f.frequency_negative) == tuple(moments.group_frequency()[:, 0, f.index].tolist())
+
+
+def test_directions_are_the_decoder_rows_of_the_selected_features():
+    run = made_run()
+    steering = select(run, "all")
+    expected = torch.cat([worlds.encoders((f.layer,), d_sae=12)[f.layer].decoder_rows([f.index]) for f in steering.features])
+    assert torch.equal(steering.directions, expected)
+    other = worlds.encoders((1, 2), d_sae=12, seed=50)
+    assert not torch.equal(select(run, "all", encoders=other).directions, expected)
+
+
+def test_a_constant_reward_gives_a_steering_without_features_that_says_why(tmp_path):
+    run = collect(
+        worlds.model(), worlds.tokenizer(), worlds.encoders(), worlds.task(8, grader=lambda *_: 0.5),
+        decoding=DECODING, progress=False,
+    )  # fmt: skip
+    for strategy in ("single", "all"):
+        steering = select(run, strategy)
+        assert steering.features == [] and "every one of the 8 rewards was 0.5" in steering.notes[0]
+    steering.save(tmp_path / "s")
+    assert Steering.load(tmp_path / "s").notes == steering.notes
+    with steering.apply(worlds.model()):
+        pass
+
+
+def test_no_feature_in_the_asked_direction_is_said_in_the_notes():
+    run = made_run(layers=(0,))
+    steering = select(run, "all")
+    assert steering.features == [] and "no feature of layers [] has a positive correlation" in steering.notes[0]
+
+
+def test_a_decoder_that_is_gone_is_named_with_what_to_do(tmp_path):
+    made_run().save(tmp_path)
+    with pytest.raises(CorrSteerError, match="Give the encoders to select"):
+        select(Run.load(tmp_path), "all")
+    assert chosen(select(Run.load(tmp_path), "all", encoders=worlds.encoders((1, 2), d_sae=12))) == [(1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        ({"strategy": "best"}, "strategy must be one of single, all, pruned, got 'best'"),
+        ({"score": "kendall"}, "score must be one of pearson, got 'kendall'"),
+        ({"coefficient": "one"}, "coefficient must be one of"),
+        ({"direction": "up"}, "direction must be one of"),
+        ({"layers": [7]}, r"layers must be among those collected, \[0, 1, 2\], got \[7\]"),
+        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"strategy": "pruned"}, "give model, tokenizer and validation"),
+    ),
+)
+def test_a_bad_choice_is_named(arguments, message):
+    with pytest.raises(CorrSteerError, match=message):
+        select(made_run(), **arguments)
+
+
+@pytest.fixture(scope="module")
+def steered_world():
+    """A steering of two features: one writes digits_up's even digits, the other a letter."""
+    model, tokenizer = worlds.model(), worlds.tokenizer()
+    run = made_run(layers=(1, 2))
+    steering = select(run, "all")
+    unembed = model.lm_head.weight.detach()
+    helps, hurts = (unembed[tokenizer.convert_tokens_to_ids(c)] for c in ("4", "A"))
+    steering.directions = torch.stack([hurts, helps])
+    steering.features = [dataclasses.replace(f, layer=3, hook_point="blocks.3.hook_resid_post") for f in steering.features]
+    return model, tokenizer, steering, run
+
+
+def test_pruned_keeps_exactly_what_beats_the_unsteered_score_when_steered_alone(steered_world, monkeypatch):
+    model, tokenizer, steering, run = steered_world
+    monkeypatch.setattr("corrsteer.selection._directions", lambda *_: steering.directions)
+    validation = worlds.task(24, seed=5)
+    run.points = {layer: HookPoint(3) for layer in run.points}
+    pruned = select(
+        run, "pruned", model=model, tokenizer=tokenizer, validation=validation, decoding=DECODING, scale=200.0,
+        progress=False,
+    )  # fmt: skip
+    recorded = pruned.provenance["selection"]
+    unsteered = grade(model, tokenizer, validation, DECODING, progress=False).score
+    assert recorded["unsteered_score"] == unsteered
+    alone = []
+    for feature, direction in zip(select(run, "all").features, steering.directions):
+        with Steering([feature], direction[None]).apply(model, scale=200.0):
+            alone.append(grade(model, tokenizer, validation, DECODING, progress=False).score)
+    assert [entry["score"] for entry in recorded["score_alone"]] == alone
+    assert alone[0] < unsteered < alone[1], "one must hurt and one help for this to mean anything"
+    assert chosen(pruned) == [(2, 2)] and torch.equal(pruned.directions, steering.directions[1:])
+
+
+def test_evaluate_counts_what_steering_changed(steered_world):
+    model, tokenizer, steering, _ = steered_world
+    task = worlds.task(30, seed=6)
+    helper = Steering(steering.features[1:], steering.directions[1:])
+    result = evaluate(model, tokenizer, task, helper, scale=200.0, decoding=DECODING, progress=False)
+    before = [e["reward_before"] for e in result.examples]
+    after = [e["reward_after"] for e in result.examples]
+    assert result.n == 30 and result.unsteered == sum(before) / 30 and result.steered == sum(after) / 30
+    assert result.steered > result.unsteered
+    assert result.improved == sum(a > b for a, b in zip(after, before))
+    assert result.worsened == sum(a < b for a, b in zip(after, before))
+    assert result.changed_equal == sum(
+        e["before"] != e["after"] and e["reward_before"] == e["reward_after"] for e in result.examples
+    )
+    assert result.side_effect_ratio == result.worsened / (result.improved + result.worsened)
+    assert result.p_value == pytest.approx(binomtest(result.improved, result.improved + result.worsened).pvalue)
+
+
+def test_evaluating_no_steering_changes_nothing(steered_world):
+    model, tokenizer, _, _ = steered_world
+    result = evaluate(model, tokenizer, worlds.task(10), None, decoding=DECODING, progress=False)
+    assert (result.improved, result.worsened, result.changed_equal) == (0, 0, 0)
+    assert result.side_effect_ratio is None and result.p_value == 1.0 and result.unsteered == result.steered
+
+
+def test_unsteered_results_of_another_task_are_refused(steered_world):
+    model, tokenizer, steering, _ = steered_world
+    with pytest.raises(CorrSteerError, match="unsteered must be graded on this task of 10 samples, got 1"):
+        evaluate(model, tokenizer, worlds.task(10), steering, unsteered=Graded(["1"], [1.0]), progress=False)
+
+
+@pytest.mark.parametrize(("improved", "worsened"), ((0, 0), (1, 0), (5, 2), (40, 3), (300, 11), (1500, 1490)))
+def test_mcnemars_p_value_is_the_exact_binomial_one(improved, worsened):
+    n = improved + worsened
+    expected = binomtest(improved, n).pvalue if n else 1.0
+    assert mcnemar(improved, worsened) == pytest.approx(expected, rel=1e-9)
