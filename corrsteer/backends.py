@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Callable, Mapping
 
 import torch
 
@@ -81,7 +81,7 @@ def _judge(backend: Backend, operation: str, device: torch.device, dtype: torch.
     return backend.verify(device, dtype)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _find(operation: str, device: torch.device, dtype: torch.dtype, name: str | None) -> Backend:
     if name is not None:
         if name not in _registry:
@@ -100,7 +100,7 @@ def _find(operation: str, device: torch.device, dtype: torch.dtype, name: str | 
     raise BackendUnavailable(f"no backend runs {operation} on {device} in {dtype}")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _log_once(name: str, reason: str) -> None:
     log.info("backend %s passed over: %s", name, reason)
 

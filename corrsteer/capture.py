@@ -1,7 +1,7 @@
 """`Capture`: the residuals of the kept steps of a generation, in buffers that are allocated once.
 
 Pass 1 of a generation reads the last prompt token, pass t reads generated token t-1. Pass t is kept when token t
-comes before the first stop token; the first pass always is (DESIGN: Kept steps). Whether a pass is kept is therefore
+comes before the first stop token; the first pass always is. Whether a pass is kept is therefore
 known only once its token has been sampled, which is when `generate` calls the stopping criterion found here.
 
 Capture knows nothing of SAEs: when a buffer reaches the memory budget, what is in it goes to a `sink`.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn

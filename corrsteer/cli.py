@@ -12,11 +12,10 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
-import corrsteer
 from corrsteer import settings as config_
 from corrsteer.errors import CorrSteerError
 
@@ -25,39 +24,40 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Find the SAE features that correlate with a reward while a language model generates, and steer along them.\n\n"
-    "Start with `corrsteer demo`. The way through is collect, select, evaluate; `corrsteer doctor` says what runs here.",
+    help="Find the SAE features that correlate with a reward while a language model generates, and steer along them."
+    "\n\nStart with `corrsteer demo`. The way through is collect, select, evaluate; "
+    "`corrsteer doctor` says what runs here.",
 )
 _show_traceback = False
 
 # Options that several commands share. None means: not given, so the YAML file or the default decides.
-Config = Annotated[Optional[Path], typer.Option(help="YAML file of settings, named like the options; options win.")]
+Config = Annotated[Path | None, typer.Option(help="YAML file of settings, named like the options; options win.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-Model = Annotated[Optional[str], typer.Option(help="Hugging Face model: a name on the hub or a directory.")]
-Dtype = Annotated[Optional[str], typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[Optional[str], typer.Option(help="auto (spread over the GPUs, else CPU), cpu, cuda, cuda:1, ...")]
-TaskName = Annotated[Optional[str], typer.Option(help="JSONL file, or a dataset on the hub as NAME or NAME:CONFIG.")]
+Model = Annotated[str | None, typer.Option(help="Hugging Face model: a name on the hub or a directory.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="auto (spread over the GPUs, else CPU), cpu, cuda, cuda:1, ...")]
+TaskName = Annotated[str | None, typer.Option(help="JSONL file, or a dataset on the hub as NAME or NAME:CONFIG.")]
 Grader = Annotated[
-    Optional[str], typer.Option(help="exact, choice, number, contains, regex, regex:PATTERN or module:function.")
+    str | None, typer.Option(help="exact, choice, number, contains, regex, regex:PATTERN or module:function.")
 ]
-Split = Annotated[Optional[str], typer.Option(help="Split of a hub dataset.")]
-PromptField = Annotated[Optional[str], typer.Option(help="Name of the prompt in each row.")]
-AnswerField = Annotated[Optional[str], typer.Option(help="Name of the answer in each row.")]
-Chat = Annotated[Optional[bool], typer.Option(help="Wrap prompts in the tokenizer's chat template.")]
-System = Annotated[Optional[str], typer.Option(help="System message, with --chat.")]
+Split = Annotated[str | None, typer.Option(help="Split of a hub dataset.")]
+PromptField = Annotated[str | None, typer.Option(help="Name of the prompt in each row.")]
+AnswerField = Annotated[str | None, typer.Option(help="Name of the answer in each row.")]
+Chat = Annotated[bool | None, typer.Option(help="Wrap prompts in the tokenizer's chat template.")]
+System = Annotated[str | None, typer.Option(help="System message, with --chat.")]
 Part = Annotated[
-    Optional[str], typer.Option(help="all, or the train (80 %), validation (10 %) or test (10 %) part of the task.")
+    str | None, typer.Option(help="all, or the train (80 %), validation (10 %) or test (10 %) part of the task.")
 ]
-SplitSeed = Annotated[Optional[int], typer.Option(help="Seed of that division.")]
-Limit = Annotated[Optional[int], typer.Option(help="Use only the first so many examples of the part.")]
-MaxNewTokens = Annotated[Optional[int], typer.Option(help="Longest completion, in tokens.")]
-Temperature = Annotated[Optional[float], typer.Option(help="0 decodes greedily.")]
-TopP = Annotated[Optional[float], typer.Option(help="Nucleus to sample from.")]
-Seed = Annotated[Optional[int], typer.Option(help="Seed of the sampling.")]
-BatchTokens = Annotated[Optional[int], typer.Option(help="Most tokens in a batch, padding and completions counted.")]
-BatchSize = Annotated[Optional[int], typer.Option(help="Most prompts in a batch.")]
-Scale = Annotated[Optional[float], typer.Option(help="Multiplies the steering coefficients.")]
-SteerPositions = Annotated[Optional[str], typer.Option(help="generated, all or prompt: which tokens are steered.")]
+SplitSeed = Annotated[int | None, typer.Option(help="Seed of that division.")]
+Limit = Annotated[int | None, typer.Option(help="Use only the first so many examples of the part.")]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Longest completion, in tokens.")]
+Temperature = Annotated[float | None, typer.Option(help="0 decodes greedily.")]
+TopP = Annotated[float | None, typer.Option(help="Nucleus to sample from.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the sampling.")]
+BatchTokens = Annotated[int | None, typer.Option(help="Most tokens in a batch, padding and completions counted.")]
+BatchSize = Annotated[int | None, typer.Option(help="Most prompts in a batch.")]
+Scale = Annotated[float | None, typer.Option(help="Multiplies the steering coefficients.")]
+SteerPositions = Annotated[str | None, typer.Option(help="generated, all or prompt: which tokens are steered.")]
 
 
 def main() -> None:
@@ -117,7 +117,7 @@ def collect(
     config: Config = None,
     model: Model = None,
     sae: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(
             help="LAYER=SOURCE, once for each layer. SOURCE is a directory written by SAELens, RELEASE:SAE_ID of a "
             "published SAE, or `identity` for the residual dimensions themselves."
@@ -125,11 +125,13 @@ def collect(
     ] = None,
     task: TaskName = None,
     grader: Grader = None,
-    out: Annotated[Optional[Path], typer.Option(help="Directory to write the run to.")] = None,
-    pool: Annotated[Optional[str], typer.Option(help="max or mean over a sample's tokens, for the correlation.")] = None,
-    coefficient_pool: Annotated[Optional[str], typer.Option(help="The same for the coefficient; by default as pool.")] = None,
-    positions: Annotated[Optional[str], typer.Option(help="generated, or all to read the prompt as well.")] = None,
-    hook_offset: Annotated[Optional[int], typer.Option(help="-1 reads one block early, as the paper's code does.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory to write the run to.")] = None,
+    pool: Annotated[str | None, typer.Option(help="max or mean over a sample's tokens, for the correlation.")] = None,
+    coefficient_pool: Annotated[
+        str | None, typer.Option(help="The same for the coefficient; by default as pool.")
+    ] = None,
+    positions: Annotated[str | None, typer.Option(help="generated, or all to read the prompt as well.")] = None,
+    hook_offset: Annotated[int | None, typer.Option(help="-1 reads one block early, as the paper's code does.")] = None,
     split: Split = None,
     prompt_field: PromptField = None,
     answer_field: AnswerField = None,
@@ -175,7 +177,9 @@ def collect(
         "notes": run.notes,
         "layers": {str(layer): {"feature": int(top.indices), "r": float(top.values)} for layer, top in tops.items()},
     }
-    best = [f"  layer {layer}: top feature {int(top.indices)}, r = {float(top.values):+.3f}" for layer, top in tops.items()]
+    best = [
+        f"  layer {layer}: top feature {int(top.indices)}, r = {float(top.values):+.3f}" for layer, top in tops.items()
+    ]
     lines = [f"{run.n} samples, mean reward {reward:.3f}, written to {given.out}", *best, *_noted(run.notes)]
     _print(result, json, "\n".join(lines))
 
@@ -191,9 +195,11 @@ def select(
             "beat the unsteered score on the validation part of the run's task)."
         ),
     ] = "all",
-    coefficient: Annotated[str, typer.Option(help="mean_positive, mean_positive_active or contrastive.")] = "mean_positive",
+    coefficient: Annotated[
+        str, typer.Option(help="mean_positive, mean_positive_active or contrastive.")
+    ] = "mean_positive",
     direction: Annotated[str, typer.Option(help="positive, negative or both: correlations to select.")] = "positive",
-    layer: Annotated[Optional[list[int]], typer.Option(help="Only these layers; by default all but layer 0.")] = None,
+    layer: Annotated[list[int] | None, typer.Option(help="Only these layers; by default all but layer 0.")] = None,
     top_k: Annotated[int, typer.Option(help="Rows of each layer's table.")] = 5,
     config: Config = None,
     model: Model = None,
@@ -219,7 +225,11 @@ def select(
     loaded = Run.load(run)
     pruning: dict[str, Any] = {}
     if strategy == "pruned":
-        recorded = loaded.provenance.get("settings", {}) | {"part": "validation", "positions": "generated", "limit": None}
+        recorded = loaded.provenance.get("settings", {}) | {
+            "part": "validation",
+            "positions": "generated",
+            "limit": None,
+        }
         given = config_.read(config_.EvaluateSettings, config, flags, recorded)
         validation = _task(given)
         model_, tokenizer = _model(given)
@@ -244,7 +254,9 @@ def select(
     }
     rows = [f for layer_rows in steering.table.values() for f in layer_rows]
     text = feature_table(rows, {"selected": steering.features})
-    _print(result, json, "\n".join([text, f"{len(steering.features)} features written to {out}", *_noted(steering.notes)]))
+    _print(
+        result, json, "\n".join([text, f"{len(steering.features)} features written to {out}", *_noted(steering.notes)])
+    )
 
 
 @_command
@@ -340,7 +352,9 @@ def generate(
     model_, tokenizer = _model(given)
     loaded.check(model_)
     rows = [{"prompt": text} for text in prompt]
-    task = Task.from_rows(rows, grader="regex:", name="generate", answer_field=None, chat=given.chat, system=given.system)
+    task = Task.from_rows(
+        rows, grader=lambda completion, example: 0.0, answer_field=None, chat=given.chat, system=given.system
+    )
     before = grade(model_, tokenizer, task, _decoding(given), progress=False).completions
     with loaded.apply(model_, given.positions, given.scale):
         after = grade(model_, tokenizer, task, _decoding(given), progress=False).completions

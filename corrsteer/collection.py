@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -72,7 +73,11 @@ class Run:
         save_file({"rewards": self.rewards}, str(directory / "rewards.safetensors"))
         described = {
             "layers": {
-                str(layer): {"point": str(point), "decoder": self.decoders[layer].source, "pools": list(self.moments[layer])}
+                str(layer): {
+                    "point": str(point),
+                    "decoder": self.decoders[layer].source,
+                    "pools": list(self.moments[layer]),
+                }
                 for layer, point in self.points.items()
             },
             "pool": self.pool,
@@ -181,14 +186,14 @@ def collect(
         | {"backends": sorted(set(chosen.values()))},
     )
     batches = plan_batches([len(p) for p in prompts], decoding)
+    batches_of = _Batches(
+        run, model, tokenizer, encoders, task, prompts, pools, positions, decoding, buffer_bytes, backend
+    )
     with tqdm(total=len(task), unit="sample", desc=f"collect {task.name}", disable=not progress) as bar:
         shown = 0.0
         try:
             for number, batch in enumerate(batches):
-                _collect_batch(
-                    run, model, tokenizer, encoders, task, prompts, batch, number, pools, positions, decoding, buffer_bytes,
-                    backend,
-                )  # fmt: skip
+                batches_of.collect(number, batch)
                 bar.update(len(batch))
                 if progress and time.monotonic() - shown > PROGRESS_SECONDS:
                     shown = time.monotonic()
@@ -229,48 +234,66 @@ def place(model: nn.Module, encoders: Mapping[int, SparseEncoder], hook_offset: 
     return points
 
 
-def _collect_batch(
-    run, model, tokenizer, encoders, task, prompts, batch, number, pools, positions, decoding, buffer_bytes, backend
-) -> None:
-    examples = [task.examples[i] for i in batch]
-    running: dict[int, RunningPool] = {}
+@dataclass(frozen=True)
+class _Batches:
+    """What every batch of one collection needs."""
 
-    def fold(layer: int, x: Tensor, cu_seqlens: Tensor) -> None:
-        _check_finite(x, cu_seqlens, run.points[layer], examples)
-        if layer not in running:
-            running[layer] = RunningPool(encoders[layer], len(batch), backend)
-        running[layer].add(x, cu_seqlens)
+    run: Run
+    model: nn.Module
+    tokenizer: Any
+    encoders: dict[int, SparseEncoder]
+    task: Task
+    prompts: list[list[int]]
+    pools: tuple[str, ...]
+    positions: str
+    decoding: Decoding
+    buffer_bytes: int
+    backend: str | None
 
-    with Capture(
-        model,
-        run.points,
-        stop_tokens=stop_tokens(model, tokenizer),
-        positions=positions,
-        max_new_tokens=decoding.max_new_tokens,
-        budget_bytes=buffer_bytes,
-        sink=fold,
-    ) as capture:
-        completions = complete(
-            model, tokenizer, [prompts[i] for i in batch], decoding, number, [capture.stopping_criterion]
-        )
-    rewards = torch.tensor([task.grade(c, e) for c, e in zip(completions, examples)], dtype=torch.float64)
-    packed = {layer: capture.packed(layer) for layer in encoders}
-    for layer, (x, cu_seqlens) in packed.items():  # all of them, before any moments change
-        _check_finite(x, cu_seqlens, run.points[layer], examples)
+    def collect(self, number: int, batch: list[int]) -> None:
+        """Generate, grade and fold the examples of one batch into the run's moments."""
+        examples = [self.task.examples[i] for i in batch]
+        running: dict[int, RunningPool] = {}
 
-    for layer, (x, cu_seqlens) in packed.items():
-        states, y = run.moments[layer], rewards.to(x.device)
-        if not capture.flushed:
-            if len(pools) == 1:
-                ops.encode_update(x, cu_seqlens, y, encoders[layer], states[pools[0]], pools[0], backend=backend)
+        def fold(layer: int, x: Tensor, cu_seqlens: Tensor) -> None:
+            _check_finite(x, cu_seqlens, self.run.points[layer], examples)
+            if layer not in running:
+                running[layer] = RunningPool(self.encoders[layer], len(batch), self.backend)
+            running[layer].add(x, cu_seqlens)
+
+        with Capture(
+            self.model,
+            self.run.points,
+            stop_tokens=stop_tokens(self.model, self.tokenizer),
+            positions=self.positions,
+            max_new_tokens=self.decoding.max_new_tokens,
+            budget_bytes=self.buffer_bytes,
+            sink=fold,
+        ) as capture:
+            prompts = [self.prompts[i] for i in batch]
+            criteria = [capture.stopping_criterion]
+            completions = complete(self.model, self.tokenizer, prompts, self.decoding, number, criteria)
+        grades = [self.task.grade(completion, example) for completion, example in zip(completions, examples)]
+        rewards = torch.tensor(grades, dtype=torch.float64)
+        self._fold(capture, running, rewards, examples)
+        self.run.rewards[batch] = rewards
+
+    def _fold(self, capture: Capture, running: dict[int, RunningPool], rewards: Tensor, examples) -> None:
+        packed = {layer: capture.packed(layer) for layer in self.encoders}
+        for layer, (x, cu_seqlens) in packed.items():  # all of them, before any moments change
+            _check_finite(x, cu_seqlens, self.run.points[layer], examples)
+        for layer, (x, cu_seqlens) in packed.items():
+            states, y, encoder = self.run.moments[layer], rewards.to(x.device), self.encoders[layer]
+            if capture.flushed:
+                running[layer].add(x, cu_seqlens)
+                for pool, moments in states.items():
+                    moments.update(running[layer].result(pool), y, backend=self.backend)
+            elif len(states) == 1:
+                (pool,) = self.pools
+                ops.encode_update(x, cu_seqlens, y, encoder, states[pool], pool, backend=self.backend)
             else:
                 pair = (states["mean"], states["max"])
-                ops.encode_update(x, cu_seqlens, y, encoders[layer], pair, "both", backend=backend)
-        else:
-            running[layer].add(x, cu_seqlens)
-            for pool, moments in states.items():
-                moments.update(running[layer].result(pool), y, backend=backend)
-    run.rewards[batch] = rewards
+                ops.encode_update(x, cu_seqlens, y, encoder, pair, "both", backend=self.backend)
 
 
 def _check_finite(x: Tensor, cu_seqlens: Tensor, point: HookPoint, examples) -> None:
@@ -297,8 +320,8 @@ def _note_constant_reward(run: Run) -> None:
     moments = next(iter(run.moments.values()))[run.pool]
     if not bool(moments.label_varies().any()):
         run.notes.append(
-            f"every one of the {run.n} rewards was {run.rewards[0].item():g}, so nothing correlates with them and no feature "
-            f"can be selected; use a task that the model solves sometimes"
+            f"every one of the {run.n} rewards was {run.rewards[0].item():g}, so nothing correlates with them and no "
+            f"feature can be selected; use a task that the model solves sometimes"
         )
 
 

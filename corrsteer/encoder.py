@@ -11,9 +11,10 @@ they lie when features have been selected.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,8 @@ class SparseEncoder:
     Attributes
     ----------
     d_in, d_sae : width of the residual stream and number of features.
-    activation : `relu`, `jumprelu`, `gated`, `topk`, `abstopk` or `identity` (DESIGN: Encoder).
+    activation : `relu`, `jumprelu`, `gated`, `topk`, `abstopk` or `identity`, as `corrsteer.reference.encode` defines
+        them.
     weight : `[d_sae, d_in]`, float32, bfloat16 or float16, contiguous; None for `identity`.
     bias : `[d_sae]` float32; the gate's bias where gated.
     threshold : `[d_sae]` float32, jumprelu only.
@@ -128,9 +130,9 @@ class SparseEncoder:
         SAELens loads it, so every published format it knows works. Its decoder is dropped again, and read once more
         from the local cache when features have been selected.
         """
-        sae = sae_files.load_pretrained(release, sae_id, dtype, device)
+        sae = sae_files.load_pretrained(release, sae_id)  # in float32, as bias and threshold stay
         decoder = sae_files.decoder_in_release(release, sae_id, divide_by_norm=_rescales(sae.cfg.to_dict()))
-        return replace(cls.from_sae_lens(sae), decoder=decoder)
+        return replace(cls.from_sae_lens(sae, dtype=dtype, device=device), decoder=decoder)
 
     @classmethod
     def identity(cls, d_in: int, hook_name: str | None = None) -> SparseEncoder:

@@ -8,8 +8,8 @@ is a module's input or output and whether a layer returns a tensor or a tuple.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 from torch import Tensor, nn

@@ -101,9 +101,7 @@ class Moments:
         if other.n == 0:
             return
         other = other.to(self.device)
-        reference.merge_centred(
-            self, other.count, other.z_mean, other.z_m2, other.y_mean, other.y_m2, other.cross
-        )
+        reference.merge_centred(self, other.count, other.z_mean, other.z_m2, other.y_mean, other.y_m2, other.cross)
         for name in ("n_positive", "n_active", "group_sum", "group_active_sum", "group_active_count"):
             getattr(self, name).add_(getattr(other, name))
 
@@ -131,7 +129,7 @@ class Moments:
         return self.group_active_count / self._group_size().clamp(min=1)
 
     def coefficient(self, kind: str = "mean_positive") -> Tensor:
-        """Steering coefficients `[n_labels, d_sae]` (DESIGN: Coefficient).
+        """Steering coefficients `[n_labels, d_sae]`.
 
         `mean_positive` is E[z | y > 0], zeros included, as published; `mean_positive_active` the same over active
         samples; `contrastive` E[z | y > 0] - E[z | y <= 0]. An empty group's mean is 0.

@@ -8,7 +8,8 @@ Notation: T tokens, N samples, R labels, V steering vectors, B rows of S positio
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -140,9 +141,7 @@ def steer_add(
             f"the steering belongs to a model of another width"
         )
     if row_vector.shape != h.shape[:1] or row_vector.dtype != torch.int32:
-        raise CorrSteerError(
-            f"row_vector must be [B={len(h)}] int32, got {list(row_vector.shape)} {row_vector.dtype}"
-        )
+        raise CorrSteerError(f"row_vector must be [B={len(h)}] int32, got {list(row_vector.shape)} {row_vector.dtype}")
     if positions is not None and (positions.shape != h.shape[:2] or positions.dtype != torch.bool):
         raise CorrSteerError(
             f"positions must be [B, S]={list(h.shape[:2])} bool, got {list(positions.shape)} {positions.dtype}"

@@ -38,7 +38,12 @@ def preactivation(x: Tensor, encoder: SparseEncoder) -> Tensor:
 
 
 def encode(x: Tensor, encoder: SparseEncoder) -> Tensor:
-    """Dense feature activations `[T, d_sae]` of residual rows `x: [T, d_in]` (DESIGN: Encoder)."""
+    """Dense feature activations `[T, d_sae]` of residual rows `x: [T, d_in]`.
+
+    With p = W x + b: relu max(p, 0); jumprelu p · [p > threshold] · [p > 0], strict (Rajamanoharan et al. 2024);
+    gated [p > 0] · relu(scale · W x + bias) (the same, 2024); topk the k largest p of a token, then relu (Gao et al.
+    2024); abstopk the k largest |p|, signed.
+    """
     if encoder.activation == "identity":
         return x.to(encoder.compute_dtype)
     product = preactivation(x, encoder)
@@ -80,8 +85,7 @@ def update_moments(pooled: Tensor, y: Tensor, moments: Moments) -> None:
     cross moments as well.
     """
     z, y = pooled.double(), y.double()
-    n, m = moments.count.clone(), len(z)
-    if m == 0:
+    if len(z) == 0:
         return
     z_mean, y_mean = z.mean(0), y.mean(0)
     z_dev, y_dev = z - z_mean, y - y_mean
@@ -89,7 +93,7 @@ def update_moments(pooled: Tensor, y: Tensor, moments: Moments) -> None:
 
     merge_centred(
         moments,
-        n=torch.tensor(float(m), dtype=torch.float64, device=z.device),
+        n=torch.tensor(float(len(z)), dtype=torch.float64, device=z.device),
         z_mean=z_mean,
         z_m2=z_dev.square().sum(0),
         y_mean=y_mean,
@@ -118,7 +122,12 @@ def merge_centred(moments: Moments, n, z_mean, z_m2, y_mean, y_m2, cross) -> Non
 
 
 def encode_update(
-    x: Tensor, cu_seqlens: Tensor, y: Tensor, encoder: SparseEncoder, moments: tuple[Moments, ...], pools: tuple[str, ...]
+    x: Tensor,
+    cu_seqlens: Tensor,
+    y: Tensor,
+    encoder: SparseEncoder,
+    moments: tuple[Moments, ...],
+    pools: tuple[str, ...],
 ) -> None:
     """`encode_pool`, then `update_moments` of each pooling's own moments."""
     for pooled, state in zip(encode_pool(x, cu_seqlens, encoder, pools), moments):

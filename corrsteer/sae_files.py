@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -52,7 +53,9 @@ def read(directory, config: dict[str, Any]) -> dict[str, Tensor]:
 def dtype_of(config: dict[str, Any], directory) -> torch.dtype:
     """The dtype an SAE's configuration names."""
     if config.get("dtype", "float32") not in DTYPES:
-        raise CorrSteerError(f"dtype in {Path(directory) / CONFIG} must be one of {', '.join(DTYPES)}, got {config['dtype']!r}")
+        raise CorrSteerError(
+            f"dtype in {Path(directory) / CONFIG} must be one of {', '.join(DTYPES)}, got {config['dtype']!r}"
+        )
     return DTYPES[config.get("dtype", "float32")]
 
 
@@ -120,7 +123,7 @@ def decoder_in_release(release: str, sae_id: str, divide_by_norm: bool) -> Decod
     """Rows of a published SAE, which is loaded for as long as it takes to copy them."""
 
     def rows(features: list[int]) -> Tensor:
-        return _finish(load_pretrained(release, sae_id, torch.float32, "cpu").W_dec[features], divide_by_norm)
+        return _finish(load_pretrained(release, sae_id).W_dec[features], divide_by_norm)
 
     source = {"kind": "release", "release": release, "sae_id": sae_id, "divide_by_norm": divide_by_norm}
     return Decoder(source, rows)
@@ -151,8 +154,8 @@ def open_decoder(source: dict[str, Any]) -> Decoder:
     return Decoder({"kind": kind}, rows)
 
 
-def load_pretrained(release: str, sae_id: str, dtype: torch.dtype, device):
-    """SAELens' own loader, with its complaints about names as ours."""
+def load_pretrained(release: str, sae_id: str):
+    """SAELens' own loader, on the CPU and in float32, with its complaints about names and downloads as ours."""
     try:
         from sae_lens import SAE
     except ImportError as error:
@@ -160,6 +163,6 @@ def load_pretrained(release: str, sae_id: str, dtype: torch.dtype, device):
             f"published SAEs are loaded by SAELens, which cannot be imported ({error}): pip install sae-lens"
         ) from None
     try:
-        return SAE.from_pretrained(release, sae_id, device=str(device), dtype=str(dtype).removeprefix("torch."))
-    except ValueError as error:
-        raise CorrSteerError(f"release {release!r}, sae_id {sae_id!r}: {error}") from None
+        return SAE.from_pretrained(release, sae_id, device="cpu", dtype="float32")
+    except (ValueError, OSError) as error:  # Hugging Face's own errors are OSErrors, of several lines
+        raise CorrSteerError(f"release {release!r}, sae_id {sae_id!r}: {' '.join(str(error).split())}") from None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def select(
     strategy : `single`, the one feature with the highest correlation over all layers; `all`, the top feature of
         every layer; `pruned`, those of `all` whose feature, steered alone, beats the unsteered validation score.
     score : `pearson`.
-    coefficient : `mean_positive`, `mean_positive_active` or `contrastive` (DESIGN: Coefficient).
+    coefficient : `mean_positive`, `mean_positive_active` or `contrastive`, see `Moments.coefficient`.
     direction : `positive` correlations, `negative` ones (steered with -|c|), or `both`, by |r|.
     layers : which layers to select from; by default all but layer 0.
     top_k : rows of each layer's table.
@@ -84,8 +84,8 @@ def select(
     notes = list(run.notes)
     if not chosen and not notes:
         notes.append(
-            f"no feature of layers {layers} has a {'nonzero' if direction == 'both' else direction} correlation with the "
-            f"reward over {run.n} samples"
+            f"no feature of layers {layers} has a {'nonzero' if direction == 'both' else direction} correlation "
+            f"with the reward over {run.n} samples"
         )
     steering = Steering(
         chosen,

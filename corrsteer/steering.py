@@ -2,7 +2,7 @@
 
     h_t <- h_t + scale · Σ_i c_i d_i
 
-at each feature's hook point, for the positions asked for (CorrSteer; DESIGN: Steering). The sum is formed once per
+at each feature's hook point, for the positions asked for. The sum is formed once per
 hook point, in float32.
 """
 
@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open

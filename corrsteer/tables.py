@@ -12,7 +12,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], indent: str = " 
     lines = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(
-        (indent + "  ".join(c.ljust(w) if at == 0 else c.rjust(w) for at, (c, w) in enumerate(zip(line, widths)))).rstrip()
+        (
+            indent + "  ".join(c.ljust(w) if at == 0 else c.rjust(w) for at, (c, w) in enumerate(zip(line, widths)))
+        ).rstrip()
         for line in lines
     )
 

@@ -16,7 +16,9 @@ def registered():
 
     def register(name, verdict, operations=None):
         names.append(name)
-        backends.register(Backend(name, operations or {"steer_add": reference.steer_add}, lambda device, dtype: verdict))
+        backends.register(
+            Backend(name, operations or {"steer_add": reference.steer_add}, lambda device, dtype: verdict)
+        )
 
     yield register
     for name in names:

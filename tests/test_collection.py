@@ -141,23 +141,27 @@ REFUSED = {
     "an empty task": ({"task": worlds.task().take(0)}, "task 'untrained' is empty"),
     "no encoders": ({"encoders": {}}, "encoders must map at least one layer"),
     "an SAE of another width": (
-        {"encoders": worlds.encoders(d_in=64)}, r"encoders\[1\] has d_in=64, but the model's residual stream is 128 wide",
+        {"encoders": worlds.encoders(d_in=64)},
+        r"encoders\[1\] has d_in=64, but the model's residual stream is 128 wide",
     ),
     "an SAE of another layer": ({"encoders": {2: worlds.encoders()[1]}}, r"encoders\[2\] was trained at blocks.1"),
     "a layer outside the model": ({"encoders": worlds.encoders((9,))}, "outside the model, whose layers are 0..3"),
     "an unknown pool": ({"pool": "sum"}, "pool must be mean or max, got 'sum'"),
     "unknown positions": ({"positions": "prompt"}, "positions must be one of generated, all, got 'prompt'"),
     "a prompt longer than the context": (
-        {"task": Task.from_rows([{"prompt": "1" * 125, "answer": "1"}])}, r":1: the prompt has 126 tokens",
+        {"task": Task.from_rows([{"prompt": "1" * 125, "answer": "1"}])},
+        r":1: the prompt has 126 tokens",
     ),
     "an unknown backend": ({"backend": "magic"}, "backend must be one of"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_can_be_known_before_is_refused_before_anything_is_generated(model, name, monkeypatch):
     settings, message = REFUSED[name]
-    monkeypatch.setattr(model, "generate", lambda *a, **k: pytest.fail("generated before it was refused"), raising=False)
+    monkeypatch.setattr(
+        model, "generate", lambda *a, **k: pytest.fail("generated before it was refused"), raising=False
+    )
     with pytest.raises(CorrSteerError, match=message):
         gather(model, **settings)
 
@@ -180,7 +184,9 @@ def test_activations_that_are_not_numbers_stop_before_any_moments_change(bad):
     broken = worlds.model()
     with torch.no_grad():
         broken.model.layers[2].mlp.down_proj.weight[3, 5] = bad
-    with pytest.raises(CollectionStopped, match="activations at blocks.2.hook_resid_post are NaN or infinite for") as stopped:
+    with pytest.raises(
+        CollectionStopped, match="activations at blocks.2.hook_resid_post are NaN or infinite for"
+    ) as stopped:
         gather(broken)
     assert stopped.value.run.moments[1]["max"].n == stopped.value.run.moments[2]["max"].n == 0
 

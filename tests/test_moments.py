@@ -129,7 +129,12 @@ def test_empty_groups_and_empty_updates_give_zeros_and_not_nan():
     moments = Moments(3)
     moments.update(torch.zeros(0, 3), torch.zeros(0))
     moments.merge(Moments(3))
-    for value in (moments.correlation(), moments.frequency(), moments.group_frequency(), moments.coefficient("contrastive")):
+    for value in (
+        moments.correlation(),
+        moments.frequency(),
+        moments.group_frequency(),
+        moments.coefficient("contrastive"),
+    ):
         assert bool((value == 0).all())
     moments.update(torch.ones(2, 3), torch.ones(2))  # nobody failed
     assert bool((moments.coefficient("contrastive") == 1).all())

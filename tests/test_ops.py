@@ -4,12 +4,24 @@ import pytest
 import torch
 
 from corrsteer import (
-    CorrSteerError, Moments, SparseEncoder, backends, encode, encode_pool, encode_update, reference, steer_add,
+    CorrSteerError,
+    Moments,
+    SparseEncoder,
+    backends,
+    encode,
+    encode_pool,
+    encode_update,
+    reference,
+    steer_add,
     update_moments,
 )  # fmt: skip
 
 ACTIVATIONS = ("relu", "jumprelu", "gated", "topk", "abstopk", "identity")
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # of the output's scale, beyond eager's error
+TOLERANCE = {
+    torch.float32: 1e-5,
+    torch.float16: 1e-3,
+    torch.bfloat16: 1e-2,
+}  # of the output's scale, beyond eager's error
 SEGMENTS = {
     "one token each": [1] * 9,
     "one sample": [31],
@@ -172,7 +184,9 @@ def test_operators_pass_torchs_own_checks_of_their_schema_and_fake_implementatio
     call = torch.library.opcheck
     call(torch.ops.corrsteer.encode.default, (x, *_flatten(encoder), None), test_utils=checks)
     call(torch.ops.corrsteer.encode_pool.default, (x, lengths, *_flatten(encoder), "both", None), test_utils=checks)
-    call(torch.ops.corrsteer.update_moments.default, (torch.ones(2, 67), y, Moments(67).state(), None), test_utils=checks)
+    call(
+        torch.ops.corrsteer.update_moments.default, (torch.ones(2, 67), y, Moments(67).state(), None), test_utils=checks
+    )
     call(
         torch.ops.corrsteer.encode_update.default,
         (x, lengths, y, *_flatten(encoder), Moments(67).state(), "max", None),
@@ -190,29 +204,36 @@ BAD_CALLS = {
     "int64 cu_seqlens": (lambda e, x, c: encode_pool(x, c.long(), e), "cu_seqlens must be .* int32"),
     "cu_seqlens that overrun": (lambda e, x, c: encode_pool(x[:4], c, e), r"end at T=4, got \[0, 2, 5\]"),
     "cu_seqlens that decrease": (
-        lambda e, x, c: encode_pool(x, torch.tensor([0, 4, 2, 5], dtype=torch.int32), e), "never decrease",
+        lambda e, x, c: encode_pool(x, torch.tensor([0, 4, 2, 5], dtype=torch.int32), e),
+        "never decrease",
     ),
     "cu_seqlens that start late": (
-        lambda e, x, c: encode_pool(x, torch.tensor([1, 5], dtype=torch.int32), e), "must start at 0",
+        lambda e, x, c: encode_pool(x, torch.tensor([1, 5], dtype=torch.int32), e),
+        "must start at 0",
     ),
     "no cu_seqlens": (lambda e, x, c: encode_pool(x, c[:0], e), "cu_seqlens must be"),
     "unknown pool": (lambda e, x, c: encode_pool(x, c, e, "sum"), "pool must be one of mean, max, both, got 'sum'"),
     "y of another length": (lambda e, x, c: encode_update(x, c, torch.ones(3), e, Moments(67)), r"y must be \[N=2"),
     "moments of another SAE": (lambda e, x, c: encode_update(x, c, torch.ones(2), e, Moments(5)), "encoder's d_sae=67"),
     "one moments for both": (
-        lambda e, x, c: encode_update(x, c, torch.ones(2), e, (Moments(67),), "both"), "moments must be a pair",
+        lambda e, x, c: encode_update(x, c, torch.ones(2), e, (Moments(67),), "both"),
+        "moments must be a pair",
     ),
     "pooled of another width": (
-        lambda e, x, c: update_moments(torch.ones(2, 3), torch.ones(2), Moments(67)), "pooled must be",
+        lambda e, x, c: update_moments(torch.ones(2, 3), torch.ones(2), Moments(67)),
+        "pooled must be",
     ),
     "a residual without rows": (
-        lambda e, x, c: steer_add(x, torch.ones(1, 19), c), r"h must be \[B, S, d\]",
+        lambda e, x, c: steer_add(x, torch.ones(1, 19), c),
+        r"h must be \[B, S, d\]",
     ),
     "vectors of another width": (
-        lambda e, x, c: steer_add(x[None], torch.ones(1, 4), torch.zeros(1, dtype=torch.int32)), "another width",
+        lambda e, x, c: steer_add(x[None], torch.ones(1, 4), torch.zeros(1, dtype=torch.int32)),
+        "another width",
     ),
     "a row without its vector": (
-        lambda e, x, c: steer_add(x[None], torch.ones(1, 19), torch.ones(1, dtype=torch.int32)), r"lie in -1..0",
+        lambda e, x, c: steer_add(x[None], torch.ones(1, 19), torch.ones(1, dtype=torch.int32)),
+        r"lie in -1..0",
     ),
     "int64 rows": (lambda e, x, c: steer_add(x[None], torch.ones(1, 19), torch.zeros(1).long()), "int32"),
     "positions of another shape": (
@@ -221,7 +242,7 @@ BAD_CALLS = {
         ),
         "positions must be",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)

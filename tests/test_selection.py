@@ -84,13 +84,17 @@ def test_the_table_gives_each_layers_best_features_with_their_frequencies():
         moments = run.moments[layer]["max"]
         for f in rows:
             assert f.frequency == float(moments.frequency()[f.index])
-            assert (f.frequency_positive, f.frequency_negative) == tuple(moments.group_frequency()[:, 0, f.index].tolist())
+            assert (f.frequency_positive, f.frequency_negative) == tuple(
+                moments.group_frequency()[:, 0, f.index].tolist()
+            )
 
 
 def test_directions_are_the_decoder_rows_of_the_selected_features():
     run = made_run()
     steering = select(run, "all")
-    expected = torch.cat([worlds.encoders((f.layer,), d_sae=12)[f.layer].decoder_rows([f.index]) for f in steering.features])
+    expected = torch.cat(
+        [worlds.encoders((f.layer,), d_sae=12)[f.layer].decoder_rows([f.index]) for f in steering.features]
+    )
     assert torch.equal(steering.directions, expected)
     other = worlds.encoders((1, 2), d_sae=12, seed=50)
     assert not torch.equal(select(run, "all", encoders=other).directions, expected)
@@ -149,7 +153,9 @@ def steered_world():
     unembed = model.lm_head.weight.detach()
     helps, hurts = (unembed[tokenizer.convert_tokens_to_ids(c)] for c in ("4", "A"))
     steering.directions = torch.stack([hurts, helps])
-    steering.features = [dataclasses.replace(f, layer=3, hook_point="blocks.3.hook_resid_post") for f in steering.features]
+    steering.features = [
+        dataclasses.replace(f, layer=3, hook_point="blocks.3.hook_resid_post") for f in steering.features
+    ]
     return model, tokenizer, steering, run
 
 

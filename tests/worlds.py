@@ -9,7 +9,7 @@ from corrsteer import SparseEncoder, Task
 from corrsteer.demo.train import build_model, build_tokenizer
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def tokenizer():
     return build_tokenizer()
 
@@ -51,5 +51,7 @@ def digits_up(completion, example):
 def task(n=40, grader=digits_up, seed=0):
     """Prompts of different lengths."""
     rng = random.Random(seed)
-    rows = [{"prompt": "+".join(str(rng.randrange(10**k)) for k in (1, 1 + i % 4)) + "=", "answer": "1"} for i in range(n)]
+    rows = [
+        {"prompt": "+".join(str(rng.randrange(10**k)) for k in (1, 1 + i % 4)) + "=", "answer": "1"} for i in range(n)
+    ]
     return Task.from_rows(rows, grader=grader, name="untrained")

@@ -43,15 +43,22 @@ def run_demo(seed: int = 0, say: Callable[[str], None] = print, progress: bool =
     )
     decoding = Decoding(max_new_tokens=4)
     say(
-        f"It learnt to write sums like two authors: {sums.CAREFUL}, who is right, and {sums.SLOPPY}, who forgets the carry. "
-        f"Unsigned,\nit does not know which of the two it is. We look for the features that make it right, and steer along them.\n"
+        f"It learnt to write sums like two authors: {sums.CAREFUL}, who is right, and {sums.SLOPPY}, who forgets "
+        f"the carry. Where a sum is\nunsigned it cannot know which of the two it is. We look for features that go "
+        f"with right answers, and steer along them.\n"
     )
 
-    say(f"1. Collect: complete {len(train)} sums with a carry, some signed, and correlate every feature with the reward.")
+    say(
+        f"1. Collect: complete {len(train)} sums with a carry, some signed, and correlate every feature with the "
+        f"reward."
+    )
     run = collect(model, tokenizer, encoders, train, pool="max", decoding=decoding, progress=progress)
     say(f"   The reward was {run.rewards.mean():.3f} on average.\n")
 
-    say(f"2. Select: the best feature of each layer; on {len(validation)} unsigned sums, which of them help when steered alone.")
+    say(
+        f"2. Select: the best feature of each layer, and by {len(validation)} unsigned sums, which of them help "
+        f"when steered alone."
+    )
     steerings = {
         strategy: select(
             run, strategy, model=model, tokenizer=tokenizer, validation=validation, decoding=decoding, progress=progress
@@ -64,9 +71,7 @@ def run_demo(seed: int = 0, say: Callable[[str], None] = print, progress: bool =
     say(f"3. Steer and evaluate: {len(test)} unsigned sums that nothing was selected on, unsteered and steered.")
     before = grade(model, tokenizer, test, decoding, progress=progress)
     evaluations = {
-        strategy: evaluate(
-            model, tokenizer, test, steering, decoding=decoding, unsteered=before, progress=progress
-        )
+        strategy: evaluate(model, tokenizer, test, steering, decoding=decoding, unsteered=before, progress=progress)
         for strategy, steering in steerings.items()
     }
     say(
@@ -94,7 +99,10 @@ def run_demo(seed: int = 0, say: Callable[[str], None] = print, progress: bool =
     say(f"Some answers before and after {NAMES[best_strategy]}:")
     for example in changed[:EXAMPLES_SHOWN]:
         verdict = "right" if example["reward_after"] else "wrong"
-        say(f"   {example['prompt']}{example['before']:<5} ->  {example['after']:<5} ({verdict}; the sum is {example['answer']})")
+        say(
+            f"   {example['prompt']}{example['before']:<5} ->  {example['after']:<5} "
+            f"({verdict}; the sum is {example['answer']})"
+        )
     seconds = time.monotonic() - started
     say(f"\nDone in {seconds:.0f} s.")
     return {

@@ -1,9 +1,9 @@
 """The demo's little world: sums written by two authors, one of whom forgets the carry.
 
-A document is a few sums by one author, one a line. Half of the documents are signed: after the first equals sign
-stands the author's initial. Who wrote an unsigned document is a hidden variable, which a language model of these
-documents must infer and carry from line to line, and which an unsigned first line leaves open. That is what steering
-moves.
+A document is a few sums by one author, one a line, with a place for a signature after each equals sign. Half of the
+documents are signed with the author's initial, the other half with a question mark. Who wrote one of those is a
+hidden variable: a language model of these documents must infer it and carry it from line to line, and the first line
+leaves it open. That is what steering moves.
 """
 
 from __future__ import annotations
@@ -36,20 +36,16 @@ def has_carry(a: int, b: int) -> bool:
 
 
 def prompt(a: int, b: int, author: str | None = None) -> str:
-    """A document up to its first answer: `47+38=`, or signed, `47+38=A`."""
-    return f"{a}+{b}=" + (author[0] if author else "")
+    """A line up to its answer: `47+38=A` where Ada signed, `47+38=?` where nobody did."""
+    return f"{a}+{b}={author[0] if author else '?'}"
 
 
 def document(rng: random.Random) -> str:
     """One training document: half of them signed, the authors equally often."""
     author = rng.choice((CAREFUL, SLOPPY))
     signature = author if rng.random() < 0.5 else None
-    text = ""
-    for _ in range(SUMS_PER_DOCUMENT):
-        a, b = rng.choice(OPERANDS), rng.choice(OPERANDS)
-        text += f"{prompt(a, b, signature)}{WRITES[author](a, b)}\n"
-        signature = None
-    return text
+    pairs = [(rng.choice(OPERANDS), rng.choice(OPERANDS)) for _ in range(SUMS_PER_DOCUMENT)]
+    return "".join(f"{prompt(a, b, signature)}{WRITES[author](a, b)}\n" for a, b in pairs)
 
 
 @dataclass(frozen=True)

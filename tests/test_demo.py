@@ -1,0 +1,122 @@
+"""The demo: its numbers, its data, and the weights it ships."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from corrsteer import SparseEncoder, encode
+from corrsteer.demo import sums, train
+from corrsteer.demo.run import HERE, load
+
+MEGABYTE = 10**6
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """What `corrsteer demo --json` prints, run from another directory without a network."""
+    done = subprocess.run(
+        [sys.executable, "-m", "corrsteer.cli", "demo", "--json"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path_factory.mktemp("elsewhere"),
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout) | {"stderr": done.stderr}
+
+
+def test_steering_lifts_accuracy_on_sums_that_nothing_was_selected_on(result):
+    strategies = result["strategies"]
+    assert set(strategies) == {"single", "all", "pruned"}
+    best = max(strategies.values(), key=lambda s: s["steered"])
+    assert best["unsteered"] <= 0.65 and best["steered"] >= 0.80 and best["p_value"] < 1e-6
+
+
+def test_every_strategys_numbers_agree_with_each_other(result):
+    n = result["samples"]["test"]
+    for strategy in result["strategies"].values():
+        assert strategy["n"] == n
+        gained = strategy["improved"] - strategy["worsened"]
+        assert strategy["steered"] == pytest.approx(strategy["unsteered"] + gained / n)
+    assert [f["layer"] for f in result["strategies"]["all"]["features"]] == [1, 2, 3]
+    assert len(result["strategies"]["single"]["features"]) == 1
+
+
+def test_it_says_what_it_is_doing_and_shows_every_strategy(result):
+    said = result["stderr"]
+    for words in ("1. Collect", "2. Select", "3. Steer", "CorrSteer-S", "CorrSteer-A", "CorrSteer-P", "McNemar", "->"):
+        assert words in said
+
+
+def test_no_sum_is_in_two_splits_in_either_order():
+    splits = sums.splits()
+    numbers = [
+        {frozenset(map(int, re.findall(r"\d+", row["prompt"]))) for row in rows}
+        for rows in (splits.train, splits.validation, splits.test)
+    ]
+    assert [len(rows) for rows in (splits.validation, splits.test)] == [len(numbers[1]), len(numbers[2])] == [300, 500]
+    assert not (numbers[0] & numbers[1] or numbers[0] & numbers[2] or numbers[1] & numbers[2])
+    assert sums.splits(0) == sums.splits(0) != sums.splits(1)
+
+
+def test_half_of_the_documents_are_signed_and_each_author_adds_in_their_way():
+    rng = random.Random(0)
+    documents = [sums.document(rng) for _ in range(2000)]
+    signed = [d for d in documents if "?" not in d]
+    assert 0.45 < len(signed) / len(documents) < 0.55
+    for text in signed:
+        for a, b, author, answer in re.findall(r"(\d+)\+(\d+)=([AB])(\d+)\n", text):
+            assert (int(answer) == int(a) + int(b)) == (author == "A" or int(a) % 10 + int(b) % 10 < 10)
+
+
+def test_signed_prompts_follow_their_author_at_least_98_times_in_100():
+    model, tokenizer, _ = load()
+    shares = train.follows(model, tokenizer, n=400)
+    assert shares[sums.CAREFUL] >= 0.98 and shares[sums.SLOPPY] >= 0.98, shares
+
+
+def test_the_shipped_saes_are_saelens_own_and_encode_as_there():
+    from sae_lens import SAE
+
+    x = torch.randn(50, 128)
+    for layer in range(4):
+        sae = SAE.load_from_disk(HERE / "sae" / f"layer_{layer}")
+        encoder = SparseEncoder.load(HERE / "sae" / f"layer_{layer}")
+        assert encoder.hook_name == f"blocks.{layer}.hook_resid_post"
+        torch.testing.assert_close(encode(x, encoder), sae.encode(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_shipped_weights_are_safetensors_of_at_most_6_megabytes():
+    files = [f for folder in ("model", "sae") for f in (HERE / folder).rglob("*") if f.is_file()]
+    assert {f.suffix for f in files} == {".json", ".safetensors"}
+    assert sum(f.stat().st_size for f in files) <= 6 * MEGABYTE
+
+
+def test_the_training_script_trains_both_and_writes_what_the_demo_loads(tmp_path, monkeypatch):
+    arguments = [
+        "--out",
+        tmp_path,
+        "--steps",
+        2,
+        "--batch",
+        4,
+        "--sae-samples",
+        4096,
+        "--documents",
+        256,
+        "--d-sae",
+        32,
+    ]
+    monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
+    train.main()
+    monkeypatch.setattr("corrsteer.demo.run.HERE", Path(tmp_path))
+    model, tokenizer, encoders = load()
+    assert tokenizer.decode(tokenizer("12+34=?")["input_ids"][1:]) == "12+34=?"
+    assert model.config.num_hidden_layers == len(encoders) == 4 and encoders[2].d_sae == 32
