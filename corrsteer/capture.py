@@ -36,7 +36,7 @@ class Capture:
 
     Parameters
     ----------
-    model : a Hugging Face causal language model.
+    model : a Hugging Face causal language model. Beam search is not supported: beams change rows between passes.
     points : what to call each hook point, and where it is.
     stop_tokens : token ids that end an answer.
     positions : `generated`, the kept passes; or `all`, every prompt token that is not padding as well.

@@ -82,7 +82,7 @@ def _command(function: Callable) -> Callable:
     def run(*args, **kwargs):
         try:
             return function(*args, **kwargs)
-        except (CorrSteerError, OSError) as error:  # transformers raises OSError for a model that is not there
+        except (CorrSteerError, OSError) as error:
             if _show_traceback:
                 raise
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
@@ -444,8 +444,11 @@ def _model(given: config_.ModelSettings):
     elif torch.cuda.is_available():
         placement["device_map"] = "auto"
     dtype = given.dtype if given.dtype == "auto" else getattr(torch, given.dtype)
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=dtype, **placement).eval()
-    return model, AutoTokenizer.from_pretrained(given.model)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(given.model, dtype=dtype, **placement).eval()
+        return model, AutoTokenizer.from_pretrained(given.model)
+    except (OSError, ValueError, RuntimeError, AssertionError, ImportError) as error:  # they raise as they like
+        raise CorrSteerError(f"model {given.model!r} cannot be loaded on device {given.device!r}: {error}") from error
 
 
 def _decoding(given: config_.ModelSettings):

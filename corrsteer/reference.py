@@ -137,9 +137,10 @@ def encode_update(
 def steer_add(h: Tensor, vectors: Tensor, row_vector: Tensor, positions: Tensor | None) -> None:
     """Add `vectors[row_vector[b]]` to `h[b, s]` where `positions[b, s]`, in place; a row of -1 is left alone.
 
-    The sum is formed in float32 and rounded once to `h`'s dtype.
+    The sum is formed in float32 (float64 for a float64 `h`) and rounded once to `h`'s dtype.
     """
     steered = row_vector >= 0
     where = steered[:, None] if positions is None else positions & steered[:, None]
-    added = h.float() + vectors[row_vector.clamp(min=0)].float()[:, None]
+    wide = torch.promote_types(h.dtype, torch.float32)
+    added = h.to(wide) + vectors[row_vector.clamp(min=0)].to(wide)[:, None]
     h.copy_(torch.where(where[..., None], added.to(h.dtype), h))

@@ -137,6 +137,7 @@ MISTAKES = {
         [*COLLECT, "--model", "{world}/nobody"],
         "nobody",
     ),
+    "the device is not there": ([*COLLECT, "--device", "cuda:7"], "cannot be loaded on device 'cuda:7'"),
     "the task is not there": (
         [*COLLECT, "--task", "no.jsonl"],
         "no.jsonl",

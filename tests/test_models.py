@@ -118,6 +118,14 @@ def test_a_model_without_a_list_of_decoder_layers_is_refused():
         models.attach(model, HookPoint(0), print)
 
 
+def test_a_model_with_two_lists_of_decoder_layers_is_refused_with_both():
+    model = nn.Module()
+    model.config = tiny("llama").config
+    model.first, model.second = (nn.ModuleList(TupleLayer() for _ in range(LAYERS)) for _ in range(2))
+    with pytest.raises(CorrSteerError, match=r"found \['first', 'second'\]"):
+        models.attach(model, HookPoint(0), print)
+
+
 def test_a_layer_without_the_sublayer_asked_for_is_refused():
     model = build("llama")
     layer = model.model.layers[1]

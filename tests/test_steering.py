@@ -23,7 +23,7 @@ from tiny_models import (
 
 from corrsteer import passes
 from corrsteer.errors import CorrSteerError
-from corrsteer.models import KINDS, HookPoint
+from corrsteer.models import KINDS, HookPoint, device_of
 from corrsteer.passes import POSITIONS
 from corrsteer.steering import FORMAT, Feature, Steering, apply_rows
 
@@ -609,6 +609,7 @@ def test_a_model_whose_layers_accelerate_keeps_on_the_disk_is_steered_where_they
     places |= {"model.layers.1": "disk", "model.layers.2": "disk"}
     model = accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
     assert next(model.model.layers[1].parameters()).device.type == "meta"
+    assert device_of(model, HookPoint(1)) == torch.device("cpu")
     steering = steering_at(*(HookPoint(layer, kind) for layer in range(LAYERS) for kind in KINDS), coefficient=0.5)
     with steering.apply(model):
         steered = generate(model, prompts, N).tolist()
