@@ -39,7 +39,7 @@ def by_hand(model, layer, encoder, task, how, positions):
         first = prompt - 1 if positions == "generated" else 0
         z = encode(states[first : prompt - 1 + max(1, len(generated))], encoder)
         pooled = z.mean(0) if how == "mean" else z.amax(0)
-        reward = task.grade(tokenizer.decode(generated), example)
+        reward = task.grade(tokenizer.decode(generated, skip_special_tokens=True), example)
         moments.update(pooled[None], torch.tensor([reward]))
     return moments
 
