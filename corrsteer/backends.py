@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -21,6 +22,15 @@ log = logging.getLogger(__name__)
 
 OPERATIONS = ("encode", "encode_pool", "update_moments", "encode_update", "steer_add")
 ENVIRONMENT = "CORRSTEER_BACKEND"
+
+
+class Call(NamedTuple):
+    """What a verifier judges: an operation on tensors of a device and dtype, with an encoder's activation if any."""
+
+    operation: str
+    device: torch.device
+    dtype: torch.dtype
+    activation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -34,11 +44,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Backend:
-    """Functions with the signatures of `corrsteer.reference`, and a verifier of (device, dtype)."""
+    """Functions with the signatures of `corrsteer.reference`, and a verifier of calls to them."""
 
     name: str
     operations: Mapping[str, Callable]
-    verify: Callable[[torch.device, torch.dtype], Verdict]
+    verify: Callable[[Call], Verdict]
 
 
 _registry: dict[str, Backend] = {}
@@ -65,39 +75,41 @@ def registered() -> list[Backend]:
     return list(reversed(_registry.values()))
 
 
-def choose(operation: str, device: torch.device, dtype: torch.dtype, name: str | None = None) -> Backend:
-    """The backend that runs `operation` on tensors of `device` and `dtype`.
+def choose(call: Call, name: str | None = None) -> Backend:
+    """The backend that runs a call.
 
     Raises
     ------
     BackendUnavailable : if `name`, or CORRSTEER_BACKEND where `name` is None, cannot.
     """
-    return _find(operation, device, dtype, name or os.environ.get(ENVIRONMENT) or None)
+    return _find(call, name or os.environ.get(ENVIRONMENT) or None)
 
 
-def _judge(backend: Backend, operation: str, device: torch.device, dtype: torch.dtype) -> Verdict:
-    if operation not in backend.operations:
-        return Verdict(False, f"it has no {operation}", "use another backend for this operation")
-    return backend.verify(device, dtype)
+def _judge(backend: Backend, call: Call) -> Verdict:
+    if call.operation not in backend.operations:
+        return Verdict(False, f"it has no {call.operation}", "use another backend for this operation")
+    return backend.verify(call)
 
 
 @functools.cache
-def _find(operation: str, device: torch.device, dtype: torch.dtype, name: str | None) -> Backend:
+def _find(call: Call, name: str | None) -> Backend:
     if name is not None:
         if name not in _registry:
             raise BackendUnavailable(f"backend must be one of {', '.join(_registry)}, got {name!r}")
-        verdict = _judge(_registry[name], operation, device, dtype)
+        verdict = _judge(_registry[name], call)
         if not verdict.ok:
-            raise BackendUnavailable(
-                f"backend {name!r} cannot run {operation} on {device} in {dtype}: {verdict.reason}; {verdict.fix}"
-            )
+            raise BackendUnavailable(f"backend {name!r} cannot run {_words(call)}: {verdict.reason}; {verdict.fix}")
         return _registry[name]
     for backend in registered():
-        verdict = _judge(backend, operation, device, dtype)
+        verdict = _judge(backend, call)
         if verdict.ok:
             return backend
         _log_once(backend.name, verdict.reason)
-    raise BackendUnavailable(f"no backend runs {operation} on {device} in {dtype}")
+    raise BackendUnavailable(f"no backend runs {_words(call)}")
+
+
+def _words(call: Call) -> str:
+    return f"{call.operation} on {call.device} in {call.dtype}" + (f" for {call.activation}" if call.activation else "")
 
 
 @functools.cache
@@ -109,6 +121,6 @@ register(
     Backend(
         name="reference",
         operations={operation: getattr(reference, operation) for operation in OPERATIONS},
-        verify=lambda device, dtype: Verdict(True),
+        verify=lambda call: Verdict(True),
     )
 )

@@ -167,10 +167,11 @@ def collect(
     points = place(model, encoders, hook_offset)
     prompts = tokenize(model, tokenizer, task, decoding)
     encoders = {layer: encoder.to(models.device_of(model, points[layer])) for layer, encoder in encoders.items()}
-    chosen = {
-        layer: backends.choose("encode_update", models.device_of(model, point), model.dtype, backend).name
+    calls = [
+        backends.Call("encode_update", models.device_of(model, point), model.dtype, encoders[layer].activation)
         for layer, point in points.items()
-    }
+    ]
+    chosen = sorted({backends.choose(call, backend).name for call in calls})
 
     run = Run(
         moments={
@@ -182,8 +183,7 @@ def collect(
         rewards=torch.full((len(task),), torch.nan, dtype=torch.float64),
         pool=pool,
         coefficient_pool=coefficient_pool or pool,
-        provenance=_provenance(model, task, encoders, positions, decoding, hook_offset)
-        | {"backends": sorted(set(chosen.values()))},
+        provenance=_provenance(model, task, encoders, positions, decoding, hook_offset) | {"backends": chosen},
     )
     batches = plan_batches([len(p) for p in prompts], decoding)
     batches_of = _Batches(

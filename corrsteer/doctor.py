@@ -31,7 +31,7 @@ def examine() -> dict[str, Any]:
                 "backend": backend.name,
                 "device": device.type,
                 "operations": sorted(backend.operations),
-                **vars(backend.verify(device, torch.float32)),
+                **vars(backend.verify(backends.Call("encode_update", device, torch.float32, "relu"))),
             }
             for backend in backends.registered()
             for device in {d.type: d for d in devices}.values()

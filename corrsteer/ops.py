@@ -8,7 +8,7 @@ Notation: T tokens, N samples, R labels, V steering vectors, B rows of S positio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,7 +43,7 @@ def encode(x: Tensor, encoder: SparseEncoder, *, backend: str | None = None) -> 
     if torch.compiler.is_compiling():
         z = torch.ops.corrsteer.encode(rows, *_flatten(encoder), backend)
     else:
-        z = backends.choose("encode", x.device, x.dtype, backend).operations["encode"](rows, encoder)
+        z = _chosen("encode", x, backend, encoder)(rows, encoder)
     return z.reshape(*x.shape[:-1], encoder.d_sae)
 
 
@@ -67,8 +67,7 @@ def encode_pool(
     if torch.compiler.is_compiling():
         out = torch.ops.corrsteer.encode_pool(x, cu_seqlens, *_flatten(encoder), pool, backend)
     else:
-        chosen = backends.choose("encode_pool", x.device, x.dtype, backend)
-        out = chosen.operations["encode_pool"](x, cu_seqlens, encoder, pools)
+        out = _chosen("encode_pool", x, backend, encoder)(x, cu_seqlens, encoder, pools)
     return (out[0], out[1]) if pool == "both" else out[0]
 
 
@@ -81,8 +80,7 @@ def update_moments(pooled: Tensor, y: Tensor, moments: Moments, *, backend: str 
     if torch.compiler.is_compiling():
         torch.ops.corrsteer.update_moments(pooled, y, moments.state(), backend)
     else:
-        chosen = backends.choose("update_moments", pooled.device, pooled.dtype, backend)
-        chosen.operations["update_moments"](pooled, y, moments)
+        _chosen("update_moments", pooled, backend)(pooled, y, moments)
 
 
 def encode_update(
@@ -113,8 +111,7 @@ def encode_update(
         flat = [tensor for state in states for tensor in state.state()]
         torch.ops.corrsteer.encode_update(x, cu_seqlens, y, *_flatten(encoder), flat, pool, backend)
     else:
-        chosen = backends.choose("encode_update", x.device, x.dtype, backend)
-        chosen.operations["encode_update"](x, cu_seqlens, y, encoder, states, pools)
+        _chosen("encode_update", x, backend, encoder)(x, cu_seqlens, y, encoder, states, pools)
 
 
 def steer_add(
@@ -154,8 +151,13 @@ def steer_add(
         return h
     if h.device.type == "cpu" and len(h) and not -1 <= int(row_vector.min()) <= int(row_vector.max()) < len(vectors):
         raise CorrSteerError(f"row_vector must lie in -1..{len(vectors) - 1}, got {row_vector.tolist()}")
-    backends.choose("steer_add", h.device, h.dtype, backend).operations["steer_add"](h, vectors, row_vector, positions)
+    _chosen("steer_add", h, backend)(h, vectors, row_vector, positions)
     return h
+
+
+def _chosen(operation: str, on: Tensor, name: str | None, encoder: SparseEncoder | None = None) -> Callable:
+    call = backends.Call(operation, on.device, on.dtype, None if encoder is None else encoder.activation)
+    return backends.choose(call, name).operations[operation]
 
 
 def _check_x(x: Tensor, encoder: SparseEncoder) -> Tensor:
@@ -204,6 +206,8 @@ def _check_y(y: Tensor, n: int, moments: Moments) -> Tensor:
     if y.shape != (n, moments.n_labels):
         raise CorrSteerError(f"y must be [N={n}, n_labels={moments.n_labels}], got {list(y.shape)}")
     _check_device("y", y, moments.device)
+    if y.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(torch.isfinite(y).all()):
+        raise CorrSteerError("y must be finite, got NaN or infinite rewards; leave those samples out")
     return y
 
 

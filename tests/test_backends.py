@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from corrsteer import BackendUnavailable, backends, reference, steer_add
-from corrsteer.backends import Backend, Verdict
+from corrsteer.backends import Backend, Call, Verdict
 
 
 @pytest.fixture
@@ -16,22 +16,20 @@ def registered():
 
     def register(name, verdict, operations=None):
         names.append(name)
-        backends.register(
-            Backend(name, operations or {"steer_add": reference.steer_add}, lambda device, dtype: verdict)
-        )
+        backends.register(Backend(name, operations or {"steer_add": reference.steer_add}, lambda call: verdict))
 
     yield register
     for name in names:
         backends.unregister(name)
 
 
-def choose(name=None, operation="steer_add"):
-    return backends.choose(operation, torch.device("cpu"), torch.float32, name).name
+def choose(name=None, operation="steer_add", activation=None):
+    return backends.choose(Call(operation, torch.device("cpu"), torch.float32, activation), name).name
 
 
 def test_the_reference_runs_everything_everywhere():
     for operation in backends.OPERATIONS:
-        assert backends.choose(operation, torch.device("cuda"), torch.bfloat16, "reference").name == "reference"
+        assert backends.choose(Call(operation, torch.device("cuda"), torch.bfloat16), "reference").name == "reference"
 
 
 def test_the_last_registered_backend_that_says_yes_is_chosen_for_what_it_has(registered):
@@ -78,4 +76,20 @@ def test_the_environment_asks_for_a_backend_as_the_argument_does(registered, mon
 
 def test_a_backend_cannot_claim_an_unknown_operation():
     with pytest.raises(ValueError, match="operations must be among .* got decode"):
-        backends.register(Backend("odd", {"decode": None}, lambda device, dtype: Verdict(True)))
+        backends.register(Backend("odd", {"decode": None}, lambda call: Verdict(True)))
+
+
+def test_a_verifier_sees_what_it_is_asked_to_run():
+    def verify(call):
+        return Verdict(call.activation != "topk", "it has no topk")
+
+    backends.register(Backend("picky", {"encode": reference.encode}, verify))
+    try:
+        assert choose(operation="encode", activation="relu") == "picky"
+        assert choose(operation="encode", activation="topk") == "reference"
+        with pytest.raises(
+            BackendUnavailable, match="cannot run encode on cpu in torch.float32 for topk: it has no topk"
+        ):
+            choose("picky", "encode", "topk")
+    finally:
+        backends.unregister("picky")

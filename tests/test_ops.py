@@ -33,7 +33,11 @@ SEGMENTS = {
 
 
 def available(device="cpu", dtype=torch.float32):
-    return [b.name for b in backends.registered() if b.verify(torch.device(device), dtype).ok]
+    return [
+        b.name
+        for b in backends.registered()
+        if b.verify(backends.Call("encode_pool", torch.device(device), dtype, "relu")).ok
+    ]
 
 
 def make_encoder(activation, d_in=19, d_sae=67, dtype=torch.float32, seed=0):
@@ -214,6 +218,10 @@ BAD_CALLS = {
     "no cu_seqlens": (lambda e, x, c: encode_pool(x, c[:0], e), "cu_seqlens must be"),
     "unknown pool": (lambda e, x, c: encode_pool(x, c, e, "sum"), "pool must be one of mean, max, both, got 'sum'"),
     "y of another length": (lambda e, x, c: encode_update(x, c, torch.ones(3), e, Moments(67)), r"y must be \[N=2"),
+    "a reward that is NaN": (
+        lambda e, x, c: encode_update(x, c, torch.tensor([1.0, torch.nan]), e, Moments(67)),
+        "y must be finite",
+    ),
     "moments of another SAE": (lambda e, x, c: encode_update(x, c, torch.ones(2), e, Moments(5)), "encoder's d_sae=67"),
     "one moments for both": (
         lambda e, x, c: encode_update(x, c, torch.ones(2), e, (Moments(67),), "both"),
