@@ -85,7 +85,8 @@ def choose(call: Call, name: str | None = None) -> Backend:
     return _find(call, name or os.environ.get(ENVIRONMENT) or None)
 
 
-def _judge(backend: Backend, call: Call) -> Verdict:
+def judge(backend: Backend, call: Call) -> Verdict:
+    """Whether a backend can run a call, and why not."""
     if call.operation not in backend.operations:
         return Verdict(False, f"it has no {call.operation}", "use another backend for this operation")
     return backend.verify(call)
@@ -96,12 +97,12 @@ def _find(call: Call, name: str | None) -> Backend:
     if name is not None:
         if name not in _registry:
             raise BackendUnavailable(f"backend must be one of {', '.join(_registry)}, got {name!r}")
-        verdict = _judge(_registry[name], call)
+        verdict = judge(_registry[name], call)
         if not verdict.ok:
             raise BackendUnavailable(f"backend {name!r} cannot run {_words(call)}: {verdict.reason}; {verdict.fix}")
         return _registry[name]
     for backend in registered():
-        verdict = _judge(backend, call)
+        verdict = judge(backend, call)
         if verdict.ok:
             return backend
         _log_once(backend.name, verdict.reason)

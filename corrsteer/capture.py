@@ -79,6 +79,8 @@ class Capture:
         self._filled = 0  # buffered steps whose token has been sampled
         self._pending = 0  # steps that the running pass has put behind them
         self._alive: Tensor | None = None  # [B] bool, no stop token so far
+        self._stop_ids: Tensor | None = None
+        self._empty: dict[object, Tensor] = {}  # key -> [0, d], for hook points that left nothing in a buffer
         self._passes = 0  # passes whose token has been sampled
         self.flushed = False
         with contextlib.ExitStack() as stack:
@@ -96,7 +98,9 @@ class Capture:
         """Give this to `generate` among its stopping criteria: it stops nothing, but sees every token when sampled."""
         token = input_ids[:, -1]
         if self._stop:
-            stopped = torch.isin(token, torch.tensor(self._stop, device=token.device))
+            if self._stop_ids is None:
+                self._stop_ids = torch.tensor(self._stop, device=token.device)
+            stopped = torch.isin(token, self._stop_ids)
             self._alive &= ~stopped.to(self._alive.device)
         if self._passes:
             self._kept[:, self._filled] = self._alive
@@ -114,7 +118,7 @@ class Capture:
             )
         kept = self._kept[:, : self._filled]
         if key not in self._buffer:  # everything went to the sink
-            return self._kept.new_empty(0, models.width(self.model), dtype=self.model.dtype), _cu_seqlens(kept)
+            return self._empty[key], _cu_seqlens(kept).to(self._empty[key].device)
         kept = kept.to(self._buffer[key].device)
         return self._buffer[key][:, : self._filled][kept], _cu_seqlens(kept)
 
@@ -147,7 +151,7 @@ class Capture:
             for at in range(0, steps, self._capacity):
                 part = slice(at, at + self._capacity)
                 self.sink(key, h[:, part][mask[:, part]], _cu_seqlens(mask[:, part]))
-            self.flushed, self._pending = True, 0
+            self.flushed, self._pending, self._empty[key] = True, 0, h.new_empty(0, h.shape[2])
             return
         if key not in self._buffer:
             self._buffer[key] = h.new_empty(len(h), self._capacity, h.shape[2])

@@ -126,6 +126,7 @@ def collect(
     task: TaskName = None,
     grader: Grader = None,
     out: Annotated[Path | None, typer.Option(help="Directory to write the run to.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a run that is already there.")] = False,
     pool: Annotated[str | None, typer.Option(help="max or mean over a sample's tokens, for the correlation.")] = None,
     coefficient_pool: Annotated[
         str | None, typer.Option(help="The same for the coefficient; by default as pool.")
@@ -148,6 +149,8 @@ def collect(
     seed: Seed = None,
     batch_tokens: BatchTokens = None,
     batch_size: BatchSize = None,
+    buffer_bytes: Annotated[int | None, typer.Option(help="Memory for captured residuals, in bytes.")] = None,
+    backend: Annotated[str | None, typer.Option(help="A backend's name; by default the fastest that runs.")] = None,
     json: Json = False,
 ) -> None:
     """Generate and grade a task's completions, and correlate every SAE feature with the reward."""
@@ -155,6 +158,7 @@ def collect(
     from corrsteer.collection import CollectionStopped
     from corrsteer.collection import collect as collect_
 
+    _prepare(given.out, force)
     task_ = _task(given)
     model_, tokenizer = _model(given)
     encoders = _encoders(given.sae, model_)
@@ -163,8 +167,11 @@ def collect(
             model_, tokenizer, encoders, task_,
             pool=given.pool, coefficient_pool=given.coefficient_pool, positions=given.positions,
             decoding=_decoding(given), hook_offset=given.hook_offset,
+            buffer_bytes=given.buffer_bytes, backend=given.backend,
         )  # fmt: skip
     except CollectionStopped as stopped:
+        if stopped.run.n == 0:
+            raise
         _save_run(stopped.run, given)
         raise CorrSteerError(f"{stopped}, in {given.out}") from None
     _save_run(run, given)
@@ -380,6 +387,18 @@ def _flags(given: dict[str, Any], *others: str) -> dict[str, Any]:
 
 def _noted(notes: list[str]) -> list[str]:
     return [f"note: {note}" for note in notes]
+
+
+def _prepare(out: Path, force: bool) -> None:
+    """See that a run can be written before it is collected."""
+    if (out / "run.json").exists() and not force:
+        raise CorrSteerError(f"out {out} already holds a run; give another directory, or --force to replace it")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise CorrSteerError(f"out {out} cannot be written to ({error.strerror}); give another directory") from None
 
 
 def _save_run(run, given: config_.CollectSettings) -> None:

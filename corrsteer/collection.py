@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -67,6 +68,8 @@ class Run:
         """Write the run to a directory: `run.json`, the rewards and each layer's moments."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        for stale in directory.glob("layer_*.safetensors"):
+            stale.unlink()
         for layer, moments in self.moments.items():
             for pool, state in moments.items():
                 state.save(directory / f"layer_{layer}.{pool}.safetensors")
@@ -94,28 +97,31 @@ class Run:
         try:
             described = json.loads((directory / "run.json").read_text())
             layers = {int(layer): entry for layer, entry in described["layers"].items()}
-            rewards = load_file(str(directory / "rewards.safetensors"))["rewards"]
-        except FileNotFoundError as error:
+            return cls(
+                moments={
+                    layer: {
+                        pool: Moments.load(directory / f"layer_{layer}.{pool}.safetensors") for pool in entry["pools"]
+                    }
+                    for layer, entry in layers.items()
+                },
+                points={layer: HookPoint.parse(entry["point"]) for layer, entry in layers.items()},
+                decoders={layer: open_decoder(entry["decoder"]) for layer, entry in layers.items()},
+                rewards=load_file(str(directory / "rewards.safetensors"))["rewards"],
+                **{key: described[key] for key in ("pool", "coefficient_pool", "notes", "provenance")},
+            )
+        except CorrSteerError:
+            raise
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise CorrSteerError(f"{directory} is not a saved run: it has no {Path(error.filename).name}") from None
-        except (ValueError, KeyError) as error:
-            raise CorrSteerError(f"{directory / 'run.json'} is damaged ({error}); collect again") from None
-        return cls(
-            moments={
-                layer: {pool: Moments.load(directory / f"layer_{layer}.{pool}.safetensors") for pool in entry["pools"]}
-                for layer, entry in layers.items()
-            },
-            points={layer: HookPoint.parse(entry["point"]) for layer, entry in layers.items()},
-            decoders={layer: open_decoder(entry["decoder"]) for layer, entry in layers.items()},
-            rewards=rewards,
-            **{key: described[key] for key in ("pool", "coefficient_pool", "notes", "provenance")},
-        )
+        except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CorrSteerError(f"the run in {directory} is damaged ({error}); collect again") from None
 
 
 class CollectionStopped(CorrSteerError):
     """Collection could not go on; `run` holds everything up to there."""
 
     def __init__(self, message: str, run: Run):
-        super().__init__(f"{message} (the {run.n} samples collected before are kept)")
+        super().__init__(f"{message} (the {run.n} samples collected before are kept)" if run.n else message)
         self.run = run
 
 
@@ -155,8 +161,8 @@ def collect(
     Raises
     ------
     CorrSteerError : before anything is generated, where task, encoders and model do not fit together.
-    CollectionStopped : for activations that are NaN or infinite, a grader that fails, or an interrupt from the
-        keyboard; what was collected before is in its `run`.
+    CollectionStopped : for whatever goes wrong later, such as activations that are NaN or infinite, a grader that
+        fails, or an interrupt from the keyboard; the batches collected before are in its `run`.
     """
     decoding = decoding or Decoding()
     check_positions(positions, KEPT_POSITIONS)
@@ -198,11 +204,11 @@ def collect(
                 if progress and time.monotonic() - shown > PROGRESS_SECONDS:
                     shown = time.monotonic()
                     bar.set_postfix_str(_leader(run))
-            bar.set_postfix_str(_leader(run))
-        except CorrSteerError as error:
-            raise CollectionStopped(str(error), run) from error
-        except KeyboardInterrupt as error:
-            raise CollectionStopped("interrupted", run) from error
+            if progress:
+                bar.set_postfix_str(_leader(run))
+        except (Exception, KeyboardInterrupt) as error:  # a GPU out of memory, say: hours of work are in the run
+            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
+            raise CollectionStopped(reason, run) from error
     _note_constant_reward(run)
     return run
 
@@ -256,10 +262,9 @@ class _Batches:
         running: dict[int, RunningPool] = {}
 
         def fold(layer: int, x: Tensor, cu_seqlens: Tensor) -> None:
-            _check_finite(x, cu_seqlens, self.run.points[layer], examples)
             if layer not in running:
                 running[layer] = RunningPool(self.encoders[layer], len(batch), self.backend)
-            running[layer].add(x, cu_seqlens)
+            running[layer].add(*self._checked(layer, x, cu_seqlens, examples))
 
         with Capture(
             self.model,
@@ -275,25 +280,39 @@ class _Batches:
             completions = complete(self.model, self.tokenizer, prompts, self.decoding, number, criteria)
         grades = [self.task.grade(completion, example) for completion, example in zip(completions, examples)]
         rewards = torch.tensor(grades, dtype=torch.float64)
-        self._fold(capture, running, rewards, examples)
-        self.run.rewards[batch] = rewards
-
-    def _fold(self, capture: Capture, running: dict[int, RunningPool], rewards: Tensor, examples) -> None:
-        packed = {layer: capture.packed(layer) for layer in self.encoders}
-        for layer, (x, cu_seqlens) in packed.items():  # all of them, before any moments change
-            _check_finite(x, cu_seqlens, self.run.points[layer], examples)
-        for layer, (x, cu_seqlens) in packed.items():
-            states, y, encoder = self.run.moments[layer], rewards.to(x.device), self.encoders[layer]
+        fresh = {
+            layer: {pool: Moments(state.d_sae, device=state.device) for pool, state in states.items()}
+            for layer, states in self.run.moments.items()
+        }
+        for layer, states in fresh.items():
+            x, cu_seqlens = self._checked(layer, *capture.packed(layer), examples)
+            y, encoder = rewards.to(x.device), self.encoders[layer]
             if capture.flushed:
                 running[layer].add(x, cu_seqlens)
+                pooled = running.pop(layer)
                 for pool, moments in states.items():
-                    moments.update(running[layer].result(pool), y, backend=self.backend)
+                    moments.update(pooled.result(pool), y, backend=self.backend)
             elif len(states) == 1:
                 (pool,) = self.pools
                 ops.encode_update(x, cu_seqlens, y, encoder, states[pool], pool, backend=self.backend)
             else:
                 pair = (states["mean"], states["max"])
                 ops.encode_update(x, cu_seqlens, y, encoder, pair, "both", backend=self.backend)
+
+        # Only now does the run change, and at once: a batch that fails or is interrupted leaves it as it was.
+        for layer, states in fresh.items():
+            for pool, moments in states.items():
+                moments.merge(self.run.moments[layer][pool])
+        known = self.run.rewards.clone()
+        known[batch] = rewards
+        self.run.moments, self.run.rewards = fresh, known
+
+    def _checked(self, layer: int, x: Tensor, cu_seqlens: Tensor, examples) -> tuple[Tensor, Tensor]:
+        """The captured tokens on the device of the layer's moments, after a look for NaN."""
+        device = self.run.moments[layer][self.run.pool].device
+        x, cu_seqlens = x.to(device), cu_seqlens.to(device)
+        _check_finite(x, cu_seqlens, self.run.points[layer], examples)
+        return x, cu_seqlens
 
 
 def _check_finite(x: Tensor, cu_seqlens: Tensor, point: HookPoint, examples) -> None:
@@ -309,9 +328,7 @@ def _check_finite(x: Tensor, cu_seqlens: Tensor, point: HookPoint, examples) -> 
 
 
 def _leader(run: Run) -> str:
-    best = max(
-        ((float(r), layer, int(i)) for layer in run.moments for r, i in [run.correlation(layer).max(0)]), default=None
-    )
+    best = max((float(r), layer, int(i)) for layer in run.moments for r, i in [run.correlation(layer).max(0)])
     mean = run.rewards.nanmean().item()
     return f"reward {mean:.3f}, top L{best[1]}/{best[2]} r={best[0]:.3f}"
 

@@ -30,11 +30,12 @@ def examine() -> dict[str, Any]:
             {
                 "backend": backend.name,
                 "device": device.type,
-                "operations": sorted(backend.operations),
-                **vars(backend.verify(backends.Call("encode_update", device, torch.float32, "relu"))),
+                "operation": operation,
+                **vars(backends.judge(backend, backends.Call(operation, device, torch.float32))),
             }
             for backend in backends.registered()
             for device in {d.type: d for d in devices}.values()
+            for operation in backends.OPERATIONS
         ],
     }
 
@@ -48,10 +49,18 @@ def text(report: dict[str, Any]) -> str:
     if report["forced_backend"]:
         lines += [f"{backends.ENVIRONMENT} asks for {report['forced_backend']!r}"]
     rows = [
-        (b["backend"], b["device"], "yes" if b["ok"] else "no", "; ".join(filter(None, (b["reason"], b["fix"]))) or "-")
+        (
+            b["backend"],
+            b["device"],
+            b["operation"],
+            "yes" if b["ok"] else "no",
+            "; ".join(filter(None, (b["reason"], b["fix"]))) or "-",
+        )
         for b in report["backends"]
     ]
-    return "\n".join([*lines, "", table(("backend", "device", "runs", "why not, and the fix"), rows, indent="")])
+    return "\n".join(
+        [*lines, "", table(("backend", "device", "operation", "runs", "why not, and the fix"), rows, indent="")]
+    )
 
 
 def _version(package: str) -> str | None:
@@ -72,5 +81,6 @@ def _extension() -> str:
     try:
         from corrsteer import _native
     except ImportError as error:
-        return f"not built ({error}); install a C++ compiler and run: pip install --force-reinstall --no-deps corrsteer"
+        fix = "install a C++ compiler, then in the source folder: pip install --force-reinstall --no-deps ."
+        return f"not built ({error}); {fix}"
     return f"built; this processor offers {', '.join(_native.instruction_sets())}"

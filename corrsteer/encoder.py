@@ -49,7 +49,7 @@ INPUT_NORMS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SparseEncoder:
     """One SAE's encoder.
 

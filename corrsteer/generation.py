@@ -120,7 +120,7 @@ def complete(
         **sampled,
     )
     inputs = pad_left(prompts, pad, model.device)
-    with torch.random.fork_rng(enabled=bool(sampled)):
+    with torch.random.fork_rng(range(torch.cuda.device_count()), enabled=bool(sampled)):
         if sampled:
             torch.manual_seed(decoding.seed * 1_000_003 + batch)
         output = model.generate(**inputs, generation_config=config, stopping_criteria=list(criteria))

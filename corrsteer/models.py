@@ -54,7 +54,9 @@ class HookPoint:
         return f"blocks.{self.layer}.hook_{self.kind}"
 
     def offset(self, by: int) -> HookPoint:
-        """The same point `by` layers on."""
+        """The same point `by` layers on; before the output of layer 0 comes its input."""
+        if (self.layer + by, self.kind) == (-1, "resid_post"):
+            return HookPoint(0, "resid_pre")
         return HookPoint(self.layer + by, self.kind)
 
 

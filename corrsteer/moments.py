@@ -51,8 +51,9 @@ class Moments:
         if d_sae < 1 or n_labels < 1:
             raise CorrSteerError(f"d_sae and n_labels must be at least 1, got d_sae={d_sae}, n_labels={n_labels}")
         self.d_sae, self.n_labels = d_sae, n_labels
-        for name, shape in self.shapes(d_sae, n_labels).items():
-            setattr(self, name, torch.zeros(shape, dtype=torch.float64, device=device))
+        with torch.inference_mode(False):  # made inside of it, they could not be updated outside
+            for name, shape in self.shapes(d_sae, n_labels).items():
+                setattr(self, name, torch.zeros(shape, dtype=torch.float64, device=device))
 
     @staticmethod
     def shapes(d_sae: int, n_labels: int) -> dict[str, tuple[int, ...]]:
@@ -91,6 +92,7 @@ class Moments:
         """Fold in pooled activations `[N, d_sae]` and rewards `[N]` or `[N, n_labels]`."""
         ops.update_moments(pooled, y, self, backend=backend)
 
+    @torch.no_grad()
     def merge(self, other: Moments) -> None:
         """Fold in the moments of other samples, such as another process's; the order does not matter."""
         if (other.d_sae, other.n_labels) != (self.d_sae, self.n_labels):
@@ -160,8 +162,14 @@ class Moments:
             with safe_open(str(path), framework="pt", device=str(device)) as file:
                 if (file.metadata() or {}).get("format") != FORMAT:
                     raise CorrSteerError(f"{path} is not a moments file of this version ({FORMAT})")
-                return cls.from_state([file.get_tensor(name) for name in cls.STATE])
-        except SafetensorError as error:
+                moments = cls.from_state([file.get_tensor(name) for name in cls.STATE])
+            shapes = cls.shapes(moments.d_sae, moments.n_labels)
+            if any(tuple(t.shape) != shapes[name] for name, t in zip(cls.STATE, moments.state())):
+                raise CorrSteerError(f"{path} is damaged (its arrays do not fit each other); collect again")
+            return moments
+        except (SafetensorError, ValueError) as error:
+            if isinstance(error, CorrSteerError):
+                raise
             raise CorrSteerError(f"{path} is damaged ({error}); collect again") from None
 
     def __repr__(self) -> str:

@@ -1,7 +1,8 @@
 """The operations: one function each, which checks its arguments and picks a backend.
 
 An eager call goes straight to the backend. Under `torch.compile` the same call becomes an operator of
-`torch.library` (namespace `corrsteer`) with a fake implementation, so that graphs do not break.
+`torch.library` (namespace `corrsteer`) with a fake implementation, so that graphs do not break. No operation is
+differentiable.
 
 Notation: T tokens, N samples, R labels, V steering vectors, B rows of S positions.
 """
@@ -25,6 +26,7 @@ POOLS = {"mean": ("mean",), "max": ("max",), "both": ("mean", "max")}
 X_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+@torch.no_grad()
 def encode(x: Tensor, encoder: SparseEncoder, *, backend: str | None = None) -> Tensor:
     """Dense feature activations, for those who want them.
 
@@ -47,6 +49,7 @@ def encode(x: Tensor, encoder: SparseEncoder, *, backend: str | None = None) -> 
     return z.reshape(*x.shape[:-1], encoder.d_sae)
 
 
+@torch.no_grad()
 def encode_pool(
     x: Tensor, cu_seqlens: Tensor, encoder: SparseEncoder, pool: str = "mean", *, backend: str | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -71,6 +74,7 @@ def encode_pool(
     return (out[0], out[1]) if pool == "both" else out[0]
 
 
+@torch.no_grad()
 def update_moments(pooled: Tensor, y: Tensor, moments: Moments, *, backend: str | None = None) -> None:
     """Fold pooled activations `[N, d_sae]` and rewards `[N]` or `[N, R]` into `moments`, in place."""
     if pooled.dim() != 2 or pooled.shape[1] != moments.d_sae:
@@ -83,6 +87,7 @@ def update_moments(pooled: Tensor, y: Tensor, moments: Moments, *, backend: str 
         _chosen("update_moments", pooled, backend)(pooled, y, moments)
 
 
+@torch.no_grad()
 def encode_update(
     x: Tensor,
     cu_seqlens: Tensor,
@@ -114,6 +119,7 @@ def encode_update(
         _chosen("encode_update", x, backend, encoder)(x, cu_seqlens, y, encoder, states, pools)
 
 
+@torch.no_grad()
 def steer_add(
     h: Tensor, vectors: Tensor, row_vector: Tensor, positions: Tensor | None = None, *, backend: str | None = None
 ) -> Tensor:
@@ -185,7 +191,7 @@ def _check_packed(x: Tensor, cu_seqlens: Tensor, encoder: SparseEncoder) -> Tens
             f"use cumsum(lengths, 0, dtype=torch.int32) with a 0 before it"
         )
     _check_device("cu_seqlens", cu_seqlens, x.device)
-    # Reading values from a GPU would stall it at every call, and cannot be traced: there the kernels bound them.
+    # Reading values from a GPU would stall it at every call, and cannot be traced: there backends must bound them.
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != len(x) or bool((cu_seqlens.diff() < 0).any()):
             raise CorrSteerError(

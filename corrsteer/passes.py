@@ -26,6 +26,8 @@ _trackers: weakref.WeakKeyDictionary[nn.Module, PassTracker] = weakref.WeakKeyDi
 def track(model: nn.Module):
     """The model's `PassTracker` for as long as the context lasts; nested contexts share one."""
     refuse_compiled(model)
+    if hasattr(model, "get_base_model"):  # a PEFT wrapper, whose generate runs the model inside and not its own forward
+        model = model.get_base_model()
     tracker = _trackers.get(model)
     if tracker is None:
         tracker = _trackers[model] = PassTracker(model)
@@ -59,7 +61,7 @@ class PassTracker:
             )
         self.users = self.generations = 0
         self.start, self.mask, self.prompt_width = 0, None, None
-        self._prefill_width = 0
+        self._prefill_width = self._passes = 0
         self._selected: dict[tuple[str, torch.device], Tensor] = {}
         self._handle = model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
         self._model = weakref.ref(model)
@@ -78,6 +80,7 @@ class PassTracker:
             if self.prompt_width and isinstance(mask, Tensor):  # which covers a filled cache, where the ids may not
                 self.prompt_width = max(self.prompt_width, mask.shape[-1])
             self.generations += 1
+            self._passes = 0
             try:
                 return inner(*args, **kwargs)
             finally:
@@ -98,6 +101,7 @@ class PassTracker:
 
     def _before_pass(self, module, args, kwargs) -> None:
         self._selected.clear()
+        self._passes += 1
         if len(args) > 1:  # what the second argument is depends on the model
             kwargs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
             args = ()
@@ -114,12 +118,16 @@ class PassTracker:
             self.mask = _prepared_mask(mask, tokens.shape[1])
         # else: a mask prepared for a static cache; what the first pass said still holds
 
-    def select(self, h: Tensor, positions: str) -> Tensor:
-        """Which of the tokens in `h: [B, S, d]` count as `positions`: `[B, S]` bool on h's device.
+    def select(self, h: Tensor, positions: str) -> Tensor | None:
+        """Which of the tokens in `h: [B, S, d]` count as `positions`: `[B, S]` bool on h's device, or None for all.
 
         `generated` is the last prompt token and every generated token, `prompt` every prompt token, `all` both;
         none of them padding.
         """
+        if not self._passes:
+            raise CorrSteerError("the model's layers run without its forward; give the model whose generate is called")
+        if positions != "prompt" and self.prompt_width and self.start >= self.prompt_width:
+            return None  # a decode step: every row reads a generated token
         key = (positions, h.device)
         if key not in self._selected:  # the same in every layer of a pass
             self._selected[key] = self._select(h, positions)

@@ -32,7 +32,8 @@ def token_scale(x: Tensor, encoder: SparseEncoder) -> Tensor | None:
 
 def preactivation(x: Tensor, encoder: SparseEncoder) -> Tensor:
     """`scale · (W x)` before any bias: `[T, d_sae]`."""
-    product = x.to(encoder.compute_dtype) @ encoder.weight.to(encoder.compute_dtype).T
+    with torch.autocast(x.device.type, enabled=False):  # which would round the operands to half precision
+        product = x.to(encoder.compute_dtype) @ encoder.weight.to(encoder.compute_dtype).T
     scale = token_scale(x, encoder)
     return product if scale is None else product * scale
 
@@ -45,7 +46,7 @@ def encode(x: Tensor, encoder: SparseEncoder) -> Tensor:
     2024); abstopk the k largest |p|, signed.
     """
     if encoder.activation == "identity":
-        return x.to(encoder.compute_dtype)
+        return x.to(encoder.compute_dtype, copy=True)
     product = preactivation(x, encoder)
     p = product + encoder.bias
     if encoder.activation == "relu":
@@ -63,10 +64,13 @@ def encode(x: Tensor, encoder: SparseEncoder) -> Tensor:
 def pool(z: Tensor, cu_seqlens: Tensor, how: str) -> Tensor:
     """Mean or max of `z: [T, d]` over each sample's tokens: `[N, d]`. A sample without tokens pools to 0."""
     lengths = cu_seqlens.diff().long()
-    sample = torch.repeat_interleave(torch.arange(len(lengths), device=z.device), lengths, output_size=len(z))
+    if how == "mean":  # segment_reduce rather than index_add_, which on a GPU adds in any order
+        total = torch.segment_reduce(z, "sum", lengths=lengths, axis=0, initial=0, unsafe=True)
+        return total / lengths.clamp(min=1)[:, None]
     out = z.new_zeros(len(lengths), z.shape[1])
-    if how == "mean":
-        return out.index_add_(0, sample, z) / lengths.clamp(min=1)[:, None]
+    token = torch.arange(len(z), device=z.device, dtype=cu_seqlens.dtype)
+    # clamped, so that cu_seqlens which nobody checked cannot write outside of the result
+    sample = torch.searchsorted(cu_seqlens[1:], token, right=True).clamp(max=len(lengths) - 1)
     # include_self=False: activations may be negative, so 0 is not where a maximum starts
     return out.scatter_reduce_(0, sample[:, None].expand_as(z), z, "amax", include_self=False)
 

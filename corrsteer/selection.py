@@ -82,7 +82,18 @@ def select(
     if strategy == "single":
         chosen = sorted(chosen, key=lambda f: -abs(f.correlation))[:1]
     notes = list(run.notes)
-    if not chosen and not notes:
+    n_positive = int(next(iter(run.moments.values()))[run.pool].n_positive[0])
+    if not notes and n_positive == 0:
+        chosen = []
+        notes.append(
+            "no reward was above 0, so every coefficient, a mean over the samples with reward > 0, would be 0; "
+            "shift the reward so that good samples have a positive one"
+        )
+    if coefficient == "contrastive" and chosen and n_positive == run.n:
+        notes.append("every reward was above 0, so the contrastive coefficient has nothing to subtract")
+    if not chosen and not layers:
+        notes.append("no layer is left to select from: layer 0 is left out unless it is named in layers=[0]")
+    elif not chosen and not notes:
         notes.append(
             f"no feature of layers {layers} has a {'nonzero' if direction == 'both' else direction} correlation "
             f"with the reward over {run.n} samples"

@@ -55,6 +55,8 @@ class CollectSettings(TaskSettings, ModelSettings):
     coefficient_pool: Literal["max", "mean"] | None = None
     positions: Literal["generated", "all"] = "generated"
     hook_offset: int = 0
+    buffer_bytes: int = Field(default=1 << 30, ge=1)
+    backend: str | None = None
     part: Part = "train"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -76,6 +77,11 @@ class Steering:
             raise CorrSteerError(
                 f"directions must be [{len(self.features)}, d], one per feature, got {list(self.directions.shape)}"
             )
+        for feature in self.features:
+            if not math.isfinite(feature.coefficient):
+                raise CorrSteerError(
+                    f"coefficient of feature {feature.index} must be finite, got {feature.coefficient}"
+                )
         if not bool(torch.isfinite(self.directions).all()):
             raise CorrSteerError("directions must be finite; the SAE's decoder has NaN, infinite or all-zero rows")
 

@@ -100,9 +100,10 @@ def test_without_json_results_are_text_on_stdout_and_progress_is_on_stderr(world
     assert "coefficient" in result.stdout and "2 features written to" in result.stdout
 
 
-def test_an_option_wins_over_the_yaml_file(world):
-    result = run("collect", "--config", world / "collect.yaml", "--out", world / "few", "--limit", 5, "--json")
-    assert json.loads(result.stdout)["samples"] == 5
+def test_an_option_wins_over_the_yaml_file_and_force_replaces_a_run(world):
+    for limit, force in ((5, ()), (7, ("--force",))):
+        arguments = ["--config", world / "collect.yaml", "--out", world / "few", "--limit", limit, "--json", *force]
+        assert json.loads(run("collect", *arguments).stdout)["samples"] == limit
 
 
 def test_identity_collects_residual_dimensions(world):
@@ -124,12 +125,17 @@ def test_identity_collects_residual_dimensions(world):
 def test_doctor_prints_versions_and_every_backend():
     report = json.loads(run("doctor", "--json").stdout)
     assert report["packages"]["torch"] == torch.__version__
-    assert {"backend": "reference", "device": "cpu", "ok": True}.items() <= report["backends"][-1].items()
+    assert {"backend": "reference", "operation": "encode", "ok": True}.items() <= report["backends"][0].items()
     assert "reference" in run("doctor").stdout
 
 
 COLLECT = ("collect", "--config", "{world}/collect.yaml", "--out", "o")
 MISTAKES = {
+    "a run is already there": (["collect", "--config", "{world}/collect.yaml", "--out", "{world}/run"], "or --force"),
+    "out cannot be written to": (
+        ["collect", "--config", "{world}/collect.yaml", "--out", "{world}/task.jsonl/run"],
+        "cannot be written to",
+    ),
     "a setting is missing": (["collect"], "model is missing: give --model or put it in the YAML file"),
     "the yaml file is not there": (["collect", "--config", "no.yaml"], "config no.yaml cannot be read"),
     "a value is not allowed": ([*COLLECT, "--pool", "sum"], "pool: Input should be"),

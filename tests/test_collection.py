@@ -1,10 +1,12 @@
 """collect: what it gathers, what it refuses before it starts, and what it keeps when it must stop."""
 
+import json
+
 import pytest
 import torch
 import worlds
 
-from corrsteer import CorrSteerError, Moments, Run, SparseEncoder, Task, collect, encode
+from corrsteer import CorrSteerError, Moments, Run, SparseEncoder, Task, collect, encode, encode_update
 from corrsteer.collection import CollectionStopped
 from corrsteer.generation import Decoding, complete, plan_batches, tokenize
 
@@ -106,6 +108,11 @@ def test_hook_offset_reads_the_layer_before(model):
         assert torch.equal(a, b)
 
 
+def test_hook_offset_before_layer_0_reads_its_input(model):
+    run = gather(model, hook_offset=-1, encoders={0: SparseEncoder.identity(128)})
+    assert str(run.points[0]) == "blocks.0.hook_resid_pre"
+
+
 def test_an_identity_encoder_collects_residual_dimensions(model):
     run = gather(model, encoders={1: SparseEncoder.identity(128)}, pool="mean")
     assert run.correlation(1).shape == (128,) and bool((run.correlation(1) != 0).all())
@@ -128,8 +135,73 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(CorrSteerError, match="is not a saved run: it has no run.json"):
         Run.load(tmp_path)
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(CorrSteerError, match="run.json is damaged"):
+    with pytest.raises(CorrSteerError, match="is damaged"):
         Run.load(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ("no pool", "rewards cut", "moments cut", "moments of another size", "not a dict"))
+def test_a_damaged_run_is_refused(model, tmp_path, damage):
+    gather(model).save(tmp_path)
+    described = json.loads((tmp_path / "run.json").read_text())
+    if damage == "no pool":
+        del described["pool"]
+    if damage == "not a dict":
+        described["layers"] = [1]
+    (tmp_path / "run.json").write_text(json.dumps(described))
+    if damage == "rewards cut":
+        (tmp_path / "rewards.safetensors").write_bytes((tmp_path / "rewards.safetensors").read_bytes()[:-4])
+    if damage == "moments cut":
+        (tmp_path / "layer_1.max.safetensors").write_bytes(b"")
+    if damage == "moments of another size":
+        broken = Moments(5)
+        broken.z_mean = torch.zeros(4, dtype=torch.float64)
+        broken.save(tmp_path / "layer_1.max.safetensors")
+    with pytest.raises(CorrSteerError, match="damaged"):
+        Run.load(tmp_path)
+
+
+@pytest.mark.parametrize("failure", (RuntimeError("out of memory"), KeyboardInterrupt()))
+def test_a_failure_between_layers_leaves_the_run_as_it_was_before_the_batch(model, monkeypatch, failure):
+    calls = []
+
+    def update(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 4:  # the second layer of the second batch
+            raise failure
+        return encode_update(*arguments, **options)
+
+    monkeypatch.setattr("corrsteer.collection.ops.encode_update", update)
+    with pytest.raises(CollectionStopped, match="(out of memory|interrupted).*the 16 samples") as stopped:
+        gather(model)
+    run = stopped.value.run
+    assert run.moments[1]["max"].n == run.moments[2]["max"].n == int(run.rewards.isfinite().sum()) == 16
+
+
+def test_a_wrapper_around_the_model_is_seen_through(model):
+    class Wrapper(torch.nn.Module):
+        """As PEFT wraps a model: generate runs the model inside, and not the wrapper's forward."""
+
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.base, name)
+
+        def generate(self, *arguments, **options):
+            return self.base.generate(*arguments, **options)
+
+    class Peft(Wrapper):
+        def get_base_model(self):
+            return self.base
+
+    plain, wrapped = gather(model, positions="all"), gather(Peft(model), positions="all")
+    assert all(torch.equal(a, b) for a, b in zip(plain.moments[1]["max"].state(), wrapped.moments[1]["max"].state()))
+    with pytest.raises(CorrSteerError, match="without its forward; give the model whose generate is called"):
+        gather(Wrapper(model), positions="all")
 
 
 def test_a_reward_that_never_varies_is_noted(model):

@@ -200,6 +200,27 @@ def test_operators_pass_torchs_own_checks_of_their_schema_and_fake_implementatio
     call(torch.ops.corrsteer.steer_add.default, (h, torch.ones(1, 4), rows, None, None), test_utils=checks)
 
 
+def test_no_operation_records_a_gradient_or_listens_to_autocast():
+    encoder, moments, x = make_encoder("relu"), Moments(67), torch.randn(5, 19, requires_grad=True)
+    encode_update(x, cu([2, 3]), torch.ones(2), encoder, moments)
+    assert not any(tensor.requires_grad for tensor in (*moments.state(), encode(x, encoder)))
+    expected = encode(x, encoder)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(encode(x, encoder), expected)
+
+
+def test_moments_made_in_inference_mode_can_be_updated_outside_of_it():
+    with torch.inference_mode():
+        moments = Moments(3)
+    moments.update(torch.ones(2, 3), torch.ones(2))
+    assert moments.n == 2
+
+
+def test_encode_never_returns_its_argument():
+    x = torch.randn(4, 19)
+    assert encode(x, make_encoder("identity")).data_ptr() != x.data_ptr()
+
+
 BAD_CALLS = {
     "x of another width": (lambda e, x, c: encode(x[:, :5], e), "x must have d_in=19"),
     "x of integers": (lambda e, x, c: encode(x.long(), e), "x must be float32"),

@@ -117,7 +117,30 @@ def test_a_constant_reward_gives_a_steering_without_features_that_says_why(tmp_p
 def test_no_feature_in_the_asked_direction_is_said_in_the_notes():
     run = made_run(layers=(0,))
     steering = select(run, "all")
-    assert steering.features == [] and "no feature of layers [] has a positive correlation" in steering.notes[0]
+    assert steering.features == [] and "layer 0 is left out unless it is named in layers=[0]" in steering.notes[0]
+    run.moments[0]["max"].cross.abs_().neg_()
+    steering = select(run, "all", layers=[0])
+    assert steering.features == [] and "no feature of layers [0] has a positive correlation" in steering.notes[0]
+
+
+def test_rewards_that_are_never_positive_select_nothing_and_say_why():
+    run = made_run()
+    for layer in run.moments:
+        z = torch.rand(50, 12, generator=torch.Generator().manual_seed(layer))
+        run.moments[layer] = {"max": Moments(12)}
+        run.moments[layer]["max"].update(z, -(z[:, 3] < 0.5).float())
+    steering = select(run, "all")
+    assert steering.features == [] and "no reward was above 0" in steering.notes[0]
+
+
+def test_rewards_that_are_always_positive_leave_contrastive_nothing_to_subtract():
+    run = made_run()
+    for layer in run.moments:
+        z = torch.rand(50, 12, generator=torch.Generator().manual_seed(layer))
+        run.moments[layer] = {"max": Moments(12)}
+        run.moments[layer]["max"].update(z, 1 + z[:, 3])
+    assert "nothing to subtract" in select(run, "all", coefficient="contrastive").notes[0]
+    assert select(run, "all").notes == []
 
 
 def test_a_decoder_that_is_gone_is_named_with_what_to_do(tmp_path):
