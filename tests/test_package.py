@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -36,8 +37,20 @@ def test_every_public_name_can_be_imported_and_is_documented():
     python("import corrsteer.collection; import corrsteer; assert callable(corrsteer.collect), corrsteer.collect")
 
 
-def test_kernels_are_installed_only_inside_corrsteer(tmp_path):
-    assert "corrsteer.kernels" in python("import corrsteer.kernels; print(corrsteer.kernels.__name__)", cwd=tmp_path)
+def test_kernels_are_not_taken_for_the_hugging_face_package_of_that_name(tmp_path):
+    code = (
+        "import corrsteer.kernels, importlib.util, transformers.utils; "
+        "print(importlib.util.find_spec('kernels'), transformers.utils.is_kernels_available())"
+    )
+    assert python(code, cwd=tmp_path).split() == ["None", "False"]
+
+
+def test_the_readmes_example_runs_as_it_stands(tmp_path, request):
+    blocks = re.findall(r"```python\n(.*?)```", (request.config.rootpath / "README.md").read_text(), re.DOTALL)
+    (example,) = [block for block in blocks if "corrsteer.demo" in block]
+    output = python(example, cwd=tmp_path)
+    assert "Feature(hook_point='blocks.1.hook_resid_post'" in output and "47+38=?85" in output
+    assert (tmp_path / "steering.safetensors").is_file()
 
 
 def test_the_extension_says_which_instruction_sets_this_processor_offers():
@@ -66,20 +79,14 @@ def test_a_wheel_holds_the_package_the_kernels_the_extension_and_the_demo_and_no
     assert any(name.startswith("corrsteer/_native.") for name in names)
 
 
-def test_a_wheel_unpacked_elsewhere_runs_the_demo_from_another_directory(wheel, tmp_path):
+def test_a_wheel_installs_and_its_command_runs_the_demo_from_another_directory(wheel, tmp_path):
     site = tmp_path / "site"
-    zipfile.ZipFile(wheel).extractall(site)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
     environment = os.environ | {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
-    where = python("import corrsteer; print(corrsteer.__file__)", cwd=elsewhere, env=environment)
+    where = python("import corrsteer; print(corrsteer.__file__)", cwd=tmp_path, env=environment)
     assert where.startswith(str(site))
-    done = subprocess.run(
-        [sys.executable, "-m", "corrsteer.cli", "demo", "--json"],
-        capture_output=True,
-        text=True,
-        cwd=elsewhere,
-        env=environment,
-    )
+    command = [sys.executable, str(site / "bin" / "corrsteer"), "demo", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert set(json.loads(done.stdout)["strategies"]) == {"single", "all", "pruned"}
