@@ -1,21 +1,18 @@
 """What a result file says of the machine it came from: the processor and the versions, nothing that names a host."""
 
-import sae_lens
 import torch
-import triton
 
-import corrsteer
+from corrsteer import doctor
 
-KEPT = ("processor", "machine", "system", "python_version", "cpu")
+KEPT = ("processor", "machine", "system", "python_version")
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    cpu = {name: machine_info["cpu"].get(name) for name in ("brand_raw", "count", "flags")}
-    kept = {name: machine_info[name] for name in KEPT} | {"cpu": cpu, "threads": torch.get_num_threads()}
+    kept = {name: machine_info[name] for name in KEPT} | {"cpu": machine_info["cpu"].get("brand_raw")}
+    report = doctor.examine()
     machine_info.clear()
-    machine_info.update(kept)
-    packages = {"corrsteer": corrsteer, "torch": torch, "triton": triton, "sae_lens": sae_lens}
-    machine_info["versions"] = {name: module.__version__ for name, module in packages.items()}
+    machine_info.update(kept | {"threads": torch.get_num_threads(), "corrsteer": report["corrsteer"]})
+    machine_info.update({name: report[name] for name in ("packages", "devices", "extension")})
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
