@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from corrsteer import __version__
 from corrsteer import settings as config_
 from corrsteer.errors import CorrSteerError
 
@@ -65,9 +66,18 @@ def main() -> None:
     app()
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
 @app.callback()
 def _global(
     traceback: Annotated[bool, typer.Option("--traceback", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Say more on stderr.")] = False,
 ) -> None:
     global _show_traceback
@@ -229,6 +239,8 @@ def select(
         "model": model, "task": task, "grader": grader, "part": part, "limit": limit, "dtype": dtype,
         "device": device, "positions": positions, "scale": scale,
     }  # fmt: skip
+    if not out.parent.is_dir():
+        raise CorrSteerError(f"out {out} cannot be written: there is no folder {out.parent}")
     loaded = Run.load(run)
     pruning: dict[str, Any] = {}
     if strategy == "pruned":

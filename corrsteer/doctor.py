@@ -47,7 +47,9 @@ def text(report: dict[str, Any]) -> str:
     lines += [f"{name}: {described}" for name, described in report["devices"].items()]
     lines += [f"C++ extension: {report['extension']}"]
     if report["forced_backend"]:
-        lines += [f"{backends.ENVIRONMENT} asks for {report['forced_backend']!r}"]
+        known = {b["backend"] for b in report["backends"]}
+        consequence = "" if report["forced_backend"] in known else ", which is no backend: every operation will raise"
+        lines += [f"{backends.ENVIRONMENT} asks for {report['forced_backend']!r}{consequence}"]
     rows = [
         (
             b["backend"],

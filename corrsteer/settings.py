@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from corrsteer.errors import CorrSteerError
 
@@ -59,6 +60,14 @@ class CollectSettings(TaskSettings, ModelSettings):
     backend: str | None = None
     part: Part = "train"
 
+    @field_validator("sae", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        """In YAML a mapping of layers to sources, or a single LAYER=SOURCE, will do."""
+        if isinstance(value, dict):
+            return [f"{layer}={source}" for layer, source in value.items()]
+        return [value] if isinstance(value, str) else value
+
 
 class EvaluateSettings(TaskSettings, ModelSettings):
     """What `corrsteer evaluate` needs; `corrsteer select --strategy pruned` uses it for its validation."""
@@ -79,8 +88,8 @@ def read(kind: type[S], config: Path | None, flags: dict[str, Any], defaults: di
     CorrSteerError : for a file that is not a YAML mapping, an unknown or missing setting, or a bad value.
     """
     values = {name: value for name, value in (defaults or {}).items() if name in kind.model_fields}
-    if config is not None:
-        values |= _yaml(config)
+    if config is not None:  # one file may serve several commands
+        values |= {name: value for name, value in _yaml(config).items() if name in kind.model_fields}
     values |= {name: value for name, value in flags.items() if value is not None}
     try:
         return kind(**values)
@@ -104,4 +113,11 @@ def _yaml(path: Path) -> dict[str, Any]:
         raise CorrSteerError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise CorrSteerError(f"config {path} must be a mapping of settings, got {type(values).__name__}")
+    values = {str(name).replace("-", "_"): value for name, value in values.items()}
+    known = CollectSettings.model_fields | EvaluateSettings.model_fields
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it must be one of {', '.join(sorted(known))}"
+            raise CorrSteerError(f"config {path} has an unknown setting {name!r}; {hint}")
     return values

@@ -121,7 +121,10 @@ class Steering:
             "provenance": self.provenance,
         }
         metadata = {"format": FORMAT, "steering": json.dumps(described)}
-        save_file({"directions": self.directions.cpu().float().contiguous()}, str(path), metadata=metadata)
+        try:
+            save_file({"directions": self.directions.cpu().float().contiguous()}, str(path), metadata=metadata)
+        except (OSError, SafetensorError) as error:
+            raise CorrSteerError(f"{path} cannot be written ({error}); give a path in a folder that exists") from None
 
     @classmethod
     def load(cls, path, model: nn.Module | None = None) -> Steering:
@@ -187,6 +190,8 @@ def apply_rows(
     model, positions, scale : as for `Steering.apply`.
     """
     check_positions(positions)
+    if not math.isfinite(scale):
+        raise CorrSteerError(f"scale must be finite, got {scale}")
     rows_ = None if rows is None else torch.tensor(list(rows), dtype=torch.int32)
     if rows_ is not None and not bool(((rows_ >= -1) & (rows_ < len(steerings))).all()):
         raise CorrSteerError(f"rows must lie in -1..{len(steerings) - 1}, got {list(rows)}")

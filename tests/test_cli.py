@@ -11,6 +11,7 @@ import worlds
 import yaml
 from typer.testing import CliRunner
 
+import corrsteer
 from corrsteer import Task
 from corrsteer.cli import app
 
@@ -100,6 +101,25 @@ def test_without_json_results_are_text_on_stdout_and_progress_is_on_stderr(world
     assert "coefficient" in result.stdout and "2 features written to" in result.stdout
 
 
+def test_one_yaml_file_serves_every_command_and_takes_hyphens_and_a_mapping_of_saes(world, collected, tmp_path):
+    settings = yaml.safe_load((world / "collect.yaml").read_text()) | {"sae": {1: str(world / "sae1")}, "limit": 9}
+    settings["max-new-tokens"] = settings.pop("max_new_tokens")
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump(settings))
+    arguments = ("--config", tmp_path / "all.yaml", "--json")
+    assert set(json.loads(run("collect", "--out", tmp_path / "run", *arguments).stdout)["layers"]) == {"1"}
+    run("select", tmp_path / "run", "--out", tmp_path / "s")
+    assert json.loads(run("evaluate", "--steering", tmp_path / "s", *arguments).stdout)["n"] == 9
+
+
+def test_doctor_says_that_a_forced_backend_is_none(monkeypatch):
+    monkeypatch.setenv("CORRSTEER_BACKEND", "foo")
+    assert "asks for 'foo', which is no backend" in run("doctor").stdout
+
+
+def test_version_is_printed():
+    assert run("--version").stdout.strip() == corrsteer.__version__
+
+
 def test_an_option_wins_over_the_yaml_file_and_force_replaces_a_run(world):
     for limit, force in ((5, ()), (7, ("--force",))):
         arguments = ["--config", world / "collect.yaml", "--out", world / "few", "--limit", limit, "--json", *force]
@@ -131,6 +151,7 @@ def test_doctor_prints_versions_and_every_backend():
 
 COLLECT = ("collect", "--config", "{world}/collect.yaml", "--out", "o")
 MISTAKES = {
+    "a steering file has no folder": (["select", "{world}/run", "--out", "{world}/none/s"], "there is no folder"),
     "a run is already there": (["collect", "--config", "{world}/collect.yaml", "--out", "{world}/run"], "or --force"),
     "out cannot be written to": (
         ["collect", "--config", "{world}/collect.yaml", "--out", "{world}/task.jsonl/run"],
@@ -194,7 +215,8 @@ def test_the_traceback_is_shown_when_asked_for():
 
 def test_yaml_with_an_unknown_setting_or_no_mapping_is_refused(tmp_path):
     (tmp_path / "a.yaml").write_text("modle: x\n")
-    assert "modle: Extra inputs are not permitted" in run("collect", "--config", tmp_path / "a.yaml", ok=False).stderr
+    message = run("collect", "--config", tmp_path / "a.yaml", ok=False).stderr
+    assert "unknown setting 'modle'; did you mean model?" in message
     (tmp_path / "b.yaml").write_text("- x\n")
     assert "must be a mapping of settings, got list" in run("collect", "--config", tmp_path / "b.yaml", ok=False).stderr
     (tmp_path / "c.yaml").write_text("a: [\n")

@@ -614,3 +614,12 @@ def test_a_model_whose_layers_accelerate_keeps_on_the_disk_is_steered_where_they
     with steering.apply(model):
         steered = generate(model, prompts, N).tolist()
     assert steered == [greedy_by_hand("llama", prompt, N, steering) for prompt in prompts]
+
+
+def test_a_scale_that_is_not_finite_and_a_folder_that_is_not_there_are_refused(tmp_path):
+    steering = Steering([], torch.zeros(0, 0))
+    with pytest.raises(CorrSteerError, match="scale must be finite, got nan"):
+        with steering.apply(build("llama"), scale=float("nan")):
+            pass
+    with pytest.raises(CorrSteerError, match="cannot be written .* give a path in a folder that exists"):
+        steering.save(tmp_path / "none" / "s")

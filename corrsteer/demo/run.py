@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from corrsteer.collection import collect
 from corrsteer.demo import sums
 from corrsteer.encoder import SparseEncoder
@@ -36,6 +38,15 @@ def load():
 
 def run_demo(seed: int = 0, say: Callable[[str], None] = print, progress: bool = True) -> dict[str, Any]:
     """Run the main job, telling `say` as it goes, and return every number of it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a second one gains nothing on so small a model, and costs much on a busy machine
+    try:
+        return _run(seed, say, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(seed: int, say: Callable[[str], None], progress: bool) -> dict[str, Any]:
     started = time.monotonic()
     say("Loading a 0.85-million-parameter language model and the SAE of each of its layers ...")
     model, tokenizer, encoders = load()
