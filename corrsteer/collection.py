@@ -192,14 +192,14 @@ def collect(
         provenance=_provenance(model, task, encoders, positions, decoding, hook_offset) | {"backends": chosen},
     )
     batches = plan_batches([len(p) for p in prompts], decoding)
-    batches_of = _Batches(
+    collector = _Collector(
         run, model, tokenizer, encoders, task, prompts, pools, positions, decoding, buffer_bytes, backend
     )
     with tqdm(total=len(task), unit="sample", desc=f"collect {task.name}", disable=not progress) as bar:
         shown = 0.0
         try:
             for number, batch in enumerate(batches):
-                batches_of.collect(number, batch)
+                collector.collect(number, batch)
                 bar.update(len(batch))
                 if progress and time.monotonic() - shown > PROGRESS_SECONDS:
                     shown = time.monotonic()
@@ -241,7 +241,7 @@ def place(model: nn.Module, encoders: Mapping[int, SparseEncoder], hook_offset: 
 
 
 @dataclass(frozen=True)
-class _Batches:
+class _Collector:
     """What every batch of one collection needs."""
 
     run: Run

@@ -192,8 +192,8 @@ def apply_rows(
     check_positions(positions)
     if not math.isfinite(scale):
         raise CorrSteerError(f"scale must be finite, got {scale}")
-    rows_ = None if rows is None else torch.tensor(list(rows), dtype=torch.int32)
-    if rows_ is not None and not bool(((rows_ >= -1) & (rows_ < len(steerings))).all()):
+    chosen = None if rows is None else torch.tensor(list(rows), dtype=torch.int32)
+    if chosen is not None and not bool(((chosen >= -1) & (chosen < len(steerings))).all()):
         raise CorrSteerError(f"rows must lie in -1..{len(steerings) - 1}, got {list(rows)}")
     vectors: dict[HookPoint, Tensor] = {}
     for at, steering in enumerate(steerings):
@@ -205,7 +205,7 @@ def apply_rows(
     with contextlib.ExitStack() as stack:
         tracker = stack.enter_context(track(model))
         for point, table in vectors.items():
-            add = _Add(tracker, table, rows_, positions)
+            add = _Add(tracker, table, chosen, positions)
             # The first layer's input may be the caller's own inputs_embeds.
             function = (lambda h, add=add: add(h.clone())) if point == HookPoint(0, "resid_pre") else add
             stack.callback(models.attach(model, point, function).remove)
