@@ -48,7 +48,7 @@ def run_demo(seed: int = 0, say: Callable[[str], None] = print, progress: bool =
 
 def _run(seed: int, say: Callable[[str], None], progress: bool) -> dict[str, Any]:
     started = time.monotonic()
-    say("Loading a 0.85-million-parameter language model and the SAE of each of its layers ...")
+    say("Loading a 0.86-million-parameter language model and the SAE of each of its layers ...")
     model, tokenizer, encoders = load()
     splits = sums.splits(seed)
     train, validation, test = (

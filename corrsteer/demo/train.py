@@ -2,7 +2,7 @@
 
     python -m corrsteer.demo.train            # writes corrsteer/demo/model and corrsteer/demo/sae
 
-It takes about a quarter of an hour on two CPU cores. The language model is a four-layer Llama of 0.85 million
+It takes about a quarter of an hour on two CPU cores. The language model is a four-layer Llama of 0.86 million
 parameters over single characters; the SAEs are trained on its residual stream by SAELens' own trainer
 and saved in SAELens' own format.
 """
