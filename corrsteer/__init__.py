@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):
+    if name == "demo":  # a subpackage, imported on first use
+        return importlib.import_module("corrsteer.demo")
     if name not in _HOME:
         raise AttributeError(f"module 'corrsteer' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"corrsteer.{_HOME[name]}"), name)

@@ -1,5 +1,6 @@
 """The package as installed: what importing costs, and that a wheel is all it takes."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -37,17 +38,23 @@ def test_every_public_name_can_be_imported_and_is_documented():
     python("import corrsteer.collection; import corrsteer; assert callable(corrsteer.collect), corrsteer.collect")
 
 
-def test_kernels_are_not_taken_for_the_hugging_face_package_of_that_name(tmp_path):
-    code = (
-        "import corrsteer.kernels, importlib.util, transformers.utils; "
-        "print(importlib.util.find_spec('kernels'), transformers.utils.is_kernels_available())"
-    )
-    assert python(code, cwd=tmp_path).split() == ["None", "False"]
+@pytest.mark.parametrize("where", ("the repository", "elsewhere"))
+def test_kernels_are_not_taken_for_the_hugging_face_package_of_that_name(where, tmp_path, request):
+    code = "import transformers, corrsteer.kernels; print(transformers.utils.is_kernels_available())"
+    cwd = request.config.rootpath if where == "the repository" else tmp_path
+    assert python(code, cwd=cwd).split() == ["False"]
+
+
+def test_no_top_level_module_named_kernels_is_installed(wheel, tmp_path):
+    assert "kernels" not in importlib.metadata.packages_distributions()
+    site = [name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()]
+    assert "corrsteer" in site and "kernels" not in site
 
 
 def test_the_readmes_example_runs_as_it_stands(tmp_path, request):
     blocks = re.findall(r"```python\n(.*?)```", (request.config.rootpath / "README.md").read_text(), re.DOTALL)
-    (example,) = [block for block in blocks if "corrsteer.demo" in block]
+    (example,) = [block for block in blocks if "demo.load()" in block]
+    assert len([line for line in example.splitlines() if line.strip()]) == 10
     output = python(example, cwd=tmp_path)
     assert "Feature(hook_point='blocks.1.hook_resid_post'" in output and "47+38=?85" in output
     assert (tmp_path / "steering.safetensors").is_file()

@@ -36,6 +36,13 @@ def load():
     return model, tokenizer, {layer: SparseEncoder.load(HERE / "sae" / f"layer_{layer}") for layer in layers}
 
 
+def tasks(seed: int = 0) -> tuple[Task, Task, Task]:
+    """The demo's train, validation and test sums, none of which is in two of them."""
+    splits = sums.splits(seed)
+    parts = (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
+    return tuple(Task.from_rows(rows, grader="exact", name=name) for name, rows in parts)
+
+
 def run_demo(seed: int = 0, say: Callable[[str], None] = print, progress: bool = True) -> dict[str, Any]:
     """Run the main job, telling `say` as it goes, and return every number of it."""
     threads = torch.get_num_threads()
@@ -50,11 +57,7 @@ def _run(seed: int, say: Callable[[str], None], progress: bool) -> dict[str, Any
     started = time.monotonic()
     say("Loading a 0.86-million-parameter language model and the SAE of each of its layers ...")
     model, tokenizer, encoders = load()
-    splits = sums.splits(seed)
-    train, validation, test = (
-        Task.from_rows(rows, grader="exact", name=name)
-        for name, rows in (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
-    )
+    train, validation, test = tasks(seed)
     decoding = Decoding(max_new_tokens=4)
     say(
         f"It learnt to write sums like two authors: {sums.CAREFUL}, who is right, and {sums.SLOPPY}, who forgets "
