@@ -207,7 +207,10 @@ def collect(
             if progress:
                 bar.set_postfix_str(_leader(run))
         except (Exception, KeyboardInterrupt) as error:  # a GPU out of memory, say: hours of work are in the run
-            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
+            if isinstance(error, CorrSteerError):
+                reason = str(error)
+            else:
+                reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
             raise CollectionStopped(reason, run) from error
     _note_constant_reward(run)
     return run
@@ -288,8 +291,8 @@ class _Collector:
             x, cu_seqlens = self._checked(layer, *capture.packed(layer), examples)
             y, encoder = rewards.to(x.device), self.encoders[layer]
             if capture.flushed:
-                running[layer].add(x, cu_seqlens)
                 pooled = running.pop(layer)
+                pooled.add(x, cu_seqlens)
                 for pool, moments in states.items():
                     moments.update(pooled.result(pool), y, backend=self.backend)
             elif len(states) == 1:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 import corrsteer
-from corrsteer import Task
+from corrsteer import Steering, Task
 from corrsteer.cli import app
 
 COMMANDS = ("demo", "collect", "select", "evaluate", "generate", "doctor")
@@ -86,14 +87,21 @@ def test_collect_select_evaluate_and_generate_hand_over_to_each_other(world, col
 
 
 def test_select_pruned_validates_on_the_runs_own_task(world, collected):
-    result = CliRunner().invoke(
-        app,
-        ["select", str(world / "run"), "--strategy", "pruned", "--scale", "30", "--out", str(world / "p"), "--json"],
-    )
-    if result.exit_code:  # nothing helped, which is an answer too
-        assert "beat the unsteered validation score" in result.stderr
-    else:
-        assert json.loads(result.stdout)["features"]
+    alone, pruned, strong = world / "alone.safetensors", world / "pruned.safetensors", ("--scale", 300)
+    (feature,) = json.loads(run("select", world / "run", "--strategy", "single", "--out", alone, "--json").stdout)[
+        "features"
+    ]
+    answers = run("generate", "--steering", alone, "--prompt", "1+2=", *strong, "--json").stdout
+    grader = "regex:^" + re.escape(
+        json.loads(answers)["completions"][0]["steered"][0]
+    )  # what that feature makes it say
+    arguments = ["--strategy", "pruned", "--grader", grader, *strong, "--out", pruned, "--json"]
+    features = json.loads(run("select", world / "run", *arguments).stdout)["features"]
+    assert feature in features
+
+    selection = Steering.load(pruned).provenance["selection"]
+    assert selection["validation"] == {"task": "task", "n": 12, "positions": "generated", "scale": 300.0}
+    assert features == [e["feature"] for e in selection["score_alone"] if e["score"] > selection["unsteered_score"]]
 
 
 def test_without_json_results_are_text_on_stdout_and_progress_is_on_stderr(world, collected):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import corrsteer.encoder
 from corrsteer import CorrSteerError, SparseEncoder, encode, sae_files
 
-SAE = pytest.importorskip("sae_lens").SAE
+SAE = pytest.importorskip("sae_lens", reason="what is compared against is SAELens").SAE
 
 D_IN, D_SAE, D_OUT, T = 24, 67, 17, 40
 HEADS = (3, 8)

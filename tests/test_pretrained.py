@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from corrsteer import CorrSteerError, SparseEncoder, encode, sae_files
 
-SAE = pytest.importorskip("sae_lens").SAE
+SAE = pytest.importorskip("sae_lens", reason="what is compared against is SAELens").SAE
 
 D_IN, D_SAE = 24, 67
 GEMMA_SCOPE = ("gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical")
