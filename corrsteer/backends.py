@@ -25,21 +25,27 @@ ENVIRONMENT = "CORRSTEER_BACKEND"
 
 
 class Call(NamedTuple):
-    """What a verifier judges: an operation on tensors of a device and dtype, with an encoder's activation if any."""
+    """What a verifier judges: an operation on tensors of a device and dtype, and an encoder's form if there is one."""
 
     operation: str
     device: torch.device
     dtype: torch.dtype
     activation: str | None = None
+    precision: str | None = None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A verifier's answer: yes, or no with the reason and what to do about it."""
+    """A verifier's answer: yes, or no with the reason and what to do about it.
+
+    A backend that is no user's choice for speed, such as an interpreter, is not `automatic`: it runs when asked for
+    by name.
+    """
 
     ok: bool
     reason: str = ""
     fix: str = ""
+    automatic: bool = True
 
 
 @dataclass(frozen=True)
@@ -103,14 +109,15 @@ def _find(call: Call, name: str | None) -> Backend:
         return _registry[name]
     for backend in registered():
         verdict = judge(backend, call)
-        if verdict.ok:
+        if verdict.ok and verdict.automatic:
             return backend
         _log_once(backend.name, verdict.reason)
     raise BackendUnavailable(f"no backend runs {_words(call)}")
 
 
 def _words(call: Call) -> str:
-    return f"{call.operation} on {call.device} in {call.dtype}" + (f" for {call.activation}" if call.activation else "")
+    encoder = f" for {call.activation} in {call.precision}" if call.activation else ""
+    return f"{call.operation} on {call.device} in {call.dtype}{encoder}"
 
 
 @functools.cache
@@ -125,3 +132,7 @@ register(
         verify=lambda call: Verdict(True),
     )
 )
+
+from corrsteer import triton_backend  # noqa: E402 (it is written in terms of this module)
+
+register(Backend("triton", triton_backend.OPERATIONS, triton_backend.verify))

@@ -25,6 +25,14 @@ from corrsteer.sae_files import Decoder
 
 ACTIVATIONS = ("relu", "jumprelu", "gated", "topk", "abstopk", "identity")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PRECISIONS = {
+    "fp32": torch.float32,  # of float32 accuracy; on tensor cores each product is three of tf32
+    "fp32_ieee": torch.float32,  # every product rounded as IEEE float32
+    "bf16x2": torch.bfloat16,  # each weight the sum of two bfloat16: close to float32 for bfloat16 tokens
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,  # the truth that errors are measured from; the reference backend alone computes in it
+}
 FOLD_ROWS = 8192  # features folded at a time, so that folding needs little memory beside the weight
 
 # SAELens architecture -> our activation. A skip transcoder's skip path is not part of its encoder.
@@ -59,11 +67,15 @@ class SparseEncoder:
     activation : `relu`, `jumprelu`, `gated`, `topk`, `abstopk` or `identity`, as `corrsteer.reference.encode` defines
         them.
     weight : `[d_sae, d_in]`, float32, bfloat16 or float16, contiguous; None for `identity`.
+    weight_low : `[d_sae, d_in]` bfloat16, what `weight` lacks; for the precision `bf16x2` only.
+    weight_sum : `[d_sae]` float32, the weight's row sums, for layer_norm only: W (x - mean x) = W x - mean x · sums.
+        Centring W itself would be cheaper, but rounding would leave rows that do not quite sum to 0, times mean x.
     bias : `[d_sae]` float32; the gate's bias where gated.
     threshold : `[d_sae]` float32, jumprelu only.
     magnitude_scale, magnitude_bias : `[d_sae]` float32, gated only: the magnitude is relu(scale · W x + bias).
     k : features kept per token, topk and abstopk only.
-    input_norm : `none`, `layer_norm` or `constant_norm_rescale`: the scale each token's product is multiplied by.
+    input_norm : `none`, `layer_norm` or `constant_norm_rescale`, as SAELens defines them.
+    precision : one of `PRECISIONS`; by default the weight's own.
     hook_name : where the SAE was trained, `blocks.20.hook_resid_post` or `model.layers.20`; None if it does not say.
     decoder : where decoder rows are read from.
     metadata : what the SAE's own configuration says about it.
@@ -73,15 +85,32 @@ class SparseEncoder:
     d_sae: int
     activation: str
     weight: Tensor | None = None
+    weight_low: Tensor | None = None
+    weight_sum: Tensor | None = None
     bias: Tensor | None = None
     threshold: Tensor | None = None
     magnitude_scale: Tensor | None = None
     magnitude_bias: Tensor | None = None
     k: int = 0
     input_norm: str = "none"
+    precision: str = ""
     hook_name: str | None = None
     decoder: Decoder = field(default_factory=lambda: sae_files.open_decoder({"kind": "none"}), repr=False)
     metadata: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        if self.weight is None:
+            return
+        own = "bf16x2" if self.weight_low is not None else _precision_of(self.weight.dtype)
+        if not self.precision:
+            object.__setattr__(self, "precision", own)
+        if PRECISIONS.get(self.precision) != self.weight.dtype or (self.precision == "bf16x2") != (own == "bf16x2"):
+            raise CorrSteerError(
+                f"precision must be one of {', '.join(PRECISIONS)} and fit the weight, which is {own}, "
+                f"got {self.precision!r}; use encoder.to(precision={self.precision!r})"
+            )
+        if self.input_norm == "layer_norm" and self.weight_sum is None:
+            object.__setattr__(self, "weight_sum", _row_sums(self.weight, self.weight_low))
 
     @classmethod
     def from_sae_lens(cls, sae, *, dtype: torch.dtype | None = None, device=None) -> SparseEncoder:
@@ -163,19 +192,33 @@ class SparseEncoder:
             raise CorrSteerError(f"features must lie in 0..{self.d_sae - 1}, got {outside[:5]}")
         return self.decoder.rows(features)
 
-    def to(self, device=None, dtype: torch.dtype | None = None) -> SparseEncoder:
-        """A copy elsewhere; `dtype` applies to the weight alone, the rest stays float32."""
+    def full_weight(self) -> Tensor:
+        """The weight `[d_sae, d_in]` in `compute_dtype`, both its parts together for bf16x2."""
+        weight = self.weight.to(self.compute_dtype)
+        return weight if self.weight_low is None else weight + self.weight_low
+
+    def to(self, device=None, dtype: torch.dtype | None = None, *, precision: str | None = None) -> SparseEncoder:
+        """A copy elsewhere; `dtype`, or `precision` by name, applies to the weight alone, the rest stays float32."""
         if isinstance(device, torch.dtype):  # encoder.to(torch.bfloat16), as one writes it to a tensor
             device, dtype = None, device
         if dtype is not None:
             _check_dtype(dtype)
+            precision = precision or _precision_of(dtype)
+        if precision is not None and (
+            precision not in PRECISIONS or (dtype is not None and PRECISIONS[precision] != dtype)
+        ):
+            raise CorrSteerError(f"precision must be one of {', '.join(PRECISIONS)} and fit dtype, got {precision!r}")
         moved = {
             name: getattr(self, name).to(device)
-            for name in ("weight", "bias", "threshold", "magnitude_scale", "magnitude_bias")
+            for name in ("weight", "weight_low", "weight_sum", "bias", "threshold", "magnitude_scale", "magnitude_bias")
             if getattr(self, name) is not None
         }
-        if dtype is not None and "weight" in moved:
-            moved["weight"] = moved["weight"].to(dtype)
+        if precision is not None and "weight" in moved:
+            whole = replace(self, **moved).full_weight() if self.precision == "bf16x2" else moved["weight"]
+            moved |= {"weight": whole.to(PRECISIONS[precision]), "weight_low": None, "weight_sum": None}
+            if precision == "bf16x2":
+                moved["weight_low"] = (whole.to(self.compute_dtype) - moved["weight"]).to(torch.bfloat16)
+            moved["precision"] = precision
         return replace(self, **moved)
 
     def describe(self) -> str:
@@ -195,6 +238,17 @@ def _activation(config: dict[str, Any], origin: str) -> str:
             f"one token. Use one of {', '.join(ARCHITECTURES)}"
         )
     return activation
+
+
+def _precision_of(dtype: torch.dtype) -> str:
+    return next(name for name, d in PRECISIONS.items() if d == dtype and name != "bf16x2")
+
+
+def _row_sums(weight: Tensor, low: Tensor | None) -> Tensor:
+    sums = torch.cat([block.double().sum(1) for block in weight.split(FOLD_ROWS)])
+    if low is not None:
+        sums += torch.cat([block.double().sum(1) for block in low.split(FOLD_ROWS)])
+    return sums.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -234,14 +288,9 @@ def _fold(
         block = W_enc[:, rows].T.to(wide)
         if scale is not None:
             block = block * scale[rows, None]
-        means = block.mean(dim=1, keepdim=True) if input_norm == "layer_norm" else None
-        if means is not None:  # W (x - mean x) = (W - row means of W) x
-            block = block - means
         weight[rows] = block
         if subtracted is not None:  # with the rounded weight, so that a token equal to b_dec gives exactly the bias
             shift[rows] = weight[rows].double() @ subtracted
-            if means is not None:  # b_dec is subtracted after the centring, and is not centred itself
-                shift[rows] += means[:, 0].double() * subtracted.sum()
 
     bias = vector("b_gate" if activation == "gated" else "b_enc")
     if scale is not None:

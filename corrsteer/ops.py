@@ -162,7 +162,8 @@ def steer_add(
 
 
 def _chosen(operation: str, on: Tensor, name: str | None, encoder: SparseEncoder | None = None) -> Callable:
-    call = backends.Call(operation, on.device, on.dtype, None if encoder is None else encoder.activation)
+    encoding = () if encoder is None else (encoder.activation, encoder.precision)
+    call = backends.Call(operation, on.device, on.dtype, *encoding)
     return backends.choose(call, name).operations[operation]
 
 
@@ -229,17 +230,18 @@ def _abbreviate(values: Tensor) -> str:
 
 # The same operations for torch.compile: an operator takes tensors and numbers, so an encoder travels as its parts.
 
-_PARTS = ("weight", "bias", "threshold", "magnitude_scale", "magnitude_bias")
-_ENCODER = "Tensor?[] parts, int d_in, int d_sae, str activation, int k, str input_norm"
+_PARTS = ("weight", "weight_low", "weight_sum", "bias", "threshold", "magnitude_scale", "magnitude_bias")
+_ENCODER = "Tensor?[] parts, int d_in, int d_sae, str activation, int k, str input_norm, str precision"
 
 
 def _flatten(encoder: SparseEncoder) -> tuple:
     parts = [getattr(encoder, name) for name in _PARTS]
-    return parts, encoder.d_in, encoder.d_sae, encoder.activation, encoder.k, encoder.input_norm
+    return parts, encoder.d_in, encoder.d_sae, encoder.activation, encoder.k, encoder.input_norm, encoder.precision
 
 
-def _restore(parts, d_in, d_sae, activation, k, input_norm) -> SparseEncoder:
-    return SparseEncoder(d_in, d_sae, activation, **dict(zip(_PARTS, parts)), k=k, input_norm=input_norm)
+def _restore(parts, d_in, d_sae, activation, k, input_norm, precision) -> SparseEncoder:
+    parts = dict(zip(_PARTS, parts))
+    return SparseEncoder(d_in, d_sae, activation, **parts, k=k, input_norm=input_norm, precision=precision)
 
 
 def _restore_moments(flat: Sequence[Tensor], pool: str) -> Moments | tuple[Moments, Moments]:
@@ -256,8 +258,9 @@ def _define(name: str, schema: str, run, fake) -> None:
     torch.library.register_fake(f"corrsteer::{name}", fake)
 
 
-def _run_encode_pool(x, cu_seqlens, parts, d_in, d_sae, activation, k, input_norm, pool, backend):
-    out = encode_pool(x, cu_seqlens, _restore(parts, d_in, d_sae, activation, k, input_norm), pool, backend=backend)
+def _run_encode_pool(x, cu_seqlens, *rest):
+    *encoder, pool, backend = rest
+    out = encode_pool(x, cu_seqlens, _restore(*encoder), pool, backend=backend)
     return torch.stack(out) if pool == "both" else out[None]
 
 
@@ -271,8 +274,8 @@ _define(
     "encode_pool",
     f"(Tensor x, Tensor cu_seqlens, {_ENCODER}, str pool, str? backend) -> Tensor",
     _run_encode_pool,
-    lambda x, cu, parts, d_in, d_sae, activation, k, norm, pool, backend: x.new_empty(
-        len(POOLS[pool]), len(cu) - 1, d_sae, dtype=torch.float32
+    lambda x, cu, parts, d_in, d_sae, *rest: x.new_empty(
+        len(POOLS[rest[-2]]), len(cu) - 1, d_sae, dtype=torch.float32
     ),
 )
 _define(
@@ -285,7 +288,7 @@ _define(
     "encode_update",
     f"(Tensor x, Tensor cu_seqlens, Tensor y, {_ENCODER}, Tensor(a!)[] moments, str pool, str? backend) -> ()",
     lambda x, cu, y, *rest: encode_update(
-        x, cu, y, _restore(*rest[:6]), _restore_moments(rest[6], rest[7]), rest[7], backend=rest[8]
+        x, cu, y, _restore(*rest[:7]), _restore_moments(rest[7], rest[8]), rest[8], backend=rest[9]
     ),
     lambda *_: None,
 )

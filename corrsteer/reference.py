@@ -20,22 +20,19 @@ if TYPE_CHECKING:
 LAYER_NORM_EPS = 1e-5  # SAELens' own, added to the standard deviation
 
 
-def token_scale(x: Tensor, encoder: SparseEncoder) -> Tensor | None:
-    """What each token's product is multiplied by: `[T, 1]`, or None where the SAE does not normalise."""
-    x = x.to(encoder.compute_dtype)
-    if encoder.input_norm == "layer_norm":  # centring is folded into the weight
-        return 1 / (x.std(dim=-1, keepdim=True) + LAYER_NORM_EPS)
+def normalised(x: Tensor, encoder: SparseEncoder) -> Tensor:
+    """`x: [T, d_in]` after SAELens' run-time input normalisation."""
+    if encoder.input_norm == "layer_norm":
+        return (x - x.mean(dim=-1, keepdim=True)) / (x.std(dim=-1, keepdim=True) + LAYER_NORM_EPS)
     if encoder.input_norm == "constant_norm_rescale":
-        return encoder.d_in**0.5 / x.norm(dim=-1, keepdim=True)
-    return None
+        return x * (encoder.d_in**0.5 / x.norm(dim=-1, keepdim=True))
+    return x
 
 
 def preactivation(x: Tensor, encoder: SparseEncoder) -> Tensor:
-    """`scale · (W x)` before any bias: `[T, d_sae]`."""
+    """`W x`, x normalised, before any bias: `[T, d_sae]`."""
     with torch.autocast(x.device.type, enabled=False):  # which would round the operands to half precision
-        product = x.to(encoder.compute_dtype) @ encoder.weight.to(encoder.compute_dtype).T
-    scale = token_scale(x, encoder)
-    return product if scale is None else product * scale
+        return normalised(x.to(encoder.compute_dtype), encoder) @ encoder.full_weight().T
 
 
 def encode(x: Tensor, encoder: SparseEncoder) -> Tensor:
