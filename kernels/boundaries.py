@@ -7,7 +7,6 @@ in the order of the groups.
 
 import triton
 import triton.language as tl
-
 from corrsteer.kernels.encode_pool import CUT, larger
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import torch
 import triton
+from corrsteer.kernels import boundaries, launch, topk
+from corrsteer.kernels.encode import encode_kernel
+from corrsteer.kernels.encode_pool import CUT, PARTIALS, encode_pool_kernel
+from corrsteer.kernels.plan import Plan, plan
+from corrsteer.kernels.steer_add import steer_add
+from corrsteer.kernels.token_norm import token_norm
+from corrsteer.kernels.update_moments import update_moments
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from corrsteer.kernels import boundaries, launch
-from corrsteer.kernels.encode_pool import CUT, PARTIALS, encode_pool_kernel
-from corrsteer.kernels.plan import Plan, plan
-from corrsteer.kernels.token_norm import token_norm
-
-FEW_FROM = 12  # mean tokens a sample from which looping over samples beats the segmented scan, by counting instructions
+__all__ = ["encode", "encode_pool", "encode_update", "steer_add", "update_moments"]
 
 
 def dot_kind(x: Tensor, encoder) -> str:
@@ -55,7 +57,7 @@ def _run(x, cu, encoder, pools, planned: Plan, pooled: Tensor | None) -> tuple:
     groups, group_tokens = triton.cdiv(tiles, walk), walk * config["BT"]
     kept = CUT.value if pooled is not None else len(PARTIALS)
     partials = torch.empty(groups, len(pools), kept, d_sae, dtype=torch.float32, device=x.device)
-    finished = torch.empty(groups, dtype=torch.float32, device=x.device)
+    finished = torch.empty(groups, dtype=torch.int32, device=x.device)
     if T:
         into = {} if pooled is None else dict(zip(pools, pooled))
         encode_pool_kernel[(blocks * groups,)](
@@ -63,7 +65,7 @@ def _run(x, cu, encoder, pools, planned: Plan, pooled: Tensor | None) -> tuple:
             cu=cu, sample=planned.sample, labels=planned.labels,
             pooled_mean=into.get("mean"), pooled_max=into.get("max"), partials=partials, finished=finished,
             T=T, N=N, d_in=encoder.d_in, d_sae=d_sae, group_tokens=group_tokens, n_groups=groups,
-            MEAN="mean" in pools, MAX="max" in pools, MOMENTS=pooled is None, FEW=T >= FEW_FROM * N,
+            MEAN="mean" in pools, MAX="max" in pools, MOMENTS=pooled is None, SINGLES=T < 2 * N,
             BF=config["BF"], BT=config["BT"], BK=config["BK"], SUB=config["SUB"], SUPER=config["SUPER"],
             num_warps=config["num_warps"], num_stages=config["num_stages"],
         )  # fmt: skip
@@ -76,6 +78,8 @@ def encode_pool(x: Tensor, cu_seqlens: Tensor, encoder, pools: tuple[str, ...]) 
     pooled = torch.empty(len(pools), N, d_sae, dtype=torch.float32, device=x.device)
     if N == 0:
         return pooled
+    if "topk" in encoder.activation:
+        return _pool_sparse(*_top(x, encoder), cu_seqlens, 0, N, encoder, pools)
     planned = plan(x, cu_seqlens)
     partials, _, sizes = _run(x, cu_seqlens, encoder, pools, planned, pooled)
     for at, pool in enumerate(pools):
@@ -87,9 +91,11 @@ def encode_pool(x: Tensor, cu_seqlens: Tensor, encoder, pools: tuple[str, ...]) 
 
 
 def encode_update(x: Tensor, cu_seqlens: Tensor, y: Tensor, encoder, moments: tuple, pools: tuple[str, ...]) -> None:
-    """`corrsteer.reference.encode_update`, without the pooled matrix where there is one label."""
+    """`corrsteer.reference.encode_update`; with one label and no top k, without the pooled matrix either."""
     if len(cu_seqlens) == 1:
         return
+    if "topk" in encoder.activation or y.shape[1] > 1:
+        return _encode_update_by_rows(x, cu_seqlens, y, encoder, moments, pools)
     planned = plan(x, cu_seqlens, y, moments)
     partials, finished, sizes = _run(x, cu_seqlens, encoder, pools, planned, None)
     for at, (pool, state) in enumerate(zip(pools, moments)):
@@ -99,3 +105,76 @@ def encode_update(x: Tensor, cu_seqlens: Tensor, y: Tensor, encoder, moments: tu
             state.group_active_sum, state.group_active_count, **sizes,
             stride=partials.stride(0), MAX=pool == "max", BF=64, BG=16,
         )  # fmt: skip
+
+
+def _encode_update_by_rows(x, cu_seqlens, y, encoder, moments, pools) -> None:
+    """Pooled rows first, then their moments; so many samples at a time that the rows stay small beside dense ones."""
+    N = len(cu_seqlens) - 1
+    rows = max(64, len(x) // 64)
+    sparse = _top(x, encoder) if "topk" in encoder.activation else None
+    for first in range(0, N, rows):
+        last = min(first + rows, N)
+        if sparse:
+            pooled = _pool_sparse(*sparse, cu_seqlens, first, last, encoder, pools)
+        else:
+            pooled = encode_pool(x, cu_seqlens[first : last + 1], encoder, pools)
+        for of_pool, state in zip(pooled, moments):
+            update_moments(of_pool, y[first:last], state)
+
+
+def encode(x: Tensor, encoder) -> Tensor:
+    """`corrsteer.reference.encode`: `[T, d_sae]` float32."""
+    T, d_sae = len(x), encoder.d_sae
+    if "topk" in encoder.activation:
+        values, features = _top(x, encoder)
+        return torch.zeros(T, d_sae, dtype=torch.float32, device=x.device).scatter_(1, features.long(), values)
+    out = torch.empty(T, d_sae, dtype=torch.float32, device=x.device)
+    if T:
+        c = launch.config(x.device, "encode", dot_kind(x, encoder), T)
+        encode_kernel[(triton.cdiv(T, c["BT"]) * triton.cdiv(d_sae, c["BF"]),)](
+            **operands(x, encoder, c), out=out, T=T, d_in=encoder.d_in, d_sae=d_sae,
+            BF=c["BF"], BT=c["BT"], BK=c["BK"], SUB=c["SUB"], SUPER=c["SUPER"],
+            num_warps=c["num_warps"], num_stages=c["num_stages"],
+        )  # fmt: skip
+    return out
+
+
+def _top(x: Tensor, encoder) -> tuple[Tensor, Tensor]:
+    """The k largest activations of each token and their features, `[T, k]` float32 and int32."""
+    T, k, d_sae = len(x), encoder.k, encoder.d_sae
+    group = topk.block_size(d_sae, k)
+    groups = triton.cdiv(d_sae, group)
+    values = torch.empty(T, k, dtype=torch.float32, device=x.device)
+    features = torch.empty(T, k, dtype=torch.int32, device=x.device)
+    absolute = encoder.activation == "abstopk"
+    for first in range(0, T, topk.CHUNK):
+        part = x[first : first + topk.CHUNK]
+        c = launch.config(x.device, "encode", dot_kind(x, encoder), len(part))
+        given = operands(part, encoder, c)
+        for unused in ("threshold", "magnitude_scale", "magnitude_bias", "ACTIVATION"):
+            del given[unused]
+        given |= {name: c[name] for name in ("BF", "BT", "BK", "SUPER", "num_warps", "num_stages")}
+        given |= dict(T=len(part), k=min(k, groups), d_in=encoder.d_in, d_sae=d_sae, ABSOLUTE=absolute, GROUP=group)
+        grid = (triton.cdiv(len(part), c["BT"]) * triton.cdiv(d_sae, c["BF"]),)
+        maxima = torch.empty(len(part), groups, dtype=torch.float32, device=x.device)
+        topk.topk_kernel[grid](**given, slots=None, out=maxima)
+        blocks, slots = topk.chosen(maxima, k)
+        candidates = torch.empty(len(part), blocks.shape[1] * group, dtype=torch.float32, device=x.device)
+        topk.topk_kernel[grid](**given, slots=slots, out=candidates)
+        at = (candidates.abs() if absolute else candidates).topk(k, dim=1).indices
+        top = candidates.gather(1, at)
+        values[first : first + len(part)] = top if absolute else top.relu_()
+        features[first : first + len(part)] = blocks.gather(1, at // group) * group + at % group
+    return values, features
+
+
+def _pool_sparse(values, features, cu_seqlens, first, last, encoder, pools) -> Tensor:
+    """Pooled rows `[len(pools), last - first, d_sae]` of samples `first` to `last`."""
+    pooled = torch.empty(len(pools), last - first, encoder.d_sae, dtype=torch.float32, device=values.device)
+    for of_pool, pool in zip(pooled, pools):
+        topk.pool_sparse_kernel[(last - first,)](
+            values, features, cu_seqlens, of_pool, first, len(values), encoder.k, encoder.d_sae,
+            MAX=pool == "max", SIGNED=pool == "max" and encoder.activation == "abstopk",
+            K=triton.next_power_of_2(encoder.k), BF=1024,
+        )  # fmt: skip
+    return pooled
