@@ -23,7 +23,6 @@ PARTIALS = (
 )  # fmt: skip
 CUT, STORED = tl.constexpr(2), tl.constexpr(len(PARTIALS))
 NEVER = tl.constexpr(2147483647)
-COLUMNS = tl.constexpr(64)  # taken at a time where every token is a sample
 EVERY_NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
@@ -180,7 +179,8 @@ def encode_pool_kernel(
     T, N, d_in, d_sae, group_tokens, n_groups,
     ACTIVATION: tl.constexpr, DOT: tl.constexpr, DESCRIPTORS: tl.constexpr,
     MEAN: tl.constexpr, MAX: tl.constexpr, MOMENTS: tl.constexpr, SINGLES: tl.constexpr,
-    BF: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SUB: tl.constexpr, SUPER: tl.constexpr,
+    BF: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SUB: tl.constexpr, COLUMNS: tl.constexpr,
+    SUPER: tl.constexpr,
 ):  # fmt: skip
     """One feature block and one group of tokens; see the top of the file.
 

@@ -1,8 +1,8 @@
 """Launch configurations: frozen in `configs/`, one JSON file a GPU or architecture.
 
 Nothing is tuned at run time: tuning inside CUDA-graph capture breaks the capture, and would make results depend on
-the machine's load. The file named after the GPU is used if there is one, else the one of its architecture, else that
-of the nearest older architecture, which is logged.
+the machine's load. The file named after the GPU is used if there is one (`python -m bench.tune` writes it), else the
+one of its architecture, else that of the architecture most like it, which is logged.
 """
 
 import functools
@@ -16,8 +16,11 @@ import triton
 
 log = logging.getLogger(__name__)
 CONFIGS = Path(__file__).parent / "configs"
-ARCHITECTURES = (80, 90, 100)  # of the files that ship
 INTERPRETER = "interpreter"
+# Architectures, by compute capability, whose tensor cores and shared memory the shipped files are for. 12.x has
+# neither the tensor memory of 10.x nor its shared memory, and is launched like 8.x.
+NEAREST = {8: "sm_80", 9: "sm_90", 10: "sm_100", 11: "sm_100"}
+SHIPPED = ("sm_80", "sm_90", "sm_100")
 
 
 @functools.cache
@@ -35,18 +38,22 @@ def file_for(device: torch.device) -> str:
     if (CONFIGS / f"{gpu}.json").is_file():
         return gpu
     major, minor = torch.cuda.get_device_capability(device)
-    capability = 10 * major + minor
-    nearest = max(a for a in ARCHITECTURES if a <= capability)
-    if nearest != capability:
-        log.warning("no launch configurations for sm_%d (%s): those of sm_%d are used", capability, gpu, nearest)
-    return f"sm_{nearest}"
+    nearest = NEAREST.get(major, "sm_80")
+    if nearest != f"sm_{major}{minor}":
+        log.warning("no launch configurations for sm_%d%d (%s): those of %s are used", major, minor, gpu, nearest)
+    return nearest
 
 
 @functools.cache
-def config(device: torch.device, kernel: str, kind: str, tokens: int) -> dict[str, int]:
-    """What to launch a kernel with: the first entry of its list whose `up_to_tokens` is not below `tokens`."""
-    entries = read(file_for(device))[kernel][kind]
-    return next(e for e in entries if tokens <= e.get("up_to_tokens", tokens))
+def config(device: torch.device, kernel: str, kind: str, tokens: int, variants: tuple[str, ...] = ()) -> dict[str, int]:
+    """What to launch a kernel with.
+
+    Of `kernel_variant` for each variant that applies, and then `kernel`, the first that the file has for this `kind`
+    of product; in its list the first entry whose `up_to_tokens` is not below `tokens`.
+    """
+    file = read(file_for(device))
+    name = next(n for n in (*(f"{kernel}_{v}" for v in variants), kernel) if kind in file.get(n, ()))
+    return next(e for e in file[name][kind] if tokens <= e.get("up_to_tokens", tokens))
 
 
 @functools.cache

@@ -51,7 +51,10 @@ def operands(x: Tensor, encoder, config: dict[str, int]) -> dict:
 def _run(x, cu, encoder, pools, planned: Plan, pooled: Tensor | None) -> tuple:
     """Launch the main kernel; the partial results that `boundaries` goes on with."""
     T, N, d_sae = len(x), len(cu) - 1, encoder.d_sae
-    config = launch.config(x.device, "encode_pool", dot_kind(x, encoder), T)
+    singles = T < 2 * N
+    forms = {"both": len(pools) == 2, "normalised": encoder.input_norm != "none", "singles": singles}
+    variants = tuple(name for name, applies in forms.items() if applies)
+    config = launch.config(x.device, "encode_pool", dot_kind(x, encoder), T, variants)
     tiles, blocks = triton.cdiv(T, config["BT"]), triton.cdiv(d_sae, config["BF"])
     walk = launch.tiles_per_group(tiles, blocks, config["walk"], launch.multiprocessors(x.device)) if T else 1
     groups, group_tokens = triton.cdiv(tiles, walk), walk * config["BT"]
@@ -65,8 +68,9 @@ def _run(x, cu, encoder, pools, planned: Plan, pooled: Tensor | None) -> tuple:
             cu=cu, sample=planned.sample, labels=planned.labels,
             pooled_mean=into.get("mean"), pooled_max=into.get("max"), partials=partials, finished=finished,
             T=T, N=N, d_in=encoder.d_in, d_sae=d_sae, group_tokens=group_tokens, n_groups=groups,
-            MEAN="mean" in pools, MAX="max" in pools, MOMENTS=pooled is None, SINGLES=T < 2 * N,
-            BF=config["BF"], BT=config["BT"], BK=config["BK"], SUB=config["SUB"], SUPER=config["SUPER"],
+            MEAN="mean" in pools, MAX="max" in pools, MOMENTS=pooled is None, SINGLES=singles,
+            BF=config["BF"], BT=config["BT"], BK=config["BK"], SUB=config["SUB"], COLUMNS=config["COLUMNS"],
+            SUPER=config["SUPER"],
             num_warps=config["num_warps"], num_stages=config["num_stages"],
         )  # fmt: skip
     return partials, finished, dict(T=T, N=N, d_sae=d_sae, group_tokens=group_tokens, n_groups=groups)

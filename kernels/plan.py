@@ -41,7 +41,7 @@ def advance(count, y_mean, y_m2, n_positive, before, N, mean, m2, positive):
 
 
 @triton.jit
-def _plan(
+def plan_kernel(
     cu, sample, labels, y, y_stride, before, batch,
     count, y_mean, y_m2, n_positive, other_count, other_y_mean, other_y_m2, other_n_positive, T, N, steps,
     TOKENS: tl.constexpr, SAMPLES: tl.constexpr,
@@ -100,7 +100,7 @@ def plan(x: Tensor, cu: Tensor, y: Tensor | None = None, states=()) -> Plan:
         y = y.to(torch.uint8) if y.dtype == torch.bool else y
         for at, s in enumerate(states):
             rewards[4 * at : 4 * at + 4] = s.count, s.y_mean, s.y_m2, s.n_positive
-    _plan[(triton.cdiv(max(T, 1), TOKENS),)](
+    plan_kernel[(triton.cdiv(max(T, 1), TOKENS),)](
         cu, sample, labels, y, 0 if y is None else y.stride(0), before, batch, *rewards, T, N, N.bit_length(),
         TOKENS=TOKENS, SAMPLES=SAMPLES,
     )  # fmt: skip

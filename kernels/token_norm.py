@@ -9,7 +9,7 @@ EPS = tl.constexpr(1e-5)  # SAELens' own, added to the standard deviation
 
 
 @triton.jit
-def _token_norm(x, scale, mean, d_in, CENTRED: tl.constexpr, BK: tl.constexpr):
+def token_norm_kernel(x, scale, mean, d_in, CENTRED: tl.constexpr, BK: tl.constexpr):
     t = tl.program_id(0)
     row = x + t.to(tl.int64) * d_in
     shift = 0.0
@@ -35,5 +35,5 @@ def token_norm(x: Tensor, input_norm: str) -> tuple[Tensor, Tensor | None]:
     """Scale and mean of each token of contiguous `x: [T, d_in]`, `[T]` float32; no mean for constant_norm_rescale."""
     scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
     mean = torch.empty_like(scale) if input_norm == "layer_norm" else None
-    _token_norm[(len(x),)](x, scale, mean, x.shape[1], CENTRED=mean is not None, BK=1024)
+    token_norm_kernel[(len(x),)](x, scale, mean, x.shape[1], CENTRED=mean is not None, BK=1024)
     return scale, mean

@@ -156,7 +156,7 @@ def update_moments(pooled: Tensor, y: Tensor, moments) -> None:
     means_kernel[(each,)](*rows, *columns, moments.count, scratch, N, R, D, BN=32, BC=64)
     products_kernel[(triton.cdiv(D, 64), triton.cdiv(R, 32))](
         *rows, *columns, scratch, moments.z_mean, moments.y_mean, moments.cross, moments.group_sum,
-        moments.group_active_sum, moments.group_active_count, N, R, D, BN=32, BR=32, BD=64,
+        moments.group_active_sum, moments.group_active_count, N, R, D, BN=32, BR=32, BD=64, num_warps=8,
     )  # fmt: skip
     advance_kernel[(each,)](
         scratch, moments.count, moments.z_mean, moments.z_m2, moments.y_mean, moments.y_m2, moments.n_positive,

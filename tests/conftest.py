@@ -1,6 +1,37 @@
 """Settings of the test session."""
 
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
 import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
 
 # The models and matrices here are tiny: a second thread costs more than it brings, and much more on a busy machine.
 torch.set_num_threads(1)
+
+# Without a GPU the Triton kernels are interpreted, which Triton decides when a kernel is defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A GPU machine may have little more than torch, triton and pytest; these files run there, the others need all of it.
+RUN_ANYWHERE = ("test_ops.py", "test_kernels.py", "test_backends.py")
+NEEDED = ("transformers", "sae_lens", "hypothesis", "scipy", "pydantic", "typer", "yaml", "tqdm", "pytest_benchmark")
+if any(importlib.util.find_spec(package) is None for package in NEEDED):
+    collect_ignore = [path.name for path in HERE.glob("test_*.py") if path.name not in RUN_ANYWHERE]
+if importlib.util.find_spec("corrsteer.kernels") is None:  # a checkout that was not installed has it beside corrsteer
+    import corrsteer
+
+    corrsteer.__path__.append(str(ROOT))
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that torch.empty gives is full of NaN, and has margins around it that nobody may write to."""
+    from parity import poison
+
+    with poison():
+        yield

@@ -1,0 +1,50 @@
+"""The same comparisons on a CPU, small enough for any machine: python -m bench.cpu --out bench/results"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from bench import contestants, measure, record, shapes, table
+from corrsteer import backends
+
+SECONDS = 4.0  # of timing a case
+DEVICE = torch.device("cpu")
+
+
+def backends_of(case: shapes.Case) -> list[str]:
+    """The backends that run a case on a CPU. Triton's interpreter is there to be right, not fast."""
+    dtype = contestants.X_DTYPES.get(case.precision, torch.bfloat16)
+    encoder = (case.activation, case.precision) if case.kind == "encode_update" else ()
+    call = backends.Call(case.kind, DEVICE, dtype, *encoder)
+    return [b.name for b in backends.registered() if b.name != "triton" and backends.judge(b, call).ok]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.cpu", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the result file goes")
+    parser.add_argument("--minutes", type=float, default=5, help="for everything; no case is started afterwards")
+    parser.add_argument("--commit", help="of these sources, where they are not in a git repository")
+    parser.add_argument("--large", action="store_true", help="also an SAE of 16 384 features on Gemma 2 2B's width")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile; needs a C++ compiler")
+    options = parser.parse_args(arguments)
+
+    result = record.new(DEVICE, options.commit)
+    measure.all_cases(
+        result,
+        shapes.cpu_cases(options.large, options.compile),
+        DEVICE,
+        backends_of,
+        measure.Deadline(60 * options.minutes),
+        save=lambda: record.write(result, options.out),
+        seconds=SECONDS,
+    )
+    print(f"\n{table.text(result)}\n\n{record.write(result, options.out)}")
+    return 0 if all(case["status"] in measure.USUAL for case in result["cases"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

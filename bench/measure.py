@@ -1,0 +1,181 @@
+"""One case after the other: check ours, time everybody, keep what is known at any moment in the result."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from bench import eager, timing
+from bench.contestants import Contestant, contestants
+from bench.shapes import Case
+
+COMPILING = 60.0  # seconds that must be left for torch.compile to take part
+LEFT_OUT = "torch.compile takes part at a few shapes only, as compiling is slow"
+
+
+USUAL = ("measured", "not measured")  # outcomes that are nobody's fault
+
+
+class Deadline:
+    """When to stop starting anything; `seconds` from now."""
+
+    def __init__(self, seconds: float):
+        self._end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds, negative afterwards."""
+        return self._end - time.monotonic()
+
+
+def not_measured(case: Case, backends: Iterable[str], reason: str) -> dict[str, Any]:
+    """The record of a case that was not run, with the reason why."""
+    return {
+        "name": case.name,
+        **asdict(case),
+        "ours": list(backends),
+        "status": "not measured",
+        "reason": reason,
+        "contestants": {},
+        "ratios": {},
+    }
+
+
+def all_cases(
+    result: dict[str, Any],
+    cases: Sequence[Case],
+    device: torch.device,
+    backends_of: Callable[[Case], Sequence[str]],
+    deadline: Deadline,
+    save: Callable[[], object],
+    seconds: float,
+) -> None:
+    """Run the cases in order into `result["cases"]`, saving after each; none is missing there, run or not.
+
+    Parameters
+    ----------
+    backends_of : ours, by backend, in a case.
+    seconds : about how long to time a case, beyond its preparation.
+    """
+    unreached = "the run was stopped before"
+    result["cases"] = [not_measured(case, backends_of(case), unreached) for case in cases]
+    save()
+    for at, case in enumerate(cases):
+        if deadline.left() <= 0:
+            result["cases"][at]["reason"] = "the time was used up"
+            continue
+        if case.compiled and deadline.left() < COMPILING:
+            case = replace(case, compiled=False)
+        result["cases"][at] = one(case, device, backends_of(case), seconds)
+        save()
+        print(line(result["cases"][at]), flush=True)
+    save()
+
+
+def one(case: Case, device: torch.device, backends: Sequence[str], seconds: float) -> dict[str, Any]:
+    """Check, measure and compare the contestants of a case; errors become part of the record."""
+    record = not_measured(case, backends, "") | {"status": "measured"}
+    try:
+        _fill(record, case, device, backends, seconds)
+    except Exception as error:  # of the inputs, or of the device; the cases after this one may fare better
+        record |= {"status": "failed", "reason": _words(error)}
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return record
+
+
+def line(record: dict[str, Any]) -> str:
+    """What to print of a case."""
+    timed = [f"{name} {c['median_ms']:.4g} ms" for name, c in record["contestants"].items() if "median_ms" in c]
+    others = [f"{name} {c['status']}" for name, c in record["contestants"].items() if c["status"] not in USUAL]
+    found = [*timed, *others] if record["status"] == "measured" else [f"{record['status']}: {record['reason']}"]
+    return f"{record['name']}: {', '.join(found)}"
+
+
+def _fill(record: dict[str, Any], case: Case, device: torch.device, backends: Sequence[str], seconds: float) -> None:
+    if case.compiled:
+        torch._dynamo.reset()  # each shape is compiled by itself, and there is a limit to recompiling
+    running: dict[str, Contestant] = {}
+    for name, make in contestants(case, device, backends).items():
+        entry = record["contestants"][name] = _prepare(name, make, running, device)
+        if name in record["ours"] and entry["status"] != "measured":
+            record |= {"status": "wrong" if entry["status"] == "wrong" else "failed"}
+            record["reason"] = f"{name}: {entry.get('reason') or entry.get('check')}"
+            return
+    if case.kind == "encode_update":
+        record["eager_encode"] = eager.encoded_by(case.activation)
+        record["dense_bytes"] = dense = 4 * case.tokens * case.d_sae
+        if not case.compiled:
+            record["contestants"]["compiled"] = {"status": "not measured", "reason": LEFT_OUT}
+
+    timer = _timer(case, device)
+    calls = {name: contestant.call for name, contestant in running.items()}
+    times = timing.interleaved(calls, timing.rounds_within(seconds, calls, timer), timer)
+    for name, each in times.items():
+        entry = record["contestants"][name]
+        entry |= timing.summary(each)
+        if case.kind == "encode_update":
+            entry["tflops"] = 2e-9 * case.tokens * case.d_in * case.d_sae / entry["median_ms"]
+            entry["peak_share"] = None if entry["peak_bytes"] is None else entry["peak_bytes"] / dense
+    if isinstance(timer, timing.CudaTimer):
+        record["host_not_ahead"] = timer.exposed
+    record["ratios"] = {
+        backend: {name: timing.ratio(times[backend], each) for name, each in times.items() if name != backend}
+        for backend in record["ours"]
+    }
+
+
+def _prepare(name: str, make: Callable, running: dict[str, Contestant], device: torch.device) -> dict[str, Any]:
+    """Make a contestant, run it for the first time and check it; those that are fit to be timed go to `running`."""
+    entry: dict[str, Any] = {"status": "measured"}
+    try:
+        contestant = make()
+        start = time.perf_counter()
+        first = _peak(contestant, device)
+        entry["first_call_s"] = time.perf_counter() - start
+        again = _peak(contestant, device)
+        # The first call shows a workspace that is kept, but also what compiling took, which is not ours to count.
+        entry["peak_bytes"] = max(first, again) if contestant.check and first is not None else again
+        if contestant.check is not None:
+            entry["check"] = contestant.check()
+            if not entry["check"]["ok"]:
+                return entry | {"status": "wrong"}
+        running[name] = contestant
+    except torch.OutOfMemoryError:
+        entry |= {"status": "out of memory"}
+    except Exception as error:  # a contestant that cannot run must not take the others with it
+        entry |= {"status": "failed", "reason": _words(error)}
+    if device.type == "cuda" and name not in running:
+        torch.cuda.empty_cache()
+    return entry
+
+
+def _peak(contestant: Contestant, device: torch.device) -> int | None:
+    """Bytes that a call needs beyond what was allocated before; not known on a CPU."""
+    if device.type != "cuda":
+        contestant.call(0)
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    contestant.call(0)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before + contestant.holds
+
+
+def _timer(case: Case, device: torch.device):
+    if device.type != "cuda":
+        return timing.WallTimer()
+    return timing.HostTimer() if case.kind == "host" else timing.CudaTimer()
+
+
+def _words(error: Exception) -> str:
+    """An error in one line, without the paths that the rest of its text may hold."""
+    text = str(error).strip().splitlines()
+    first = " ".join(word for word in (text[0] if text else "").split() if "/" not in word)
+    return f"{type(error).__name__}: {first[:300]}"

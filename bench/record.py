@@ -1,0 +1,95 @@
+"""What a result file says besides times: the device, the versions and the commit, nothing that names a host."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import corrsteer
+
+SCHEMA, VERSION = "corrsteer.bench", 1
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "triton", "numpy", "sae-lens")
+
+
+def new(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+    """A result without cases; `commit` where the sources are not in a git repository."""
+    return {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "corrsteer": corrsteer.__version__,
+        **_git(commit),
+        "python": platform.python_version(),
+        "packages": {name: _installed(name) for name in PACKAGES},
+        "device": _gpu(device) if device.type == "cuda" else _cpu(),
+        "cases": [],
+    }
+
+
+def write(result: dict[str, Any], directory: Path) -> Path:
+    """Write the result to `directory`, named after its device, in one step: a reader never finds half a file."""
+    directory.mkdir(parents=True, exist_ok=True)
+    device = result["device"]
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{device['type']} {device['name']}".lower()).strip("-")
+    path = directory / f"{slug}.json"
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    os.replace(part, path)
+    return path
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(commit: str | None) -> dict[str, Any]:
+    head = _output("git", "rev-parse", "HEAD")
+    changes = _output("git", "status", "--porcelain", "--", ".", ":!bench/results")  # results change no result
+    return {"commit": commit or head or None, "dirty": None if changes is None or commit else bool(changes)}
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "type": "gpu",
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "sm_count": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "driver": driver.splitlines()[0] if driver else None,
+        "cuda": torch.version.cuda,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def _cpu() -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return {
+        "type": "cpu",
+        "name": named[1].strip() if named else platform.processor() or platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }

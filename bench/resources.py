@@ -1,0 +1,272 @@
+"""What the compiler makes of every launch configuration that ships, without a GPU: python -m bench.resources
+
+Each kernel is compiled ahead of time for sm_80, sm_90 and sm_100, and the table says how many registers a thread has,
+how many loads and stores go to local memory (spills), how much shared memory a program takes, and which tensor-core
+instruction multiplies. Exits with 1 where a configuration cannot be shipped: it spills, takes more shared memory than
+the architecture has, or multiplies 16-bit numbers without the architecture's own instruction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = (80, 90, 100)
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may take; CUDA C++ guide, table 29
+# What a product of 16-bit numbers must show: in the assembly, or for sm_100 in the PTX, where its name is stable.
+TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "tcgen05.mma"}
+OPERANDS = {  # element types of x, weight and weight_low
+    "native": ("bf16", "bf16", None),
+    "bf16x2": ("bf16", "bf16", "bf16"),
+    "tf32x3": ("fp32", "fp32", None),
+    "ieee": ("fp32", "fp32", None),
+}
+ENCODER = ("bias", "threshold", "magnitude_scale", "magnitude_bias", "weight_sum")
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """One kernel as it would be compiled: types of its run-time arguments, values of the others."""
+
+    kernel: str  # module and function under corrsteer.kernels
+    arch: int
+    label: str
+    types: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 1
+    product: str = ""  # the kind, where there is one
+
+
+@dataclass
+class Report:
+    """What the compiler made of a specimen."""
+
+    kernel: str
+    arch: int
+    label: str
+    registers: int
+    local: int  # instructions that load from or store to local memory
+    shared: int  # bytes
+    tensor_core: str
+    faults: list[str]
+
+
+def encoding(arch: int, kernel: str, label: str, kind: str, entry: dict, types: dict, constants: dict, **given):
+    """A specimen of a kernel that multiplies; `given` changes the encoder's form."""
+    x, weight, low = given.get("operands", OPERANDS[kind])
+    activation = given.get("activation", "jumprelu")
+    present = {"jumprelu": {"threshold"}, "gated": {"magnitude_scale", "magnitude_bias"}}.get(activation, set())
+    norm = {"weight_sum", "scale", "mean"} if given.get("normalised") else set()
+    rows = {"x": entry["BT"], "weight": entry["BF"], "weight_low": entry["BF"]}
+    all_types = {}
+    for name, of in (("x", x), ("weight", weight), ("weight_low", low)):
+        descriptor = f"tensordesc<{of}[{rows[name]}, {entry['BK']}]>" if entry["descriptors"] else f"*{of}"
+        all_types[name] = descriptor if of else None
+    for name in (*ENCODER, "scale", "mean"):
+        all_types[name] = "*fp32" if name in {"bias"} | present | norm else None
+    return Specimen(
+        kernel, arch, label, all_types | types | dict(d_in="i32", d_sae="i32", T="i32"),
+        {"ACTIVATION": activation, "DOT": kind, "DESCRIPTORS": bool(entry["descriptors"])}
+        | {name: entry[name] for name in ("BF", "BT", "BK", "SUB", "COLUMNS", "SUPER")} | constants,
+        entry["num_warps"], entry["num_stages"], kind,
+    )  # fmt: skip
+
+
+def pooling(arch: int, kind: str, entry: dict, pools=("mean",), moments=True, singles=False, **given) -> Specimen:
+    types = dict(cu="*i32", sample="*i32", labels="*fp32", partials="*fp32", finished="*i32")
+    types |= {f"pooled_{p}": "*fp32" if p in pools and not moments else None for p in ("mean", "max")}
+    types |= dict(N="i32", group_tokens="i32", n_groups="i32")
+    words = ["+".join(pools), "moments" if moments else "pooled"] + ["singles"] * singles
+    words += [str(v) if k == "activation" else k for k, v in given.items()]
+    constants = dict(MEAN="mean" in pools, MAX="max" in pools, MOMENTS=moments, SINGLES=singles)
+    label = f"{kind} {entry['BF']}x{entry['BT']}x{entry['BK']} {' '.join(words)}"
+    return encoding(arch, "encode_pool.encode_pool_kernel", label, kind, entry, types, constants, **given)
+
+
+def shipped(arch: int) -> Iterator[Specimen]:
+    """Every configuration of an architecture's file; and with the one for many tokens every form of the kernel."""
+    from corrsteer.kernels import launch
+
+    file = launch.read(f"sm_{arch}")
+    forms = {
+        "encode_pool": [{}],
+        "encode_pool_normalised": [{"normalised": True}, {"normalised": True, "singles": True}],
+        "encode_pool_singles": [{"singles": True}],
+        "encode_pool_both": [
+            {"pools": ("mean", "max"), "singles": True},
+            {"pools": ("mean", "max"), "normalised": True},
+        ],
+    }
+    for name, of_name in forms.items():
+        for kind in OPERANDS:
+            entries = file[name if kind in file.get(name, ()) else "encode_pool"][kind]
+            yield from (pooling(arch, kind, entry, **form) for entry in entries for form in of_name)
+    large = file["encode_pool"]["native"][-1]
+    singles = file.get("encode_pool_singles", file["encode_pool"])["native"][-1]
+    for form in ({"pools": ("max",)}, {"activation": "gated"}, {"activation": "relu"}, {"moments": False}):
+        yield pooling(arch, "native", large, **form)
+        yield pooling(arch, "native", singles, singles=True, **form)
+    yield pooling(arch, "native", large, operands=("fp16", "fp16", None))
+    if large["descriptors"]:  # for a d_in that the copy engine cannot take
+        yield pooling(arch, "native", large | {"descriptors": 0})
+    yield pooling(arch, "tf32x3", file["encode_pool"]["tf32x3"][-1], operands=("bf16", "fp32", None))
+    for kind in OPERANDS:
+        for entry in file["encode"][kind]:
+            label = f"{kind} {entry['BF']}x{entry['BT']}x{entry['BK']}"
+            yield encoding(arch, "encode.encode_kernel", label, kind, entry, {"out": "*fp32"}, {})
+    entry = file["encode"]["native"][-1]
+    for slots in (None, "*i16"):
+        label = f"native {entry['BF']}x{entry['BT']}x{entry['BK']} {'values' if slots else 'maxima'}"
+        yield encoding(
+            arch, "topk.topk_kernel", label, "native", entry, {"slots": slots, "out": "*fp32", "k": "i32"},
+            {"ABSOLUTE": False, "GROUP": 16},
+        )  # fmt: skip
+    yield from small(arch)
+
+
+def small(arch: int) -> Iterator[Specimen]:
+    """The kernels around the product, as `corrsteer.kernels.operations` launches them."""
+    f, i, d, n = "*fp32", "*i32", "*fp64", "i32"
+    sizes = dict.fromkeys(("T", "N", "d_sae", "group_tokens", "n_groups", "stride"), n)
+    fold = dict(partials=f, finished=i, sample=i, labels=f, cu=i, before=d, batch=d) | dict.fromkeys(
+        ("z_mean", "z_m2", "cross", "n_active", "group_sum", "group_active_sum", "group_active_count"), d
+    )
+    yield Specimen("boundaries.fold_kernel", arch, "", fold | sizes, dict(MAX=False, BF=64, BG=16))
+    complete = dict(partials=f, pooled=f, sample=i, labels=f, cu=i) | sizes
+    yield Specimen("boundaries.complete_kernel", arch, "", complete, dict(MAX=False, BF=128, BG=16))
+    strides = dict.fromkeys(("pooled_n", "pooled_d", "y_n", "y_r", "N", "R", "D"), n)
+    arrays = dict.fromkeys(("cross", "group_sum", "group_active_sum", "group_active_count"), d)
+    products = dict(pooled=f, y=f, scratch=d, z_mean=d, y_mean=d) | arrays | strides
+    yield Specimen("update_moments.products_kernel", arch, "", products, dict(BN=32, BR=32, BD=64), num_warps=8)
+    columns = dict(pooled=f, y=f, count=d, scratch=d) | strides
+    yield Specimen("update_moments.means_kernel", arch, "", columns, dict(BN=32, BC=64))
+    state = dict.fromkeys(("count", "z_mean", "z_m2", "y_mean", "y_m2", "n_positive", "n_active", "scratch"), d)
+    yield Specimen("update_moments.advance_kernel", arch, "", state | dict(N=n, R=n, D=n), dict(BC=64))
+    steer = dict(h="*bf16", vectors=f, row_vector=i, positions="*i1") | dict.fromkeys(
+        ("h_b", "h_s", "h_d", "vectors_v", "vectors_d", "row_stride", "positions_b", "positions_s", "S", "V", "d"), n
+    )
+    yield Specimen("steer_add.steer_add_kernel", arch, "", steer, dict(BLOCK=1024))
+    scalars = ("before", "batch", "count", "y_mean", "y_m2", "n_positive")
+    others = ("other_count", "other_y_mean", "other_y_m2", "other_n_positive")
+    planned = dict(cu=i, sample=i, labels=f, y=f, y_stride=n, T=n, N=n, steps=n) | dict.fromkeys(scalars + others, d)
+    yield Specimen("plan.plan_kernel", arch, "", planned, dict(TOKENS=256, SAMPLES=1024))
+    norm = dict(x="*bf16", scale=f, mean=f, d_in=n)
+    yield Specimen("token_norm.token_norm_kernel", arch, "", norm, dict(CENTRED=True, BK=1024))
+    sparse = dict(values=f, features=i, cu=i, pooled=f, first_sample=n, T=n, k=n, d_sae=n)
+    yield Specimen("topk.pool_sparse_kernel", arch, "", sparse, dict(MAX=True, SIGNED=True, K=64, BF=1024))
+
+
+def examine(specimen: Specimen) -> Report:
+    """Compile a specimen and read off what came of it."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, function = specimen.kernel.split(".")
+    kernel = getattr(importlib.import_module(f"corrsteer.kernels.{module}"), function)
+    signature, constants, divisible = {}, {}, {}
+    for at, name in enumerate(kernel.arg_names):
+        of = specimen.types.get(name)
+        signature[name] = of or "constexpr"
+        if of is None:
+            constants[name] = specimen.constants.get(name)
+        elif of.startswith("*") or name in ("d_in", "d_sae", "D"):  # as real ones are, multiples of 16
+            divisible[(at,)] = [["tt.divisibility", 16]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = triton.compile(
+            ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible),
+            target=GPUTarget("cuda", specimen.arch, 32),
+            options={"num_warps": specimen.num_warps, "num_stages": specimen.num_stages},
+        )
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _output(tools / "cuobjdump", "-res-usage", cubin)
+        assembly = _output(tools / "nvdisasm", "-c", cubin)
+    report = Report(
+        kernel=specimen.kernel.split(".")[1].removesuffix("_kernel"), arch=specimen.arch, label=specimen.label,
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        local=len(re.findall(r"\b(?:LDL|STL)\b", assembly)),
+        shared=compiled.metadata.shared,
+        tensor_core=_tensor_core(assembly, compiled.asm["ptx"]), faults=[],
+    )  # fmt: skip
+    if report.local:
+        report.faults.append(f"{report.local} spills")
+    if report.shared > SHARED_MEMORY[specimen.arch]:
+        report.faults.append(f"shared memory over {SHARED_MEMORY[specimen.arch]}")
+    if specimen.product in ("native", "bf16x2") and report.tensor_core != TENSOR_CORE[specimen.arch]:
+        report.faults.append(f"no {TENSOR_CORE[specimen.arch]}")
+    return report
+
+
+def _output(*command) -> str:
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout
+
+
+def _tensor_core(assembly: str, ptx: str) -> str:
+    if "tcgen05.mma" in ptx:
+        return "tcgen05.mma"
+    return next((name for name in ("HGMMA", "HMMA") if re.search(rf"\b{name}\b", assembly)), "-")
+
+
+def examine_all(architectures, jobs: int, show=None) -> list[Report]:
+    """Reports of everything that ships for the architectures, in order; `show` is called with each as it comes."""
+    specimens = [specimen for arch in architectures for specimen in shipped(arch)]
+    reports = []
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        for report in pool.imap(examine, specimens):
+            reports.append(report)
+            if show:
+                show(report)
+    return reports
+
+
+def line(report: Report) -> str:
+    faults = "; ".join(report.faults) or "ok"
+    return (
+        f"sm_{report.arch:<4} {report.kernel:<12} {report.label:<52} {report.registers:>5} {report.local:>6} "
+        f"{report.shared:>7} {report.tensor_core:<12} {faults}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, action="append", help="all of them by default")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at once")
+    parser.add_argument("--json", type=Path, help="write the table here as well")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("bench.resources compiles kernels; unset TRITON_INTERPRET, under which they are not", file=sys.stderr)
+        return 2
+    print(f"{'arch':<7} {'kernel':<12} {'what':<52} {'regs':>5} {'spills':>6} {'shared':>7} {'multiplies by':<12}")
+    reports = examine_all(options.arch or ARCHITECTURES, options.jobs, lambda report: print(line(report), flush=True))
+    if options.json:
+        import json
+
+        import triton
+
+        options.json.write_text(
+            json.dumps({"triton": triton.__version__, "reports": [asdict(r) for r in reports]}, indent=1) + "\n"
+        )
+    faulty = [report for report in reports if report.faults]
+    print(f"{len(reports)} compiled, {len(faulty)} of them not fit to ship")
+    return 1 if faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""What is measured: the cases, the most important first, and the ragged samples they are made of."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+GEMMA_16K, GEMMA_65K = (2304, 16384), (2304, 65536)  # Gemma 2 2B with Gemma Scope
+LLAMA_32K, LLAMA_131K = (4096, 32768), (4096, 131072)  # Llama 3.1 8B with Llama Scope
+SAES = (GEMMA_16K, LLAMA_32K, GEMMA_65K, LLAMA_131K)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: an operation at a shape.
+
+    Attributes
+    ----------
+    kind : `encode_update`, `update_moments`, `steer_add`, `host` (a call's time on the host) or `graph` (a replay).
+    d_in, d_sae : width of the residual stream and number of features.
+    tokens : T, kept tokens in the batch; samples for `update_moments`, rows for `steer_add`.
+    steps : mean number of kept tokens a sample.
+    precision : of the encoder; residuals are float32 for `fp32`, float16 for `fp16` and bfloat16 otherwise.
+    labels : R, reward columns.
+    k : features kept per token by topk.
+    compiled : whether torch.compile takes part, which takes tens of seconds to compile.
+    """
+
+    kind: str
+    d_in: int
+    d_sae: int
+    tokens: int
+    steps: int = 1
+    precision: str = "bf16"
+    activation: str = "jumprelu"
+    pool: str = "mean"
+    labels: int = 1
+    k: int = 64
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        """One line for tables and logs."""
+        if self.kind == "steer_add":
+            return f"steer_add [{self.tokens}, 1, {self.d_in}] {self.precision}"
+        if self.kind == "update_moments":
+            return f"update_moments {self.tokens} samples, {self.d_sae} features, R={self.labels}"
+        shape = f"{self.d_in} x {self.d_sae}, {self.tokens} tokens"
+        if self.kind != "encode_update":
+            return f"{self.kind} {shape}"
+        activation = f"topk {self.k}" if self.activation == "topk" else self.activation
+        return f"{shape}, {self.steps} a sample, {self.precision}, {activation}, {self.pool}"
+
+
+def lengths(tokens: int, mean: int, seed: int = 0) -> list[int]:
+    """Lengths of `tokens / mean` samples: uniform on 1..2·mean-1, then moved one by one until they sum to `tokens`."""
+    if tokens % mean:
+        raise ValueError(f"tokens must be a multiple of mean={mean}, got {tokens}")
+    draw = random.Random(seed)
+    longest = 2 * mean - 1
+    drawn = [draw.randint(1, longest) for _ in range(tokens // mean)]
+    excess = sum(drawn) - tokens
+    step = -1 if excess > 0 else 1
+    while excess:
+        at = draw.randrange(len(drawn))
+        if 1 <= drawn[at] + step <= longest:
+            drawn[at] += step
+            excess += step
+    return drawn
+
+
+def gpu_cases() -> list[Case]:
+    """The GPU's cases, in the order in which they are worth having should time run out."""
+
+    def encode(saes: Iterable[tuple[int, int]], tokens: int, steps: int, **more) -> list[Case]:
+        return [Case("encode_update", *sae, tokens, steps, **more) for sae in saes]
+
+    first = encode([GEMMA_16K], 4096, 8, compiled=True) + encode([LLAMA_131K], 4096, 8, compiled=True)
+    return [
+        *first,
+        *encode([LLAMA_32K], 4096, 8, compiled=True),
+        *encode([GEMMA_65K], 4096, 8),
+        *encode(SAES, 32768, 8),
+        *encode([GEMMA_16K, LLAMA_32K], 4096, 8, precision="fp32"),
+        *encode([GEMMA_16K, LLAMA_32K], 4096, 8, precision="bf16x2"),
+        *encode(SAES, 512, 8),
+        Case("steer_add", 4096, 1, 32),
+        Case("host", 2304, 1024, 32),
+        Case("graph", 2304, 1024, 32),
+        *[Case("update_moments", 1, 16384, 4096, labels=labels) for labels in (1, 64, 1024)],
+        *encode([GEMMA_16K], 4096, 8, pool="max"),
+        *encode([GEMMA_16K], 4096, 8, pool="both"),
+        *encode([GEMMA_16K], 4096, 8, activation="topk"),
+        *encode([GEMMA_16K, LLAMA_32K], 4096, 8, precision="fp16"),
+        *[case for tokens in (4096, 32768, 512) for steps in (64, 1) for case in encode(SAES, tokens, steps)],
+    ]
+
+
+def cpu_cases(large: bool = False, compiled: bool = False) -> list[Case]:
+    """The CPU's cases: small enough for any machine, and with `large` one SAE of a real model's size."""
+    small = (512, 4096, 512)
+    cases = [Case("encode_update", *small, steps, "fp32", compiled=compiled and steps == 8) for steps in (8, 1, 64)]
+    cases += [Case("encode_update", 512, 4096, 128, 8, "bf16")]  # fewer, as not every CPU multiplies bfloat16 itself
+    cases += [Case("encode_update", *GEMMA_16K, 512, 8, "fp32")] if large else []
+    cases += [Case("update_moments", 1, 4096, 64, labels=labels) for labels in (1, 64)]
+    return [*cases, Case("steer_add", 4096, 1, 32, precision="fp32")]
