@@ -88,8 +88,10 @@ def pooling(arch: int, kind: str, entry: dict, pools=("mean",), moments=True, si
     types |= {f"pooled_{p}": "*fp32" if p in pools and not moments else None for p in ("mean", "max")}
     types |= dict(N="i32", group_tokens="i32", n_groups="i32")
     words = ["+".join(pools), "moments" if moments else "pooled"] + ["singles"] * singles
+    words += ["short"] * ("PIECES" in entry)
     words += [str(v) if k == "activation" else k for k, v in given.items()]
     constants = dict(MEAN="mean" in pools, MAX="max" in pools, MOMENTS=moments, SINGLES=singles)
+    constants["PIECES"] = entry.get("PIECES", 0)
     label = f"{kind} {entry['BF']}x{entry['BT']}x{entry['BK']} {' '.join(words)}"
     return encoding(arch, "encode_pool.encode_pool_kernel", label, kind, entry, types, constants, **given)
 
@@ -103,6 +105,7 @@ def shipped(arch: int) -> Iterator[Specimen]:
         "encode_pool": [{}],
         "encode_pool_normalised": [{"normalised": True}, {"normalised": True, "singles": True}],
         "encode_pool_singles": [{"singles": True}],
+        "encode_pool_short": [{}],
         "encode_pool_both": [
             {"pools": ("mean", "max"), "singles": True},
             {"pools": ("mean", "max"), "normalised": True},
@@ -110,6 +113,8 @@ def shipped(arch: int) -> Iterator[Specimen]:
     }
     for name, of_name in forms.items():
         for kind in OPERANDS:
+            if name == "encode_pool_short" and kind not in file.get(name, ()):
+                continue  # the loop takes short samples as well
             entries = file[name if kind in file.get(name, ()) else "encode_pool"][kind]
             yield from (pooling(arch, kind, entry, **form) for entry in entries for form in of_name)
     large = file["encode_pool"]["native"][-1]

@@ -7,7 +7,8 @@ in the order of the groups.
 
 import triton
 import triton.language as tl
-from corrsteer.kernels.encode_pool import CUT, larger
+from corrsteer.kernels.encode_pool import larger
+from corrsteer.kernels.partials import CUT
 
 
 @triton.jit

@@ -8,20 +8,17 @@ Groups are cut by tokens alone, so that all of them do the same work whatever th
 be known to launch. A sample that a cut goes through is left to `boundaries.py`: the group in which it goes on to its
 end stores its part as `head`, the group at whose end it is open stores it as `tail`.
 
-Within a tile, a loop goes from sample to sample, over slices of SUB tokens so that a sample costs little more than its
-own tokens. Where every token of a tile is a sample of its own (one kept step), nothing is left to pool and the tile's
-columns are taken as they are.
+Within a tile there are three ways to pool, all right for any lengths. `walk_samples` loops over the samples, in slices
+of SUB tokens so that a sample costs little more than its own tokens; it is the way for long samples, and for maxima.
+`multiply_out` forms the sums of many short samples on tensor cores. `take_columns` is for tiles whose every token is a
+sample (one kept step), where nothing is left to pool.
 """
 
 import triton
 import triton.language as tl
-from corrsteer.kernels.product import activated, halves, normalised, product, tile_of
+from corrsteer.kernels.partials import CUT, STORED, store_partials, with_columns, with_one
+from corrsteer.kernels.product import INTERPRETING, activated, halves, normalised, product, tile_of
 
-# What a group stores for each pooling and feature, `[d_sae]` float32 each; without moments the first two.
-PARTIALS = (
-    "head", "tail", "mean", "m2", "cross", "sum_positive", "sum_other", "active_positive", "active_other",
-)  # fmt: skip
-CUT, STORED = tl.constexpr(2), tl.constexpr(len(PARTIALS))
 NEVER = tl.constexpr(2147483647)
 EVERY_NAN = tl.constexpr(tl.PropagateNan.ALL)
 
@@ -29,42 +26,6 @@ EVERY_NAN = tl.constexpr(tl.PropagateNan.ALL)
 @triton.jit
 def larger(a, b):
     return tl.maximum(a, b, propagate_nan=EVERY_NAN)
-
-
-# Moments while a group is worked on: the count n, and for each pooling and feature a shift (the first value seen, which
-# keeps the sums of deviations small), their sum and sum of squares, the cross moment with centred rewards, and sum and
-# number of active samples by sign of the reward.
-
-
-@triton.jit
-def with_one(moments, value, n, y, positive):
-    """The moments after one more sample, `value: [BF]`, where there were `n`."""
-    shift, s1, s2, cross, sum_positive, sum_other, active_positive, active_other = moments
-    shift = tl.where(n == 0, value, shift)
-    deviation = value - shift
-    active = (value > 0).to(tl.float32)
-    other = 1 - positive
-    return (
-        shift, s1 + deviation, s2 + deviation * deviation, cross + y * value,
-        sum_positive + positive * value, sum_other + other * value,
-        active_positive + positive * active, active_other + other * active,
-    )  # fmt: skip
-
-
-@triton.jit
-def with_columns(moments, value, n, y, positive):
-    """The moments after as many samples as `value: [BF, W]` has columns, where there were `n`."""
-    shift, s1, s2, cross, sum_positive, sum_other, active_positive, active_other = moments
-    if n == 0:
-        shift = tl.sum(tl.where((tl.arange(0, value.shape[1]) == 0)[None, :], value, 0.0), 1)
-    deviation = value - shift[:, None]
-    active = (value > 0).to(tl.float32)
-    positive, other = positive[None, :], (1 - positive)[None, :]
-    return (
-        shift, s1 + tl.sum(deviation, 1), s2 + tl.sum(deviation * deviation, 1), cross + tl.sum(value * y[None, :], 1),
-        sum_positive + tl.sum(value * positive, 1), sum_other + tl.sum(value * other, 1),
-        active_positive + tl.sum(active * positive, 1), active_other + tl.sum(active * other, 1),
-    )  # fmt: skip
 
 
 @triton.jit
@@ -144,9 +105,9 @@ def take_columns(
         if MOMENTS:
             y, positive = tl.load(labels + N + j), tl.load(labels + 2 * N + j)
             if MEAN:
-                of_mean = with_columns(of_mean, z, n, y, positive)
+                of_mean = with_columns(of_mean, z, n, y, positive, None)
             if MAX:
-                of_max = with_columns(of_max, z, n, y, positive)
+                of_max = with_columns(of_max, z, n, y, positive, None)
         else:
             p_row = j.to(tl.int64)[None, :] * d_sae + f[:, None]
             if MEAN:
@@ -157,19 +118,59 @@ def take_columns(
 
 
 @triton.jit
-def store_partials(partials, f, d_sae, head, tail, n, moments, MOMENTS: tl.constexpr):
-    m_f = f < d_sae
-    tl.store(partials + f, head, mask=m_f)
-    tl.store(partials + d_sae + f, tail, mask=m_f)
-    if MOMENTS:
-        shift, s1, s2, cross, sum_positive, sum_other, active_positive, active_other = moments
-        shifted_mean = s1 / tl.maximum(n, 1).to(tl.float32)
-        kept = (
-            shift + shifted_mean, s2 - s1 * shifted_mean, cross,
-            sum_positive, sum_other, active_positive, active_other,
+def multiply_out(
+    z, t0, group_start, stop, sample, cu, labels, N, n, total, head, moments,
+    WIDTH: tl.constexpr, SAMPLES: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """Sums over samples as a product with the 0/1 matrix that says which token is whose, SAMPLES samples at a time.
+
+    On tensor cores, at a cost that hardly depends on how many samples end. The ones are exact, and z goes in as a sum
+    of PIECES bfloat16, which keeps 8 bits each. Where z is not finite the product spreads that to its neighbours; for
+    the moments of a feature it makes no difference which sample they are no longer finite from.
+    """
+    W: tl.constexpr = z.shape[1]
+    if W > WIDTH:
+        left, right = halves(z)
+        n, total, head, moments = multiply_out(
+            left, t0, group_start, stop, sample, cu, labels, N, n, total, head, moments, WIDTH, SAMPLES, PIECES
+        )
+        return multiply_out(
+            right, t0 + W // 2, group_start, stop, sample, cu, labels, N, n, total, head, moments,
+            WIDTH, SAMPLES, PIECES,
         )  # fmt: skip
-        for at in tl.static_range(len(kept)):
-            tl.store(partials + (CUT + at) * d_sae + f, kept[at], mask=m_f)
+    else:
+        t = t0 + tl.arange(0, W)
+        whose = tl.load(sample + t, mask=t < stop, other=-1)
+        at = tl.load(sample + t0, mask=t0 < stop, other=0)
+        last = tl.load(sample + tl.minimum(t0 + W, stop) - 1, mask=t0 < stop, other=-1)
+        while at <= last:
+            j = at + tl.arange(0, SAMPLES)
+            belongs = (whose[:, None] == j[None, :]).to(tl.bfloat16)
+            sums = tl.zeros((z.shape[0], SAMPLES), tl.float32)
+            rest = z
+            for _ in tl.static_range(PIECES):
+                piece = rest.to(tl.bfloat16)
+                rest -= piece.to(tl.float32)
+                if INTERPRETING:
+                    sums = tl.dot(piece.to(tl.float32), belongs.to(tl.float32), sums)
+                else:
+                    sums = tl.dot(piece, belongs, sums)
+            start = tl.load(cu + j, mask=j <= last, other=NEVER)
+            end = tl.load(cu + j + 1, mask=j <= last, other=NEVER)
+            sums += tl.where((start < t0)[None, :], total[:, None], 0.0)
+            ended = (start < end) & (end <= t0 + W)
+            cut = ended & (start < group_start)
+            if tl.max(cut.to(tl.int32), 0) != 0:
+                head = tl.sum(tl.where(cut[None, :], sums, 0.0), 1)
+            whole = ended & (start >= group_start)
+            value = tl.where(whole[None, :], sums * tl.load(labels + j, mask=whole, other=0.0)[None, :], 0.0)
+            y = tl.load(labels + N + j, mask=whole, other=0.0)
+            positive = tl.load(labels + 2 * N + j, mask=whole, other=0.0)
+            moments = with_columns(moments, value, n, y, positive, whole)
+            n += tl.sum(whole.to(tl.int32), 0)
+            total = tl.sum(tl.where(((start < end) & (end > t0 + W) & (j <= last))[None, :], sums, 0.0), 1)
+            at += SAMPLES
+        return n, total, head, moments
 
 
 @triton.jit
@@ -178,7 +179,7 @@ def encode_pool_kernel(
     cu, sample, labels, pooled_mean, pooled_max, partials, finished,
     T, N, d_in, d_sae, group_tokens, n_groups,
     ACTIVATION: tl.constexpr, DOT: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    MEAN: tl.constexpr, MAX: tl.constexpr, MOMENTS: tl.constexpr, SINGLES: tl.constexpr,
+    MEAN: tl.constexpr, MAX: tl.constexpr, MOMENTS: tl.constexpr, SINGLES: tl.constexpr, PIECES: tl.constexpr,
     BF: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SUB: tl.constexpr, COLUMNS: tl.constexpr,
     SUPER: tl.constexpr,
 ):  # fmt: skip
@@ -186,6 +187,7 @@ def encode_pool_kernel(
 
     pooled_mean, pooled_max : `[N, d_sae]` float32, where not MOMENTS.
     SINGLES : look out for tiles in which every token is a sample; without it they are right too, but slower.
+    PIECES : where not 0, the mean's moments by `multiply_out` with so many pieces; for MEAN and MOMENTS alone.
     partials : `[n_groups, MEAN + MAX, len(PARTIALS) or 2, d_sae]` float32.
     finished : `[n_groups]` int32, how many samples a group began and finished.
     """
@@ -224,6 +226,10 @@ def encode_pool_kernel(
             j = tl.load(sample + t0 + BT - 1) + 1
             start = t0 + BT
             end = tl.load(cu + j + 1, mask=j < N, other=NEVER)
+        elif PIECES > 0:
+            n, total, head_total, of_mean = multiply_out(
+                z, t0, group_start, stop, sample, cu, labels, N, n, total, head_total, of_mean, COLUMNS, 16, PIECES
+            )
         else:
             state = (j, start, end, n, total, top, head_total, head_top, of_mean, of_max)
             j, start, end, n, total, top, head_total, head_top, of_mean, of_max = walk_samples(

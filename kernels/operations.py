@@ -6,7 +6,8 @@ import torch
 import triton
 from corrsteer.kernels import boundaries, launch, topk
 from corrsteer.kernels.encode import encode_kernel
-from corrsteer.kernels.encode_pool import CUT, PARTIALS, encode_pool_kernel
+from corrsteer.kernels.encode_pool import encode_pool_kernel
+from corrsteer.kernels.partials import CUT, PARTIALS
 from corrsteer.kernels.plan import Plan, plan
 from corrsteer.kernels.steer_add import steer_add
 from corrsteer.kernels.token_norm import token_norm
@@ -15,6 +16,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = ["encode", "encode_pool", "encode_update", "steer_add", "update_moments"]
+
+SHORT = 16  # mean tokens a sample below which the sums of many samples are worth a product
 
 
 def dot_kind(x: Tensor, encoder) -> str:
@@ -52,7 +55,8 @@ def _run(x, cu, encoder, pools, planned: Plan, pooled: Tensor | None) -> tuple:
     """Launch the main kernel; the partial results that `boundaries` goes on with."""
     T, N, d_sae = len(x), len(cu) - 1, encoder.d_sae
     singles = T < 2 * N
-    forms = {"both": len(pools) == 2, "normalised": encoder.input_norm != "none", "singles": singles}
+    short = pooled is None and pools == ("mean",) and T < SHORT * N
+    forms = {"both": len(pools) == 2, "normalised": encoder.input_norm != "none", "singles": singles, "short": short}
     variants = tuple(name for name, applies in forms.items() if applies)
     config = launch.config(x.device, "encode_pool", dot_kind(x, encoder), T, variants)
     tiles, blocks = triton.cdiv(T, config["BT"]), triton.cdiv(d_sae, config["BF"])
@@ -69,6 +73,7 @@ def _run(x, cu, encoder, pools, planned: Plan, pooled: Tensor | None) -> tuple:
             pooled_mean=into.get("mean"), pooled_max=into.get("max"), partials=partials, finished=finished,
             T=T, N=N, d_in=encoder.d_in, d_sae=d_sae, group_tokens=group_tokens, n_groups=groups,
             MEAN="mean" in pools, MAX="max" in pools, MOMENTS=pooled is None, SINGLES=singles,
+            PIECES=config.get("PIECES", 0),
             BF=config["BF"], BT=config["BT"], BK=config["BK"], SUB=config["SUB"], COLUMNS=config["COLUMNS"],
             SUPER=config["SUPER"],
             num_warps=config["num_warps"], num_stages=config["num_stages"],

@@ -2,12 +2,13 @@
 
 A backend's error may be at most eager torch's own, plus `TOLERANCE` of the output's scale.
 
-- The truth is the reference in float64, of the operands as they are given: x in its own dtype, and the weights that the
-  encoder holds. For the precision bf16x2 it is the float32 weights that were split, so that what the split loses counts.
+- The truth is the reference in float64, of the operands as they are given: x in its own dtype, and the weights that
+  the encoder holds. For the precision bf16x2 it is of the float32 weights that were split, so that what the split
+  loses counts.
 - Eager torch is the `reference` backend, which widens the same operands to float32. Products of two 16-bit numbers
-  are exact in float32, so whoever accumulates in float32 loses no more in bfloat16 than in float32, and the tolerance is
-  1e-5 for every dtype: 100 and 1000 times less than what is promised of float16 and bfloat16, within which a
-  backend could round its accumulator to 16 bits without being noticed. The reference itself gets no allowance.
+  are exact in float32, so whoever accumulates in float32 loses no more in bfloat16 than in float32, and the tolerance
+  is 1e-5 for every dtype. That is 100 and 1000 times less than what is promised of float16 and bfloat16, within which
+  a backend could round its accumulator to 16 bits without being noticed. The reference itself gets no allowance.
 - Where an activation jumps (a threshold, a gate, the k-th largest), the last bit of float32 decides on which side it
   falls. The truth is then an interval: `dense_bounds` gives the activations with every undecided one off, and on.
 """
@@ -240,11 +241,23 @@ def decided(problem: Problem) -> Tensor:
     return ~(undecided | (p.abs() <= UNDECIDED * p.abs().max())).any(0)
 
 
-def true_moments(z: Tensor, y: Tensor, history: Moments | None = None) -> Moments:
-    """Moments of pooled `z: [N, d_sae]` and rewards, in float64 throughout."""
-    y = y[:, None] if y.dim() == 1 else y
-    moments = Moments(z.shape[1], y.shape[1], z.device) if history is None else history.to(z.device)
-    reference.update_moments(z.double(), y.double(), moments)
+def true_moments(z: Tensor, y: Tensor) -> Moments:
+    """Moments of pooled `z: [N, d_sae]` and rewards `[N]` or `[N, R]`: their definitions, over all samples."""
+    z, y = z.double(), (y[:, None] if y.dim() == 1 else y).double()
+    moments = Moments(z.shape[1], y.shape[1], z.device)
+    if len(z) == 0:
+        return moments
+    moments.count.fill_(len(z))
+    moments.z_mean[:], moments.y_mean[:] = z.mean(0), y.mean(0)
+    z_dev, y_dev = z - z.mean(0), y - y.mean(0)
+    moments.z_m2[:], moments.y_m2[:] = z_dev.square().sum(0), y_dev.square().sum(0)
+    moments.n_positive[:], moments.n_active[:] = (y > 0).sum(0), (z > 0).sum(0)
+    for r in range(y.shape[1]):
+        moments.cross[r] = (y_dev[:, r, None] * z_dev).sum(0)
+        for group, members in enumerate((y[:, r] > 0, y[:, r] <= 0)):
+            moments.group_sum[group, r] = z[members].sum(0)
+            moments.group_active_sum[group, r] = z[members].clamp(min=0).sum(0)
+            moments.group_active_count[group, r] = (z[members] > 0).sum(0)
     return moments
 
 

@@ -1,212 +1,784 @@
-"""Every backend against float64 truth, and what every operation does with bad arguments."""
+"""Every backend against float64 truth, and what every operation does with bad arguments.
+
+`parity.py` says what truth is, and how far from it a backend may be. The cases here are small enough for Triton's
+interpreter, whose blocks are of 64 features and 16 tokens, two tiles of which make a group: a sample's tokens may lie
+in several tiles or groups, or share them with other samples. `test_kernels.py` has what is only true of kernels.
+"""
+
+import itertools
 
 import pytest
 import torch
+from parity import (
+    ACTIVATIONS,
+    BF16,
+    F16,
+    F32,
+    PLACES,
+    REFERENCE,
+    Case,
+    Place,
+    assert_as_close_as_eager,
+    assert_moments,
+    assert_same_state,
+    at,
+    cu,
+    decided,
+    dense_bounds,
+    eager_pool,
+    everywhere,
+    fenced,
+    for_each,
+    make,
+    make_encoder,
+    pooled,
+    pooled_bounds,
+    true_moments,
+    updated,
+)
 
 from corrsteer import (
     CorrSteerError,
     Moments,
-    SparseEncoder,
-    backends,
     encode,
     encode_pool,
     encode_update,
-    reference,
     steer_add,
     update_moments,
 )  # fmt: skip
 
-ACTIVATIONS = ("relu", "jumprelu", "gated", "topk", "abstopk", "identity")
-TOLERANCE = {
-    torch.float32: 1e-5,
-    torch.float16: 1e-3,
-    torch.bfloat16: 1e-2,
-}  # of the output's scale, beyond eager's error
+ON_CPU = REFERENCE[0]
 SEGMENTS = {
-    "one token each": [1] * 9,
-    "one sample": [31],
-    "ragged": [3, 1, 7, 2, 13, 5],
-    "prime": [17, 19, 23],
-    "empty at the edges": [0, 4, 0, 6, 0],
-    "all empty": [0, 0],
+    "one token each": (1,) * 9,
+    "one sample": (31,),
+    "ragged": (3, 1, 7, 2, 13, 5),
+    "prime": (17, 19, 23),
+    "empty at the edges": (0, 4, 0, 6, 0),
+    "empty in the middle": (5, 0, 0, 8),
+    "all empty": (0, 0),
+    "no samples": (),
+    "one over many groups": (130,),
+    "whole tiles of one token each": (1,) * 16 + (20,) + (1,) * 45 + (3,),
+    "one token each after a long one": (40,) + (1,) * 56,
+    "ending where tiles and groups do": (16, 16, 32, 32, 16),
+    "ending one token off": (15, 2, 15, 31, 2, 30),
+    "empty where groups end": (32, 0, 0, 31, 1, 0, 32),
+}
+
+# Every activation with every segmentation and dtype: for eager torch, which is quick.
+PRODUCT = {
+    f"{activation}, {segments}, {precision}": Case(activation, precision, dtype, lengths, d_sae=67, seed=11)
+    for activation, (segments, lengths), (precision, dtype) in itertools.product(
+        ACTIVATIONS, SEGMENTS.items(), (("fp32", F32), ("fp16", F16), ("bf16", BF16))
+    )
+    if activation != "identity" or precision == "fp32"
 }
 
 
-def available(device="cpu", dtype=torch.float32):
-    return [
-        b.name
-        for b in backends.registered()
-        if b.verify(backends.Call("encode_pool", torch.device(device), dtype, "relu")).ok
-    ]
-
-
-def make_encoder(activation, d_in=19, d_sae=67, dtype=torch.float32, seed=0):
-    g = torch.Generator().manual_seed(seed)
-
-    def rand(*shape):
-        return torch.randn(*shape, generator=g)
-
-    if activation == "identity":
-        return SparseEncoder.identity(d_in)
-    form = {"weight": (rand(d_sae, d_in) / d_in**0.5).to(dtype), "bias": 0.3 * rand(d_sae)}
-    if activation == "jumprelu":
-        form["threshold"] = rand(d_sae).abs()
-    if activation == "gated":
-        form |= {"magnitude_scale": rand(d_sae).exp(), "magnitude_bias": rand(d_sae)}
-    return SparseEncoder(d_in, d_sae, activation, k=5, **form)
-
-
-def double(encoder):
-    """The same encoder in float64, which makes the reference compute the truth."""
-    wide = encoder.to(dtype=torch.float64)
-    for name in ("bias", "threshold", "magnitude_scale", "magnitude_bias"):
-        if getattr(wide, name) is not None:
-            object.__setattr__(wide, name, getattr(wide, name).double())
-    return wide
-
-
-def cu(lengths):
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-
-
-def eager_pool(z, lengths, how):
-    """The definition once more, sample by sample."""
-    out = torch.zeros(len(lengths), z.shape[1], dtype=z.dtype)
-    start = 0
-    for j, n in enumerate(lengths):
-        if n:
-            part = z[start : start + n]
-            out[j] = part.mean(0) if how == "mean" else part.amax(0)
-        start += n
+def named(*cases: tuple) -> dict[str, Case]:
+    """Cases under their descriptions; lengths are given by their names in SEGMENTS."""
+    out = {}
+    for activation, precision, dtype, segments, pool, d_in, d_sae, *norm in cases:
+        x_dtype = str(dtype).removeprefix("torch.")
+        name = " ".join([f"{activation} {precision} of {x_dtype} {pool} {d_in}x{d_sae}", *norm]) + f", {segments}"
+        out[name] = Case(
+            activation, precision, dtype, SEGMENTS[segments], pool, d_in, d_sae, norm[0] if norm else "none", seed=7
+        )
     return out
 
 
-@pytest.mark.parametrize("backend", available())
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("segments", SEGMENTS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_encode_pool_is_as_close_to_the_truth_as_eager_torch_in_the_same_dtype(activation, segments, dtype, backend):
-    lengths = SEGMENTS[segments]
-    encoder = make_encoder(activation, dtype=dtype)
-    x = torch.randn(sum(lengths), 19, generator=torch.Generator().manual_seed(1)).to(dtype)
-    truth_z = reference.encode(x.double(), double(encoder)) if activation != "identity" else x.double()
-    mean, maximum = encode_pool(x, cu(lengths), encoder, "both", backend=backend)
-    for how, got in (("mean", mean), ("max", maximum)):
-        truth = eager_pool(truth_z, lengths, how)
-        assert got.dtype == torch.float32 and got.shape == (len(lengths), encoder.d_sae)
-        assert (got - truth).abs().max() <= TOLERANCE[dtype] * truth.abs().max().clamp(min=1e-6)
-        assert torch.equal(got, encode_pool(x, cu(lengths), encoder, how, backend=backend))
+# For every backend, the interpreted one too: each pair of activation and precision, of activation and input norm, of
+# activation and a hard segmentation, and of sizes below, at and above those of blocks, with rows that a GPU's copy
+# engine can read and rows that it cannot.
+CHOSEN = named(
+    ("relu", "fp32", F32, "one over many groups", "both", 19, 67),
+    ("relu", "fp32_ieee", F32, "empty where groups end", "both", 19, 37),
+    ("relu", "bf16", BF16, "whole tiles of one token each", "both", 24, 64),
+    ("relu", "fp16", F16, "ending one token off", "mean", 24, 37),
+    ("relu", "bf16x2", BF16, "ragged", "both", 40, 131),
+    ("relu", "fp32", BF16, "empty in the middle", "max", 20, 3),
+    ("relu", "fp32", F32, "ending one token off", "mean", 40, 37, "layer_norm"),
+    ("relu", "bf16x2", BF16, "prime", "mean", 40, 37, "constant_norm_rescale"),
+    ("relu", "fp32", F32, "all empty", "both", 19, 67),
+    ("relu", "fp32", F32, "no samples", "both", 19, 67),
+    ("jumprelu", "fp32", F32, "whole tiles of one token each", "both", 20, 67),
+    ("jumprelu", "fp32_ieee", BF16, "ending where tiles and groups do", "mean", 19, 64),
+    ("jumprelu", "bf16", BF16, "one over many groups", "both", 40, 37),
+    ("jumprelu", "fp16", F16, "ending where tiles and groups do", "max", 19, 37),
+    ("jumprelu", "bf16x2", BF16, "ending one token off", "max", 24, 37),
+    ("jumprelu", "bf16x2", F16, "prime", "mean", 40, 67),
+    ("jumprelu", "fp32", BF16, "one token each after a long one", "both", 24, 37),
+    ("jumprelu", "bf16", BF16, "empty where groups end", "mean", 64, 67, "layer_norm"),
+    ("jumprelu", "fp16", F16, "one token each", "mean", 19, 37, "constant_norm_rescale"),
+    ("gated", "fp32", F32, "ending one token off", "both", 64, 37),
+    ("gated", "fp32_ieee", F32, "one over many groups", "mean", 33, 67),
+    ("gated", "bf16", BF16, "ragged", "both", 24, 67),
+    ("gated", "fp16", F16, "whole tiles of one token each", "mean", 19, 37),
+    ("gated", "bf16x2", F32, "one over many groups", "mean", 24, 67),
+    ("gated", "bf16", F32, "ending where tiles and groups do", "mean", 19, 131),
+    ("gated", "fp16", F16, "prime", "mean", 19, 37, "layer_norm"),
+    ("gated", "bf16x2", BF16, "empty in the middle", "mean", 40, 37, "constant_norm_rescale"),
+    ("topk", "fp32", F32, "ragged", "both", 19, 67),
+    ("topk", "fp32_ieee", F32, "empty at the edges", "both", 19, 37),
+    ("topk", "bf16", BF16, "one token each", "both", 24, 131),
+    ("topk", "fp16", F16, "empty in the middle", "both", 24, 64),
+    ("topk", "bf16x2", BF16, "ending one token off", "mean", 40, 67),
+    ("topk", "fp32", F32, "ragged", "max", 19, 67, "layer_norm"),
+    ("topk", "bf16", F16, "all empty", "both", 19, 37),
+    ("abstopk", "fp32", F32, "ending one token off", "both", 20, 67),
+    ("abstopk", "fp32_ieee", F32, "one sample", "both", 19, 37),
+    ("abstopk", "bf16", BF16, "whole tiles of one token each", "max", 24, 67),
+    ("abstopk", "fp16", F16, "empty at the edges", "both", 19, 131),
+    ("abstopk", "bf16x2", BF16, "prime", "max", 24, 37),
+    ("abstopk", "fp16", BF16, "ragged", "both", 24, 67, "constant_norm_rescale"),
+    ("topk", "fp32", F32, "no samples", "both", 19, 37),
+)
+TINY = {
+    "one dimension, one feature": Case("jumprelu", lengths=(1, 2), d_in=1, d_sae=1),
+    "one of few features": Case("topk", lengths=(3, 4), d_in=3, d_sae=5, k=1),
+    "all features": Case("topk", lengths=(3, 4), d_in=3, d_sae=37, k=37),
+    "all features, signed": Case("abstopk", lengths=(3, 4), d_in=3, d_sae=37, k=37),
+    "as many features as blocks of them": Case("topk", "bf16", BF16, (3, 4), d_in=24, d_sae=67, k=16),
+    "a token of one dimension alone": Case("gated", lengths=(1,), d_in=1, d_sae=65),
+}
 
 
-@pytest.mark.parametrize("backend", available())
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_a_maximum_over_negative_activations_is_negative_only_where_activations_can_be(activation, backend):
-    encoder = make_encoder(activation)
-    x = -torch.rand(6, 19, generator=torch.Generator().manual_seed(3)) - 0.1
-    pooled = encode_pool(x, cu([2, 4]), encoder, "max", backend=backend)
-    assert bool((pooled < 0).any()) == (activation in ("identity", "abstopk"))
-    assert torch.equal(pooled, eager_pool(encode(x, encoder, backend=backend), [2, 4], "max"))
+# encode and encode_pool
 
 
-@pytest.mark.parametrize("pool", ("mean", "max", "both"))
-@pytest.mark.parametrize("backend", available())
-def test_encode_update_over_any_split_of_the_samples_merged_equals_one_call(backend, pool):
-    encoder, lengths = make_encoder("jumprelu"), [3, 1, 7, 2, 13, 5, 1, 1]
-    x = torch.randn(sum(lengths), 19, generator=torch.Generator().manual_seed(2))
-    y = torch.randn(len(lengths), 2, generator=torch.Generator().manual_seed(3))
-
-    def collect(part):
-        states = (Moments(67, 2), Moments(67, 2)) if pool == "both" else Moments(67, 2)
-        tokens = cu(lengths)
-        rows = x[tokens[part.start] : tokens[part.stop]]
-        encode_update(rows, cu(lengths[part]), y[part], encoder, states, pool, backend=backend)
-        return states if pool == "both" else (states,)
-
-    whole = collect(slice(0, len(lengths)))
-    for at in range(1, len(lengths)):
-        first, second = collect(slice(0, at)), collect(slice(at, len(lengths)))
-        for one, two, all_ in zip(first, second, whole):
-            one.merge(two)
-            for merged, expected in zip(one.state(), all_.state()):
-                # float32 products of other shapes round otherwise; the merge itself is exact to float64
-                torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
+def assert_pooled(problem, place):
+    """`encode_pool` there is as right as eager torch."""
+    got = pooled(problem, place)
+    eager = (None,) * len(got)
+    if place.backend != "reference":
+        eager = pooled(problem, Place("reference", place.device))
+    for how, mine, theirs in zip(problem.case.pools, got, eager):
+        assert mine.dtype == F32 and mine.is_contiguous()
+        assert_as_close_as_eager(mine, *pooled_bounds(problem, how), theirs, of=f"the {how}")
+    return got
 
 
-@pytest.mark.parametrize("backend", available())
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
-def test_steer_add_adds_each_rows_vector_at_its_positions_and_touches_nothing_else(dtype, backend):
-    h = torch.randn(4, 5, 9).to(dtype)
-    vectors, rows = torch.randn(2, 9), torch.tensor([1, -1, 0, 1], dtype=torch.int32)
-    positions = torch.rand(4, 5) > 0.5
+@pytest.mark.usefixtures("poisoned")
+@for_each(CHOSEN | TINY)
+def test_encode_pool_is_as_close_to_the_truth_as_eager_torch(place, case):
+    assert_pooled(make(case, place.device), place)
+
+
+@for_each(PRODUCT, places=REFERENCE)
+def test_eager_encode_pool_is_right_for_every_activation_segmentation_and_dtype(place, case):
+    problem = make(case, place.device)
+    both = assert_pooled(problem, place)
+    for how, expected in zip(("mean", "max"), both):
+        (alone,) = pooled(problem, place, how)
+        assert torch.equal(alone, expected)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("place", "seed"), [at(p, n, id=str(n)) for p in PLACES for n in range(8 if p.backend == "triton" else 60)]
+)
+def test_encode_pool_is_right_for_sizes_and_lengths_drawn_at_random(place, seed):
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*choices):
+        return choices[int(torch.randint(len(choices), (), generator=g))]
+
+    lengths = draw(
+        torch.randint(0, 9, (12,), generator=g), torch.randint(0, 50, (3,), generator=g), torch.ones(41).long()
+    )
+    case = Case(
+        draw("relu", "jumprelu", "gated", "topk", "abstopk"),
+        *draw(("fp32", F32), ("fp32_ieee", F32), ("bf16", BF16), ("fp16", F16), ("bf16x2", BF16), ("bf16x2", F32)),
+        tuple(lengths.tolist()),
+        draw("mean", "max"),
+        d_in=draw(1, 2, 7, 16, 31, 37, 48, 67),
+        d_sae=draw(1, 13, 41, 64, 97, 128, 129),
+        norm=draw("none", "none", "constant_norm_rescale"),
+        k=draw(1, 3, 13),
+        seed=seed,
+    )
+    assert_pooled(make(case, place.device), place)
+
+
+LAYOUTS = {
+    "columns of a wider one": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "transposed": lambda x: x.T.contiguous().T,
+    "every other row": lambda x: x.repeat_interleave(2, 0)[::2],
+    "at an odd address": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view_as(x),
+    "the same row each time": lambda x: x[:1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize(
+    ("place", "layout", "activation"),
+    [
+        at(place, layout, activation, id=f"{layout}, {activation}")
+        for place in PLACES
+        for activation in ("relu", "topk")
+        for layout in LAYOUTS
+    ],
+)
+def test_x_may_lie_in_memory_in_any_way(place, layout, activation):
+    problem = make(Case(activation, "bf16", BF16, (9, 2, 20), "mean", d_in=24), place.device)
+    laid = problem.but(x=LAYOUTS[layout](problem.x))
+    packed = problem.but(x=laid.x.contiguous())
+    assert torch.equal(pooled(laid, place)[0], pooled(packed, place)[0])
+    assert_pooled(laid, place)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("place", "activation"),
+    [at(p, a, id=a) for p in PLACES for a in ACTIVATIONS if p.does("encode_pool", F32, a)],
+)
+def test_a_maximum_over_negative_activations_is_negative_only_where_activations_can_be(place, activation):
+    problem = make(Case(activation, lengths=(2, 4, 40), pool="max"), place.device)
+    problem.x.copy_(-problem.x.abs() - 0.1)
+    (got,) = assert_pooled(problem, place)
+    assert bool((got < 0).any()) == (activation in ("identity", "abstopk"))
+    z = encode(problem.x, problem.encoder, backend=place.backend)
+    torch.testing.assert_close(got, eager_pool(z, problem.case.lengths, "max"), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("place", "activation"), [at(p, a, id=a) for p in PLACES for a in ("relu", "jumprelu", "gated", "topk")]
+)
+def test_where_nothing_is_active_every_activation_and_every_sum_of_them_is_exactly_0(place, activation):
+    problem = make(Case(activation, lengths=(1, 40, 0, 1, 1, 1)), place.device)
+    problem.encoder.bias.fill_(-1000)
+    y = torch.tensor([1.0, 0.0, 1.0, 2.0, -1.0, 0.0], device=place.device)
+    assert not encode(problem.x, problem.encoder, backend=place.backend).any()
+    assert not any(part.any() for part in pooled(problem, place))
+    for moments in updated(problem, y, place):
+        assert moments.n == 6 and moments.y_m2 > 0
+        for name in ("z_mean", "z_m2", "cross", "n_active", "group_sum", "group_active_sum", "group_active_count"):
+            assert not getattr(moments, name).any(), name
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("place", "activation"),
+    [at(p, a, id=a) for p in PLACES for a in ACTIVATIONS if p.does("encode_pool", F32, a)],
+)
+def test_sums_of_huge_activations_stay_right_as_long_as_they_are_finite(place, activation):
+    problem = make(Case(activation, lengths=(70, 1, 9)), place.device)
+    problem.x.mul_(1e30)
+    got = assert_pooled(problem, place)
+    assert max(float(part.abs().max()) for part in got) > 1e29
+
+
+@pytest.mark.usefixtures("poisoned")
+@for_each(
+    {
+        f"{activation}, {precision}": Case(activation, precision, dtype, (3, 40, 1), d_in=64, norm="layer_norm")
+        for activation, precision, dtype in (
+            ("relu", "fp32", F32), ("jumprelu", "fp32", BF16), ("topk", "fp32", F32), ("gated", "bf16x2", F32),
+        )
+    }
+)  # fmt: skip
+def test_layer_norm_survives_tokens_whose_mean_is_many_standard_deviations_from_0(place, case):
+    problem = make(case, place.device)
+    for mean in (1.0, 30.0):
+        problem.x.copy_(make(case, place.device).x + mean)
+        # a float32 mean is off by its last bit, and so is everything from which it is subtracted
+        got, eager = pooled(problem, place), pooled(problem, Place("reference", place.device))
+        for how, mine, theirs in zip(case.pools, got, eager):
+            allowance = None if place.backend == "reference" else theirs
+            assert_as_close_as_eager(mine, *pooled_bounds(problem, how), allowance, of=f"the {how}, mean {mean},")
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("place", "activation"),
+    [at(p, a, id=a) for p in PLACES for a in ACTIVATIONS if p.does("encode_pool", F32, a)],
+)
+@pytest.mark.parametrize("lengths", ((3, 1, 7, 30, 2), (1,) * 33), ids=("ragged", "one token each"))
+def test_a_nan_in_x_is_in_its_own_samples_results_and_in_no_others(place, activation, lengths):
+    problem = make(Case(activation, lengths=lengths), place.device)
+    sample, token = 3, sum(lengths[:3])
+    clean = pooled(problem, place)
+    problem.x[token, 5] = torch.nan
+    for mine, before in zip(pooled(problem, place), clean):
+        others = torch.arange(len(lengths), device=mine.device) != sample
+        assert torch.equal(mine[others], before[others])
+        lost = mine[sample].isnan()
+        if activation == "identity":
+            assert lost[5] and lost.sum() == 1
+        elif "topk" in activation:  # which k of a token's features, all of them NaN, are kept is anybody's choice
+            assert 1 <= int(lost.sum()) <= problem.encoder.k
+        else:
+            assert bool(lost.all())
+    dense = encode(problem.x, problem.encoder, backend=place.backend)
+    assert bool(dense[token].isnan().any()) and not bool(dense[torch.arange(len(dense)) != token].isnan().any())
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("place", "activation"), [at(p, a, id=a) for p in PLACES for a in ("relu", "jumprelu", "gated")]
+)
+def test_a_feature_that_is_nan_leaves_the_other_features_and_their_moments_as_they_are(place, activation):
+    problem = make(Case(activation, lengths=(3, 1, 7, 30, 2)), place.device)
+    y = torch.tensor([1.0, 0.0, 1.0, 2.0, -1.0], device=place.device)
+    clean, clean_moments = pooled(problem, place), updated(problem, y, place)
+    bias = problem.encoder.magnitude_bias if activation == "gated" else problem.encoder.bias
+    bias[5] = torch.nan
+    others = torch.arange(37, device=place.device) != 5
+    for mine, before in zip(pooled(problem, place), clean):
+        assert bool(mine[:, 5].isnan().all()) and torch.equal(mine[:, others], before[:, others])
+    for mine, before in zip(updated(problem, y, place), clean_moments):
+        for name in ("z_mean", "z_m2", "cross", "group_sum", "group_active_sum"):
+            assert bool(getattr(mine, name)[..., 5].isnan().all()), name
+            assert torch.equal(getattr(mine, name)[..., others], getattr(before, name)[..., others]), name
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("place", "activation"), [at(p, a, id=a) for p in PLACES for a in ("relu", "jumprelu", "gated")]
+)
+def test_a_nan_in_x_is_in_every_moment_that_depends_on_it(place, activation):
+    problem = make(Case(activation, lengths=(3, 1, 7, 30, 2)), place.device)
+    y = torch.tensor([1.0, 0.0, 1.0, 2.0, -1.0], device=place.device)
+    problem.x[20, 3] = torch.nan
+    for mine in updated(problem, y, place):
+        for name in ("z_mean", "z_m2", "cross", "group_sum", "group_active_sum"):
+            assert bool(getattr(mine, name)[..., 0, :].isnan().all() if name.startswith("group") else
+                        getattr(mine, name).isnan().all()), name  # fmt: skip
+        for name in ("count", "y_mean", "y_m2", "n_positive", "n_active", "group_active_count"):
+            assert bool(getattr(mine, name).isfinite().all()), name
+
+
+ENCODE = {
+    f"{case.activation} {case.precision} of {str(case.dtype).removeprefix('torch.')} {case.norm}": case
+    for case in (
+        Case("relu", "fp32", F32, (33,), d_in=19, d_sae=131),
+        Case("relu", "bf16x2", BF16, (16,), d_in=40, d_sae=64, norm="layer_norm"),
+        Case("jumprelu", "bf16", BF16, (17,), d_in=24, d_sae=67),
+        Case("jumprelu", "fp32_ieee", F32, (5,), d_in=19, d_sae=67, norm="constant_norm_rescale"),
+        Case("gated", "fp16", F16, (40,), d_in=24, d_sae=67),
+        Case("gated", "fp32", BF16, (1,), d_in=64, d_sae=128, norm="layer_norm"),
+        Case("topk", "fp32", F32, (40,), d_in=19, d_sae=67),
+        Case("topk", "bf16", BF16, (17,), d_in=24, d_sae=131, k=13),
+        Case("topk", "bf16x2", F16, (3,), d_in=24, d_sae=37, k=1),
+        Case("abstopk", "fp32", F32, (40,), d_in=20, d_sae=67),
+        Case("abstopk", "fp16", F16, (17,), d_in=24, d_sae=131, k=13),
+        Case("abstopk", "bf16", BF16, (7,), d_in=24, d_sae=67, norm="layer_norm"),
+        Case("identity", lengths=(7,)),
+    )
+}
+
+
+@pytest.mark.usefixtures("poisoned")
+@for_each(ENCODE, "encode")
+def test_dense_activations_are_as_close_to_the_truth_as_eager_torch(place, case):
+    problem = make(case, place.device)
+    x = problem.x[:, None].expand(-1, 2, -1)  # [..., d_in] of any leading dimensions
+    got = encode(x, problem.encoder, backend=place.backend)
+    assert got.dtype == F32 and got.shape == (len(problem.x), 2, problem.encoder.d_sae)
+    assert torch.equal(got[:, 0], got[:, 1])
+    eager = None if place.backend == "reference" else encode(problem.x, problem.encoder, backend="reference")
+    assert_as_close_as_eager(got[:, 1], *dense_bounds(problem.x, problem.exact), eager)
+    if "topk" in case.activation:
+        assert bool(((got != 0).sum(-1) <= problem.encoder.k).all())
+    assert encode(problem.x[:0], problem.encoder, backend=place.backend).shape == (0, problem.encoder.d_sae)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("place", "activation"), [at(p, a, id=a) for p in PLACES for a in ("topk", "abstopk")])
+def test_of_equal_activations_any_k_are_kept_and_exactly_k(place, activation):
+    encoder = make_encoder(activation, d_sae=67, device=place.device)
+    encoder.weight[:] = encoder.weight[0]
+    encoder.bias.fill_(9)
+    z = encode(torch.ones(20, 19, device=place.device), encoder, backend=place.backend)
+    assert bool(((z != 0).sum(1) == encoder.k).all()) and len(z[z != 0].unique()) == 1
+
+
+def test_encode_never_returns_its_argument():
+    x = torch.randn(4, 19)
+    assert encode(x, make_encoder("identity")).data_ptr() != x.data_ptr()
+
+
+# update_moments and encode_update
+
+
+def rewards(n, labels=1, dtype=F32, seed=5, device="cpu"):
+    """`[n, labels]` rewards of a dtype, of which every other column has a mean far from 0."""
+    y = torch.randn(n, labels, generator=torch.Generator().manual_seed(seed)) * 2
+    y[:, 1::2] += 100
+    return (y > 0).to(device) if dtype == torch.bool else y.to(device, dtype)
+
+
+def earlier(case, labels, seed=9):
+    """Pooled activations and rewards of samples that were seen before, for each pooling another number of them."""
+    g = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(n, case.d_sae, generator=g).double().relu(), torch.randn(n, labels, generator=g).double())
+        for n in (9, 4)[: len(case.pools)]
+    ]
+
+
+UPDATES = {
+    f"{case.activation} {case.precision} {case.pool}, {segments}, {labels} of {str(dtype).removeprefix('torch.')}": (
+        case.but(lengths=SEGMENTS[segments], seed=21),
+        labels,
+        dtype,
+    )
+    for case, segments, labels, dtype in (
+        (Case("relu", pool="mean", d_sae=67), "one over many groups", 1, torch.float64),
+        (Case("relu", "bf16", BF16, d_in=24), "one token each after a long one", 1, torch.int64),
+        (Case("relu", "fp16", F16, pool="max", norm="layer_norm"), "ragged", 1, F32),
+        (Case("relu"), "all empty", 1, F32),
+        (Case("relu", pool="mean"), "no samples", 1, F32),
+        (Case("jumprelu", "bf16", BF16, pool="max", d_in=24), "whole tiles of one token each", 1, torch.bool),
+        (Case("jumprelu", d_sae=67), "empty where groups end", 1, F32),
+        (Case("jumprelu", "fp32_ieee", pool="mean"), "prime", 1, BF16),
+        (Case("gated", "bf16x2", BF16, d_in=40), "ending one token off", 1, F32),
+        (Case("gated", "fp16", F16, pool="max"), "ending where tiles and groups do", 1, torch.uint8),
+        (Case("gated", norm="constant_norm_rescale", pool="mean"), "empty at the edges", 1, F32),
+        (Case("topk", d_sae=67), "ragged", 1, F32),
+        (Case("topk", "bf16", BF16, pool="mean", d_in=24), "ending one token off", 3, F32),
+        (Case("abstopk", pool="max"), "whole tiles of one token each", 1, torch.float64),
+        (Case("relu"), "empty in the middle", 3, F32),
+        (Case("jumprelu", "bf16x2", BF16, pool="mean"), "one token each after a long one", 2, torch.int32),
+        (Case("gated", pool="mean"), "whole tiles of one token each", 5, torch.bool),
+        (Case("identity"), "ragged", 2, F32),
+    )
+}
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("place", "update"),
+    [
+        at(place, update, id=name)
+        for place in PLACES
+        for name, update in UPDATES.items()
+        if place.does("encode_update", update[0].dtype, update[0].activation, update[0].precision)
+        or not place.does("steer_add")
+    ],
+)
+@pytest.mark.parametrize("history", (False, True), ids=("the first batch", "a later batch"))
+def test_encode_update_leaves_the_moments_of_all_samples_so_far(place, update, history):
+    case, labels, dtype = update
+    if history and place == Place("triton", "cpu") and case.pool != "both":
+        pytest.skip("interpreted for pairs alone, to save time")
+    problem = make(case.but(d_sae=case.d_in if case.activation == "identity" else case.d_sae), place.device)
+    y = rewards(len(case.lengths), labels, dtype, device=place.device)
+    before = earlier(problem.case, labels)[: len(case.pools)] if history else []
+    before = [(z.to(place.device), of.to(place.device)) for z, of in before]
+    got = updated(problem, y, place, tuple(true_moments(*b) for b in before))
+    clear = decided(problem)
+    assert clear.float().mean() > 0.9
+    for at_, (how, mine) in enumerate(zip(case.pools, got)):
+        z, all_y = pooled_bounds(problem, how)[0], y.double().view(-1, labels)
+        if before:
+            z, all_y = torch.cat([before[at_][0], z]), torch.cat([before[at_][1], all_y])
+        assert_moments(mine, true_moments(z, all_y), features=clear)
+
+
+@pytest.mark.usefixtures("poisoned")
+@everywhere()
+@pytest.mark.parametrize("sign", (1, -1), ids=("succeed", "fail"))
+def test_where_all_samples_succeed_or_all_fail_the_other_groups_sums_are_exactly_0(place, sign):
+    problem = make(Case("jumprelu", lengths=(40, 1, 2, 1, 0, 5)), place.device)
+    y = sign * torch.arange(1.0, 7.0, device=place.device)
+    for moments in updated(problem, y, place):
+        empty, full = (1, 0) if sign > 0 else (0, 1)
+        assert int(moments.n_positive) == (6 if sign > 0 else 0)
+        for name in ("group_sum", "group_active_sum", "group_active_count"):
+            assert not getattr(moments, name)[empty].any() and bool(getattr(moments, name)[full].any()), name
+        assert torch.equal(moments.group_active_count[full, 0], moments.n_active)
+
+
+@everywhere()
+def test_a_reward_of_exactly_0_counts_as_not_positive(place):
+    problem = make(Case("relu", lengths=(2, 3, 1)), place.device)
+    for moments in updated(problem, torch.tensor([0.0, -0.0, 1e-30], device=place.device), place):
+        assert int(moments.n_positive) == 1
+        last = encode(problem.x[-1:], problem.encoder, backend=place.backend)[0]
+        torch.testing.assert_close(moments.group_sum[0, 0], last.double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("poisoned")
+@everywhere()
+@pytest.mark.parametrize("pool", ("mean", "max"))
+def test_moments_of_activations_far_from_0_keep_their_small_differences(place, pool):
+    problem = make(Case("relu", lengths=(1,) * 20 + (3, 40, 2, 7, 5), pool=pool), place.device)
+    problem.encoder.bias.add_(30)
+    problem.exact.bias.add_(30)
+    y = rewards(25, device=place.device)
+    (got,) = updated(problem, y, place)
+    (eager,) = updated(problem, y, Place("reference", place.device))
+    truth = true_moments(pooled_bounds(problem, pool)[0], y)
+    assert float((truth.z_mean / (truth.z_m2 / 25).sqrt()).min()) > 20
+    assert_moments(got, truth, eager)
+    torch.testing.assert_close(got.correlation(), truth.correlation(), rtol=0, atol=1e-4)
+
+
+SPLITS = {
+    f"{case.activation} {case.pool}, {labels} labels": (case, labels)
+    for case, labels in (
+        (Case("relu", pool="both"), 1),
+        (Case("jumprelu", pool="max"), 1),
+        (Case("gated", "bf16", BF16, pool="mean", d_in=24), 1),
+        (Case("topk", pool="both"), 1),
+        (Case("relu", pool="max"), 3),
+        (Case("jumprelu", pool="both"), 3),
+        (Case("gated", pool="mean"), 3),
+        (Case("topk", "bf16", BF16, pool="mean"), 3),
+        (Case("abstopk", pool="max"), 3),
+    )
+}
+
+
+def part_of(problem, y, members):
+    """The problem of some of its samples, in their order, and their rewards."""
+    sample = torch.arange(len(y)).repeat_interleave(torch.tensor(problem.case.lengths))
+    lengths = tuple(n for n, member in zip(problem.case.lengths, members) if member)
+    device = problem.x.device
+    x = problem.x[members[sample].to(device)]
+    return problem.but(case=problem.case.but(lengths=lengths), x=x, cu=cu(lengths, device)), y[members.to(device)]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("place", "case", "labels"), [at(p, *split, id=name) for p in PLACES for name, split in SPLITS.items()]
+)
+def test_encode_update_over_any_split_of_the_samples_merged_equals_one_call(place, case, labels):
+    lengths = (3, 1, 7, 40, 2, 0, 13, 5, 1, 1)
+    problem = make(case.but(lengths=lengths, seed=3), place.device)
+    y = rewards(len(lengths), labels, device=place.device)
+    assert bool(decided(problem).all())
+    whole = updated(problem, y, place)
+    g = torch.Generator().manual_seed(4)
+    parts = [torch.arange(10) >= at_ for at_ in (range(11) if place.backend == "reference" else (4,))]
+    parts += [torch.randint(0, 3, (10,), generator=g) for _ in range(10 if place.backend == "reference" else 1)]
+    for part in parts:
+        merged, streamed = [Moments(problem.encoder.d_sae, labels, place.device) for _ in case.pools], ()
+        for number in range(3):
+            some, some_y = part_of(problem, y, part == number)
+            one = updated(some, some_y, place)
+            streamed = updated(some, some_y, place, streamed)
+            for state, more in zip(merged, one):
+                state.merge(more)
+        for state, expected in zip((*merged, *streamed), whole * 2):
+            # float32 products of other shapes round otherwise; the merge itself is exact to float64
+            assert_moments(state, expected)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("place", "n", "labels", "dtype"),
+    [
+        at(place, *sizes, id=f"{sizes[0]} samples, {sizes[1]} labels of {sizes[2]}".replace("torch.", ""))
+        for place in PLACES
+        for sizes in (
+            (1, 1, F32), (7, 5, torch.float64), (33, 33, F32), (70, 1, torch.bool), (37, 5, torch.int64),
+            (32, 33, BF16), (64, 1, F16), (3, 65, torch.uint8),
+        )
+    ],
+)  # fmt: skip
+def test_update_moments_leaves_the_moments_of_all_samples_so_far(place, n, labels, dtype):
+    g = torch.Generator().manual_seed(n)
+    z = torch.randn(n, 67, generator=g) + torch.linspace(-3, 3, 67)
+    z[:, ::5] = 0
+    y, before = rewards(n, labels, dtype), earlier(Case(d_sae=67), labels)[0]
+    first = true_moments(z, y)
+    both = true_moments(torch.cat([before[0], z]), torch.cat([before[1], y.double()]))
+    layouts = {
+        "packed": (z, y),
+        "transposed": (z.T.contiguous().T, y.T.contiguous().T),
+        "parts of wider ones": (torch.cat([z, z], 1)[:, 67:], torch.cat([y, y], 1)[:, labels:]),
+        "every other row": (z.repeat_interleave(2, 0)[::2], y.repeat_interleave(2, 0)[::2]),
+    }
+    for name, (z_laid, y_laid) in layouts.items():
+        got = Moments(67, labels, place.device)
+        z_laid, y_laid = (
+            fenced(t).as_strided(t.shape, t.stride()) if t.is_contiguous() else t
+            for t in (z_laid.to(place.device), y_laid.to(place.device))
+        )
+        update_moments(z_laid, y_laid, got, backend=place.backend)
+        assert_moments(got.to("cpu"), first), name
+    got = true_moments(*before).to(place.device)
+    got.update(z.to(place.device), y.to(place.device), backend=place.backend)
+    assert_moments(got.to("cpu"), both)
+    unchanged = got.to(place.device)
+    got.update(z[:0].to(place.device), y[:0].to(place.device), backend=place.backend)
+    assert_same_state(got, unchanged)
+
+
+@everywhere()
+@pytest.mark.parametrize("dtype", (F16, BF16), ids=str)
+def test_update_moments_takes_pooled_activations_of_half_precision(place, dtype):
+    z, y = torch.randn(40, 67, generator=torch.Generator().manual_seed(0)).to(dtype), rewards(40, 2)
+    got = Moments(67, 2, place.device)
+    update_moments(z.to(place.device), y.to(place.device), got, backend=place.backend)
+    assert_moments(got.to("cpu"), true_moments(z, y))
+
+
+@everywhere()
+def test_a_nan_in_one_pooled_activation_is_in_its_own_features_moments_alone(place):
+    z, y = torch.randn(40, 67, generator=torch.Generator().manual_seed(0)), rewards(40, 2)
+    clean, got = Moments(67, 2, place.device), Moments(67, 2, place.device)
+    update_moments(z.to(place.device), y.to(place.device), clean, backend=place.backend)
+    z[7, 5] = torch.nan
+    update_moments(z.to(place.device), y.to(place.device), got, backend=place.backend)
+    others = torch.arange(67, device=place.device) != 5
+    for name in ("z_mean", "z_m2", "cross", "group_sum", "group_active_sum"):
+        assert bool(getattr(got, name)[..., 5].isnan().any()), name
+        assert torch.equal(getattr(got, name)[..., others], getattr(clean, name)[..., others]), name
+
+
+# steer_add
+
+
+def assert_steered(place, h, vectors, rows, positions=None):
+    """`steer_add` there does what the loop below does, bit for bit, in place."""
     expected = h.clone()
-    for b in range(4):
-        for s in range(5):
-            if rows[b] >= 0 and positions[b, s]:
-                expected[b, s] = (h[b, s].float() + vectors[rows[b]]).to(dtype)
-    same = h
-    assert steer_add(h, vectors, rows, positions, backend=backend) is same
-    assert torch.equal(h, expected)
+    for b, s in itertools.product(range(h.shape[0]), range(h.shape[1])):
+        if rows[b] >= 0 and (positions is None or positions[b, s]):
+            expected[b, s] = (h[b, s].float() + vectors[rows[b]]).to(h.dtype)
+    here = h.to(place.device)
+    moved = [None if t is None else t.to(place.device) for t in (vectors, rows, positions)]
+    assert steer_add(here, *moved, backend=place.backend) is here
+    assert torch.equal(here.cpu(), expected)
+    return expected
 
 
-@pytest.mark.parametrize("backend", available())
-def test_steer_add_without_positions_steers_all_of_a_non_contiguous_residual(backend):
-    h = torch.zeros(6, 3, 2).permute(2, 1, 0)
-    steer_add(h, torch.ones(1, 6), torch.zeros(2, dtype=torch.int32), backend=backend)
+@everywhere()
+@pytest.mark.parametrize("dtype", (F32, F16, BF16), ids=str)
+def test_steer_add_adds_each_rows_vector_at_its_positions_and_touches_nothing_else(place, dtype):
+    g = torch.Generator().manual_seed(0)
+    h = torch.randn(4, 5, 9, generator=g).to(dtype)
+    vectors, rows = torch.randn(2, 9, generator=g), torch.tensor([1, -1, 0, 1], dtype=torch.int32)
+    positions = torch.rand(4, 5, generator=g) > 0.5
+    steered = assert_steered(place, h, vectors, rows, positions)
+    everywhere_steered = assert_steered(place, h, vectors, rows)
+    assert not torch.equal(steered, h) and not torch.equal(steered, everywhere_steered)
+    decode = assert_steered(place, h[:, :1], vectors, rows)
+    assert torch.equal(decode[1], h[1, :1]) and not torch.equal(decode[0], h[0, :1])
+    assert torch.equal(assert_steered(place, h, vectors, torch.full((4,), -1, dtype=torch.int32)), h)
+    assert torch.equal(assert_steered(place, h, vectors, rows, torch.zeros(4, 5, dtype=torch.bool)), h)
+    assert assert_steered(place, h[:, :0], vectors, rows).shape == (4, 0, 9)
+    assert assert_steered(place, h[:0], vectors, rows[:0]).shape == (0, 5, 9)
+
+
+@everywhere()
+@pytest.mark.parametrize("dtype", (F32, F16, BF16), ids=str)
+def test_steer_add_rounds_its_sum_once_for_residuals_of_any_size(place, dtype):
+    g = torch.Generator().manual_seed(1)
+    h = (torch.randn(2, 1, 2500, generator=g) * torch.logspace(-4, 4, 2500)).to(dtype)
+    vectors = torch.randn(3, 2500, generator=g) * torch.logspace(4, -4, 2500)
+    assert_steered(place, h, vectors, torch.tensor([2, 0], dtype=torch.int32))
+
+
+@everywhere()
+def test_steer_add_without_positions_steers_all_of_a_non_contiguous_residual(place):
+    h = torch.zeros(6, 3, 2, device=place.device).permute(2, 1, 0)
+    vectors, rows = torch.ones(1, 6, device=place.device), torch.zeros(2, dtype=torch.int32, device=place.device)
+    steer_add(h, vectors, rows, backend=place.backend)
     assert bool((h == 1).all())
 
 
-def test_every_operation_compiles_without_a_graph_break_and_gives_the_same_result():
-    encoder = make_encoder("jumprelu")
-    x, lengths = torch.randn(12, 19), cu([5, 0, 7])
-    y = torch.tensor([1.0, 0.0, 1.0])
+@everywhere()
+def test_steer_add_reads_and_writes_tensors_of_any_strides_and_nothing_between_them(place):
+    g = torch.Generator().manual_seed(2)
+    wide = torch.randn(4, 10, 18, generator=g)
+    h = wide.to(place.device)[:, ::2, 9:]
+    around = h.as_strided((4, 10, 18), (180, 18, 1), 0)
+    vectors = torch.randn(9, 3, generator=g).T
+    rows = torch.tensor([2, 0, -1, 0, 0, 0, 1, 0], dtype=torch.int32)[::2]
+    positions = (torch.rand(5, 4, generator=g) > 0.4).T
+    expected = wide.clone()
+    expected[:, ::2, 9:] = assert_steered(ON_CPU, wide[:, ::2, 9:].clone(), vectors, rows, positions)
+    steer_add(h, *(t.to(place.device) for t in (vectors, rows, positions)), backend=place.backend)
+    assert torch.equal(around.cpu(), expected)
+
+
+# The same bits again, under torch.compile, and beside autograd
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("place", "activation"), [at(p, a, id=a) for p in PLACES for a in ("relu", "gated", "abstopk")]
+)
+def test_the_same_inputs_give_the_same_bits_again_and_are_left_as_they_were(place, activation):
+    problem = make(Case(activation, "bf16", BF16, (1, 40, 3, 1, 20), d_in=24, d_sae=67), place.device)
+    y = rewards(5, 2, device=place.device)
+    inputs = [problem.x, problem.cu, y, problem.encoder.weight, problem.encoder.bias]
+    copies = [t.clone() for t in inputs]
+    z, again = (encode(problem.x, problem.encoder, backend=place.backend) for _ in range(2))
+    assert torch.equal(z, again)
+    for one, other in zip(pooled(problem, place), pooled(problem, place)):
+        assert torch.equal(one, other)
+    for labels in (1, 2):
+        for one, other in zip(*(updated(problem, y[:, :labels], place) for _ in range(2))):
+            assert_same_state(one, other)
+    assert all(torch.equal(t, copy) for t, copy in zip(inputs, copies))
+
+
+@everywhere()
+def test_every_operation_compiles_without_a_graph_break_and_gives_the_same_result(place):
+    encoder = make_encoder("jumprelu", device=place.device)
+    g = torch.Generator().manual_seed(6)
+    x, lengths = torch.randn(12, 19, generator=g).to(place.device), cu([5, 0, 7], place.device)
+    y, backend = torch.tensor([1.0, 0.0, 1.0], device=place.device), place.backend
+    vectors, rows = torch.ones(1, 19, device=x.device), torch.tensor([0, -1], dtype=torch.int32, device=x.device)
 
     def everything(x, lengths, y, moments, pair):
-        mean, maximum = encode_pool(x, lengths, encoder, "both")
-        encode_update(x, lengths, y, encoder, moments, "max")
-        encode_update(x, lengths, y, encoder, pair, "both")
-        update_moments(mean, y, moments)
-        h = torch.zeros(2, 3, 19)
-        steer_add(h, torch.ones(1, 19), torch.tensor([0, -1], dtype=torch.int32))
-        return encode(x, encoder), mean, maximum, encode_pool(x, lengths, encoder, "max"), h
+        mean, maximum = encode_pool(x, lengths, encoder, "both", backend=backend)
+        encode_update(x, lengths, y, encoder, moments, "max", backend=backend)
+        encode_update(x, lengths, y, encoder, pair, "both", backend=backend)
+        update_moments(mean, y, moments, backend=backend)
+        h = torch.zeros(2, 3, 19, device=x.device)
+        steer_add(h, vectors, rows, backend=backend)
+        alone = encode_pool(x, lengths, encoder, "max", backend=backend)
+        return encode(x, encoder, backend=backend), mean, maximum, alone, h
 
-    eager_state, compiled_state = [(Moments(67), (Moments(67), Moments(67))) for _ in range(2)]
-    eager = everything(x, lengths, y, *eager_state)
-    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")(x, lengths, y, *compiled_state)
+    def states():
+        return [Moments(67, device=place.device) for _ in range(3)]
+
+    (first, *pair), (compiled_first, *compiled_pair) = states(), states()
+    eager = everything(x, lengths, y, first, tuple(pair))
+    run = torch.compile(everything, fullgraph=True, backend="aot_eager")
+    compiled = run(x, lengths, y, compiled_first, tuple(compiled_pair))
     for a, b in zip(eager, compiled):
         assert torch.equal(a, b)
-    for a, b in zip((eager_state[0], *eager_state[1]), (compiled_state[0], *compiled_state[1])):
-        assert all(torch.equal(s, t) for s, t in zip(a.state(), b.state()))
-    assert eager_state[0].n == 6
+    for a, b in zip((first, *pair), (compiled_first, *compiled_pair)):
+        assert_same_state(a, b)
+    assert first.n == 6
 
 
-def test_operators_pass_torchs_own_checks_of_their_schema_and_fake_implementation():
-    encoder = make_encoder("gated")
+@everywhere((ON_CPU, Place("triton", "cpu")))
+def test_operators_pass_torchs_own_checks_of_their_schema_and_fake_implementation(place):
     from corrsteer.ops import _flatten
+
+    encoder, backend = make_encoder("gated"), None if place == ON_CPU else place.backend
 
     checks = ("test_schema", "test_faketensor")
     x, lengths, y = torch.randn(5, 19), cu([2, 3]), torch.ones(2, 1)
-    call = torch.library.opcheck
-    call(torch.ops.corrsteer.encode.default, (x, *_flatten(encoder), None), test_utils=checks)
-    call(torch.ops.corrsteer.encode_pool.default, (x, lengths, *_flatten(encoder), "both", None), test_utils=checks)
-    call(
-        torch.ops.corrsteer.update_moments.default, (torch.ones(2, 67), y, Moments(67).state(), None), test_utils=checks
-    )
-    call(
-        torch.ops.corrsteer.encode_update.default,
-        (x, lengths, y, *_flatten(encoder), Moments(67).state(), "max", None),
-        test_utils=checks,
-    )
+    operators = torch.ops.corrsteer
     h, rows = torch.zeros(2, 3, 4), torch.zeros(2, dtype=torch.int32)
-    call(torch.ops.corrsteer.steer_add.default, (h, torch.ones(1, 4), rows, None, None), test_utils=checks)
+    for operator, arguments in (
+        (operators.encode, (x, *_flatten(encoder))),
+        (operators.encode_pool, (x, lengths, *_flatten(encoder), "both")),
+        (operators.update_moments, (torch.ones(2, 67), y, Moments(67).state())),
+        (operators.encode_update, (x, lengths, y, *_flatten(encoder), Moments(67).state(), "max")),
+        (operators.steer_add, (h, torch.ones(1, 4), rows, None)),
+    ):
+        torch.library.opcheck(operator.default, (*arguments, backend), test_utils=checks)
 
 
-def test_no_operation_records_a_gradient_or_listens_to_autocast():
-    encoder, moments, x = make_encoder("relu"), Moments(67), torch.randn(5, 19, requires_grad=True)
-    encode_update(x, cu([2, 3]), torch.ones(2), encoder, moments)
-    assert not any(tensor.requires_grad for tensor in (*moments.state(), encode(x, encoder)))
-    expected = encode(x, encoder)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(encode(x, encoder), expected)
+@everywhere()
+def test_no_operation_records_a_gradient_or_listens_to_autocast(place):
+    encoder, moments = make_encoder("relu", device=place.device), Moments(67, device=place.device)
+    x = torch.randn(5, 19, generator=torch.Generator().manual_seed(0)).to(place.device).requires_grad_()
+    lengths, y = cu([2, 3], place.device), torch.ones(2, device=place.device)
+    encode_update(x, lengths, y, encoder, moments, backend=place.backend)
+    expected = encode(x, encoder, backend=place.backend)
+    assert not any(tensor.requires_grad for tensor in (*moments.state(), expected))
+    with torch.autocast(place.device, torch.bfloat16):
+        assert torch.equal(encode(x, encoder, backend=place.backend), expected)
 
 
 def test_moments_made_in_inference_mode_can_be_updated_outside_of_it():
@@ -214,11 +786,6 @@ def test_moments_made_in_inference_mode_can_be_updated_outside_of_it():
         moments = Moments(3)
     moments.update(torch.ones(2, 3), torch.ones(2))
     assert moments.n == 2
-
-
-def test_encode_never_returns_its_argument():
-    x = torch.randn(4, 19)
-    assert encode(x, make_encoder("identity")).data_ptr() != x.data_ptr()
 
 
 BAD_CALLS = {
