@@ -145,7 +145,7 @@ def multiply_out(
         last = tl.load(sample + tl.minimum(t0 + W, stop) - 1, mask=t0 < stop, other=-1)
         while at <= last:
             j = at + tl.arange(0, SAMPLES)
-            belongs = (whose[:, None] == j[None, :]).to(tl.bfloat16)
+            belongs = whose[:, None] == j[None, :]
             sums = tl.zeros((z.shape[0], SAMPLES), tl.float32)
             rest = z
             for _ in tl.static_range(PIECES):
@@ -154,7 +154,7 @@ def multiply_out(
                 if INTERPRETING:
                     sums = tl.dot(piece.to(tl.float32), belongs.to(tl.float32), sums)
                 else:
-                    sums = tl.dot(piece, belongs, sums)
+                    sums = tl.dot(piece, belongs.to(tl.bfloat16), sums)
             start = tl.load(cu + j, mask=j <= last, other=NEVER)
             end = tl.load(cu + j + 1, mask=j <= last, other=NEVER)
             sums += tl.where((start < t0)[None, :], total[:, None], 0.0)
