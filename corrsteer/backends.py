@@ -116,7 +116,8 @@ def _find(call: Call, name: str | None) -> Backend:
 
 
 def _words(call: Call) -> str:
-    encoder = f" for {call.activation} in {call.precision}" if call.activation else ""
+    encoder = " ".join(filter(None, (call.activation, call.precision)))
+    encoder = f" for {encoder}" if encoder else ""
     return f"{call.operation} on {call.device} in {call.dtype}{encoder}"
 
 

@@ -55,7 +55,7 @@ def text(report: dict[str, Any]) -> str:
             b["backend"],
             b["device"],
             b["operation"],
-            "yes" if b["ok"] else "no",
+            ("yes" if b["automatic"] else "by name") if b["ok"] else "no",
             "; ".join(filter(None, (b["reason"], b["fix"]))) or "-",
         )
         for b in report["backends"]

@@ -19,6 +19,8 @@ def verify(call: Call) -> Verdict:
     """Whether the kernels can run a call."""
     if importlib.util.find_spec("triton") is None:
         return Verdict(False, "triton is not installed", "pip install triton")
+    if importlib.util.find_spec("corrsteer.kernels") is None:
+        return Verdict(False, "its kernels are not installed", "install the package: pip install .")
     if call.dtype == torch.float64 or call.precision == "fp64":
         return Verdict(False, "its kernels compute in float32", "use float32, bfloat16 or float16")
     if call.activation is not None and call.activation not in ENCODED:

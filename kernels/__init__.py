@@ -1,1 +1,5 @@
-"""Triton kernels, one file an operation. None is written yet; `corrsteer doctor` shows which backends there are."""
+"""Triton kernels, one file an operation.
+
+`operations` launches them, `launch` and `configs/` say with which blocks; `product` is what the encoding kernels have
+in common. Nothing here knows of models, or of the rest of corrsteer.
+"""

@@ -51,7 +51,7 @@ def test_a_backend_asked_for_by_name_raises_with_the_reason_and_the_fix(register
     registered("absent", Verdict(False, "there is no such chip here", "buy one"))
     with pytest.raises(BackendUnavailable, match="'absent' cannot run steer_add on cpu .* no such chip here; buy one"):
         choose("absent")
-    with pytest.raises(BackendUnavailable, match="must be one of reference, absent, got 'fast'"):
+    with pytest.raises(BackendUnavailable, match="must be one of reference, triton, absent, got 'fast'"):
         choose("fast")
 
 
