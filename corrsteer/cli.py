@@ -160,6 +160,9 @@ def collect(
     batch_tokens: BatchTokens = None,
     batch_size: BatchSize = None,
     buffer_bytes: Annotated[int | None, typer.Option(help="Memory for captured residuals, in bytes.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="The encoders' weights: fp32, bf16x2, bf16 or fp16; by default as stored.")
+    ] = None,
     backend: Annotated[str | None, typer.Option(help="A backend's name; by default the fastest that runs.")] = None,
     json: Json = False,
 ) -> None:
@@ -172,6 +175,8 @@ def collect(
     task_ = _task(given)
     model_, tokenizer = _model(given)
     encoders = _encoders(given.sae, model_)
+    if given.precision:
+        encoders = {layer: encoder.to(precision=given.precision) for layer, encoder in encoders.items()}
     try:
         run = collect_(
             model_, tokenizer, encoders, task_,

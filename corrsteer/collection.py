@@ -174,7 +174,13 @@ def collect(
     prompts = tokenize(model, tokenizer, task, decoding)
     encoders = {layer: encoder.to(models.device_of(model, points[layer])) for layer, encoder in encoders.items()}
     calls = [
-        backends.Call("encode_update", models.device_of(model, point), model.dtype, encoders[layer].activation)
+        backends.Call(
+            "encode_update",
+            models.device_of(model, point),
+            model.dtype,
+            encoders[layer].activation,
+            encoders[layer].precision,
+        )
         for layer, point in points.items()
     ]
     chosen = sorted({backends.choose(call, backend).name for call in calls})

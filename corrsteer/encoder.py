@@ -223,7 +223,8 @@ class SparseEncoder:
 
     def describe(self) -> str:
         """One line for tables and logs."""
-        return f"{self.activation} {self.d_in}x{self.d_sae} at {self.hook_name or 'an unnamed hook point'}"
+        precision = f" in {self.precision}" if self.precision else ""
+        return f"{self.activation} {self.d_in}x{self.d_sae}{precision} at {self.hook_name or 'an unnamed hook point'}"
 
 
 def _rescales(config: dict[str, Any]) -> bool:

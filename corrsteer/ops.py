@@ -274,9 +274,7 @@ _define(
     "encode_pool",
     f"(Tensor x, Tensor cu_seqlens, {_ENCODER}, str pool, str? backend) -> Tensor",
     _run_encode_pool,
-    lambda x, cu, parts, d_in, d_sae, *rest: x.new_empty(
-        len(POOLS[rest[-2]]), len(cu) - 1, d_sae, dtype=torch.float32
-    ),
+    lambda x, cu, parts, d_in, d_sae, *rest: x.new_empty(len(POOLS[rest[-2]]), len(cu) - 1, d_sae, dtype=torch.float32),
 )
 _define(
     "update_moments",

@@ -57,6 +57,7 @@ class CollectSettings(TaskSettings, ModelSettings):
     positions: Literal["generated", "all"] = "generated"
     hook_offset: int = 0
     buffer_bytes: int = Field(default=1 << 30, ge=1)
+    precision: Literal["fp32", "bf16x2", "bf16", "fp16"] | None = None
     backend: str | None = None
     part: Part = "train"
 

@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 import corrsteer
-from corrsteer import Steering, Task
+from corrsteer import Run, Steering, Task
 from corrsteer.cli import app
 
 COMMANDS = ("demo", "collect", "select", "evaluate", "generate", "doctor")
@@ -148,6 +148,12 @@ def test_identity_collects_residual_dimensions(world):
     ]
     assert set(json.loads(run("collect", *arguments).stdout)["layers"]) == {"2"}
     run("select", world / "raw", "--out", world / "raw.safetensors")
+
+
+def test_collect_takes_the_precision_of_the_encoders_and_the_run_keeps_it(world, tmp_path):
+    run("collect", "--config", world / "collect.yaml", "--out", tmp_path / "run", "--precision", "bf16x2")
+    described = [layer["encoder"] for layer in Run.load(tmp_path / "run").provenance["saes"].values()]
+    assert all("in bf16x2" in text for text in described) and len(described) == 2
 
 
 def test_doctor_prints_versions_and_every_backend():

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def make_x(sae, seed=1):
     x = torch.randn(T, D_IN, generator=torch.Generator().manual_seed(seed))
     x[:4] *= 30
     x[4:6, 7] = 200
-    x[6:8] += 1
+    x[6:8] += 30
     x[8:10] *= 0.01
     if sae.b_dec.shape == (D_IN,):
         x[10:12] = sae.b_dec.detach().float() + 0.1 * x[10:12]
@@ -203,9 +204,43 @@ def test_a_float32_sae_takes_tokens_of_a_model_in_another_dtype(x_dtype):
     assert_as_exact_as_sae_lens(SparseEncoder.from_sae_lens(sae), sae, x)
 
 
+# Precisions
+
+
+def test_a_precision_says_how_the_weight_is_held_and_the_rest_stays_float32():
+    encoder = SparseEncoder.from_sae_lens(make_sae("jumprelu", normalize_activations="layer_norm"))
+    assert (encoder.precision, encoder.to("cpu").precision) == ("fp32", "fp32")
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32_ieee", torch.float32)):
+        other = encoder.to(precision=precision)
+        assert (other.precision, other.weight.dtype, other.weight_low) == (precision, dtype, None)
+        assert {other.bias.dtype, other.threshold.dtype, other.weight_sum.dtype} == {torch.float32}
+        torch.testing.assert_close(other.weight_sum, other.weight.double().sum(1).float())
+    assert encoder.to(torch.bfloat16).precision == encoder.to(dtype=torch.bfloat16).precision == "bf16"
+
+
+def test_two_bfloat16_hold_a_weight_to_sixteen_bits_and_can_be_put_together_again():
+    encoder = SparseEncoder.from_sae_lens(make_sae("gated"))
+    split = encoder.to(precision="bf16x2")
+    assert split.weight.dtype == split.weight_low.dtype == torch.bfloat16
+    error = (split.full_weight() - encoder.weight).abs() / encoder.weight.abs()
+    assert 0 < error.max() <= 2**-16
+    joined = split.to(precision="fp32")
+    assert joined.weight_low is None and torch.equal(joined.weight, split.full_weight())
+    assert_same(split.to("cpu"), split)
+
+
+@pytest.mark.parametrize("precision", ["bf17", "fp16", "bf16x2"])
+def test_a_precision_that_does_not_fit_the_weight_is_refused(precision):
+    encoder = SparseEncoder.from_sae_lens(make_sae("jumprelu"))
+    with pytest.raises(CorrSteerError, match=f"precision must be one of .* got '{precision}'"):
+        dataclasses.replace(encoder, precision=precision)
+    with pytest.raises(CorrSteerError, match="precision must be one of"):
+        encoder.to(dtype=torch.bfloat16, precision="fp32")
+
+
 # Where an SAE comes from
 
-PARTS = ("weight", "bias", "threshold", "magnitude_scale", "magnitude_bias")
+PARTS = ("weight", "weight_low", "weight_sum", "bias", "threshold", "magnitude_scale", "magnitude_bias")
 
 
 def assert_same(encoder, other):
@@ -214,7 +249,7 @@ def assert_same(encoder, other):
         a, b = getattr(encoder, part), getattr(other, part)
         assert (a is None) == (b is None), part
         assert a is None or (a.dtype == b.dtype and torch.equal(a, b)), part
-    names = ("d_in", "d_sae", "activation", "k", "input_norm", "hook_name", "metadata")
+    names = ("d_in", "d_sae", "activation", "k", "input_norm", "precision", "hook_name", "metadata")
     assert all(getattr(encoder, name) == getattr(other, name) for name in names)
 
 
