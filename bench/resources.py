@@ -210,13 +210,20 @@ def examine(specimen: Specimen) -> Report:
         shared=compiled.metadata.shared,
         tensor_core=_tensor_core(assembly, compiled.asm["ptx"]), faults=[],
     )  # fmt: skip
-    if report.local:
-        report.faults.append(f"{report.local} spills")
-    if report.shared > SHARED_MEMORY[specimen.arch]:
-        report.faults.append(f"shared memory over {SHARED_MEMORY[specimen.arch]}")
-    if specimen.product in ("native", "bf16x2") and report.tensor_core != TENSOR_CORE[specimen.arch]:
-        report.faults.append(f"no {TENSOR_CORE[specimen.arch]}")
+    report.faults = faults(report, specimen.product)
     return report
+
+
+def faults(report: Report, product: str) -> list[str]:
+    """Why a kernel cannot be shipped; `product` is the kind of product it forms, if any."""
+    found = []
+    if report.local:
+        found.append(f"{report.local} spills")
+    if report.shared > SHARED_MEMORY[report.arch]:
+        found.append(f"shared memory over {SHARED_MEMORY[report.arch]}")
+    if product in ("native", "bf16x2") and report.tensor_core != TENSOR_CORE[report.arch]:
+        found.append(f"no {TENSOR_CORE[report.arch]}")
+    return found
 
 
 def _output(*command) -> str:

@@ -17,10 +17,10 @@ from unittest.mock import patch
 
 import torch
 import triton
-from corrsteer.kernels import launch
 
 from bench import contestants, record, timing
 from bench.shapes import Case
+from corrsteer.kernels import launch
 
 TOKENS = (64, 128, 4096)  # the last stands for all above
 FORMS = {

@@ -7,6 +7,7 @@ in the order of the groups.
 
 import triton
 import triton.language as tl
+
 from corrsteer.kernels.encode_pool import larger
 from corrsteer.kernels.partials import CUT
 

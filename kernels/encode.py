@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from corrsteer.kernels.product import activated, halves, normalised, product, tile_of
 
 

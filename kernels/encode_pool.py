@@ -16,6 +16,7 @@ sample (one kept step), where nothing is left to pool.
 
 import triton
 import triton.language as tl
+
 from corrsteer.kernels.partials import CUT, STORED, store_partials, with_columns, with_one
 from corrsteer.kernels.product import INTERPRETING, activated, halves, normalised, product, tile_of
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from corrsteer.kernels import boundaries, launch, topk
 from corrsteer.kernels.encode import encode_kernel
 from corrsteer.kernels.encode_pool import encode_pool_kernel
@@ -12,8 +15,6 @@ from corrsteer.kernels.plan import Plan, plan
 from corrsteer.kernels.steer_add import steer_add
 from corrsteer.kernels.token_norm import token_norm
 from corrsteer.kernels.update_moments import update_moments
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = ["encode", "encode_pool", "encode_update", "steer_add", "update_moments"]
 

@@ -2,8 +2,9 @@
 
 import triton
 import triton.language as tl
-from corrsteer.kernels.product import INTERPRETING
 from torch import Tensor
+
+from corrsteer.kernels.product import INTERPRETING
 
 BLOCK = 1024
 

@@ -9,8 +9,9 @@ largest of them are the token's. Tokens go through in chunks, which bounds the m
 import torch
 import triton
 import triton.language as tl
-from corrsteer.kernels.product import activated, normalised, product, tile_of
 from torch import Tensor
+
+from corrsteer.kernels.product import activated, normalised, product, tile_of
 
 CHUNK = 512  # tokens at a time
 
