@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench  # noqa: F401 (it finds the kernels of a checkout that is not installed)
+
 HERE = Path(__file__).parent
-ROOT = HERE.parent
 
 # The models and matrices here are tiny: a second thread costs more than it brings, and much more on a busy machine.
 torch.set_num_threads(1)
@@ -22,10 +23,22 @@ RUN_ANYWHERE = ("test_ops.py", "test_kernels.py", "test_backends.py")
 NEEDED = ("transformers", "sae_lens", "hypothesis", "scipy", "pydantic", "typer", "yaml", "tqdm", "pytest_benchmark")
 if any(importlib.util.find_spec(package) is None for package in NEEDED):
     collect_ignore = [path.name for path in HERE.glob("test_*.py") if path.name not in RUN_ANYWHERE]
-if importlib.util.find_spec("corrsteer.kernels") is None:  # a checkout that was not installed has it beside corrsteer
-    import corrsteer
 
-    corrsteer.__path__.append(str(ROOT))
+COMPILED = "test_resources.py"
+
+
+def pytest_collection_modifyitems(items):
+    """The compilers' tests last: they wait for what runs beside the others."""
+    items.sort(key=lambda item: item.path.name == COMPILED)
+
+
+def pytest_collection_finish(session):
+    """Start the compilers where their results will be asked for."""
+    wanted = any(item.path.name == COMPILED and "compiles" in item.name for item in session.items)
+    if wanted and not session.config.option.collectonly:
+        import test_resources
+
+        test_resources.start()
 
 
 @pytest.fixture
