@@ -84,7 +84,7 @@ def encoding(arch: int, kernel: str, label: str, kind: str, entry: dict, types: 
 
 
 def pooling(arch: int, kind: str, entry: dict, pools=("mean",), moments=True, singles=False, **given) -> Specimen:
-    types = dict(cu="*i32", sample="*i32", labels="*fp32", partials="*fp32", finished="*i32")
+    types = dict(cu="*i32", sample="*i32", labels="*fp32", partials="*fp32", finished="*fp32")
     types |= {f"pooled_{p}": "*fp32" if p in pools and not moments else None for p in ("mean", "max")}
     types |= dict(N="i32", group_tokens="i32", n_groups="i32")
     words = ["+".join(pools), "moments" if moments else "pooled"] + ["singles"] * singles
@@ -103,7 +103,7 @@ def shipped(arch: int) -> Iterator[Specimen]:
     file = launch.read(f"sm_{arch}")
     variants = {
         "encode_pool": [{}],
-        "encode_pool_normalised": [{"normalised": True}, {"normalised": True, "singles": True}],
+        "encode_pool_normalised": [{"normalised": True}],
         "encode_pool_singles": [{"singles": True}],
         "encode_pool_short": [{}],
         "encode_pool_both": [
@@ -145,7 +145,7 @@ def small(arch: int) -> Iterator[Specimen]:
     """The kernels around the product, as `corrsteer.kernels.operations` launches them."""
     f, i, d, n = "*fp32", "*i32", "*fp64", "i32"
     sizes = dict.fromkeys(("T", "N", "d_sae", "group_tokens", "n_groups", "stride"), n)
-    fold = dict(partials=f, finished=i, sample=i, labels=f, cu=i, before=d, batch=d) | dict.fromkeys(
+    fold = dict(partials=f, finished=f, sample=i, labels=f, cu=i, before=d, batch=d) | dict.fromkeys(
         ("z_mean", "z_m2", "cross", "n_active", "group_sum", "group_active_sum", "group_active_count"), d
     )
     yield Specimen("boundaries.fold_kernel", arch, "", fold | sizes, dict(MAX=False, BF=64, BG=16))

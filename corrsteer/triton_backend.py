@@ -39,7 +39,8 @@ def verify(call: Call) -> Verdict:
 
 
 def _run(operation: str, *args):
-    return getattr(importlib.import_module("corrsteer.kernels.operations"), operation)(*args)
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+        return getattr(importlib.import_module("corrsteer.kernels.operations"), operation)(*args)
 
 
 OPERATIONS = {operation: functools.partial(_run, operation) for operation in backends.OPERATIONS}

@@ -15,12 +15,12 @@ from corrsteer.kernels.partials import CUT
 @triton.jit
 def ending_here(g, sample, cu, N, T, group_tokens):
     """Of the groups `g`: does a sample that began in an earlier one end here, which, and where did it begin."""
-    base = tl.load(cu)
+    base = tl.minimum(tl.maximum(tl.load(cu), 0), T)
     stop = tl.minimum(tl.load(cu + N), T)
     group_start = base + g * group_tokens
     m_g = group_start < stop
     j = tl.load(sample + group_start, mask=m_g, other=0)
-    start, end = tl.load(cu + j), tl.load(cu + j + 1)
+    start, end = tl.maximum(tl.load(cu + j), base), tl.load(cu + j + 1)
     cut = m_g & (start < group_start) & (end <= tl.minimum(group_start + group_tokens, stop))
     return cut, j, (start - base) // group_tokens
 
@@ -34,7 +34,8 @@ def put_together(partials, g, cut, first, f, d_sae, stride, MAX: tl.constexpr):
     span = tl.max(tl.where(cut, g - first, 0), 0)
     for back in range(1, span + 1):
         m_back = m & (g - back >= first)[:, None]
-        part = tl.load(partials + p_f + d_sae - back * stride, mask=m_back, other=0.0)
+        p_part = (g - back).to(tl.int64)[:, None] * stride + (d_sae + f)[None, :]
+        part = tl.load(partials + p_part, mask=m_back, other=0.0)
         if MAX:
             value = larger(value, part)
         else:
@@ -48,8 +49,8 @@ def complete_kernel(
     MAX: tl.constexpr, BF: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
     """Rows of `pooled: [N, d_sae]` that the groups left: those of cut samples, and zeros for samples without tokens."""
-    f = tl.program_id(0) * BF + tl.arange(0, BF)
-    at = tl.program_id(1) * BG + tl.arange(0, BG)
+    f = tl.program_id(1) * BF + tl.arange(0, BF)
+    at = tl.program_id(0) * BG + tl.arange(0, BG)
     cut, j, first = ending_here(at, sample, cu, N, T, group_tokens)
     cut = cut & (at < n_groups)
     value = put_together(partials, at, cut, first, f, d_sae, stride, MAX)
@@ -80,7 +81,7 @@ def fold_kernel(
     """Moments of features `f`, all groups of a batch folded and merged into a state of one label."""
     f = tl.program_id(0) * BF + tl.arange(0, BF)
     m_f = f < d_sae
-    n = tl.zeros((), tl.float64)
+    n, y_mean = tl.zeros((), tl.float64), tl.zeros((), tl.float64)
     mean = tl.zeros((BF,), tl.float64)
     m2, covariance = mean, mean
     sum_positive, sum_other, active_positive, active_other = mean, mean, mean, mean
@@ -100,22 +101,27 @@ def fold_kernel(
         y = tl.load(labels + N + j, mask=cut, other=0.0).to(tl.float64)[:, None]
         positive = tl.load(labels + 2 * N + j, mask=cut, other=0.0).to(tl.float64)[:, None]
         is_cut = cut.to(tl.float64)[:, None]
-        n_g = tl.load(finished + g, mask=m_g, other=0.0).to(tl.float64)[:, None]
+        n_g = tl.load(finished + 2 * g, mask=m_g, other=0.0).to(tl.float64)[:, None]
+        y_g = tl.load(finished + 2 * g + 1, mask=m_g, other=0.0).to(tl.float64)[:, None]
         mean_g = tl.load(own, mask=m, other=0.0).to(tl.float64)
+        m2_g = tl.load(own + d_sae, mask=m, other=0.0).to(tl.float64)
+        cross_g = tl.load(own + 2 * d_sae, mask=m, other=0.0).to(tl.float64)
 
         n_here = tl.sum(n_g + is_cut)
         mean_here = tl.sum(n_g * mean_g + is_cut * value, 0) / tl.maximum(n_here, 1.0)
-        from_mean_g, from_mean = mean_g - mean_here[None, :], value - mean_here[None, :]
-        spread = n_g * from_mean_g * from_mean_g + is_cut * from_mean * from_mean
-        m2_here = tl.sum(tl.load(own + d_sae, mask=m, other=0.0).to(tl.float64) + spread, 0)
-        delta = mean_here - mean
+        y_here = tl.sum(n_g * y_g + is_cut * y) / tl.maximum(n_here, 1.0)
+        from_mean_g, from_mean = mean_g - mean_here[None, :], is_cut * (value - mean_here[None, :])
+        m2_here = tl.sum(m2_g + n_g * from_mean_g * from_mean_g + from_mean * from_mean, 0)
+        cross_here = tl.sum(cross_g + n_g * from_mean_g * (y_g - y_here) + from_mean * (y - y_here), 0)
+        delta, y_delta = mean_here - mean, y_here - y_mean
         share = n_here / tl.maximum(n + n_here, 1.0)
         m2 += m2_here + delta * delta * (n * share)
+        covariance += cross_here + delta * (y_delta * (n * share))
         mean += delta * share
+        y_mean += y_delta * share
         n += n_here
 
         active = (value > 0).to(tl.float64)
-        covariance += tl.sum(tl.load(own + 2 * d_sae, mask=m, other=0.0).to(tl.float64) + y * value, 0)
         sum_positive += tl.sum(tl.load(own + 3 * d_sae, mask=m, other=0.0).to(tl.float64) + positive * value, 0)
         sum_other += tl.sum(tl.load(own + 4 * d_sae, mask=m, other=0.0).to(tl.float64) + (is_cut - positive) * value, 0)
         active_positive += tl.sum(tl.load(own + 5 * d_sae, mask=m, other=0.0).to(tl.float64) + positive * active, 0)
@@ -123,7 +129,8 @@ def fold_kernel(
             tl.load(own + 6 * d_sae, mask=m, other=0.0).to(tl.float64) + (is_cut - positive) * active, 0
         )
 
-    # samples without a token count as zeros
+    # samples without a token count as zeros; as all rewards are centred, theirs sum to minus the others' n · y_mean
+    covariance += mean * (n * y_mean)
     empty = N - n
     m2 += mean * mean * (n * (empty / N))
     mean *= n / N

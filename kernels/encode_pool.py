@@ -46,7 +46,7 @@ def walk_samples(
             SUB, MEAN, MAX, MOMENTS,
         )  # fmt: skip
     else:
-        j, start, end, n, total, top, head_total, head_top, of_mean, of_max = state
+        j, start, end, n, y_mean, total, top, head_total, head_top, of_mean, of_max = state
         t = t0 + tl.arange(0, W)
         while end <= t0 + W:
             next_end = tl.load(cu + j + 2, mask=j + 1 < N, other=NEVER)
@@ -62,10 +62,11 @@ def walk_samples(
                 if MOMENTS:
                     y, positive = tl.load(labels + N + j), tl.load(labels + 2 * N + j)
                     if MEAN:
-                        of_mean = with_one(of_mean, total * inverse_length, n, y, positive)
+                        of_mean = with_one(of_mean, total * inverse_length, n, y, y_mean, positive)
                     if MAX:
-                        of_max = with_one(of_max, top, n, y, positive)
+                        of_max = with_one(of_max, top, n, y, y_mean, positive)
                     n += 1
+                    y_mean += (y - y_mean) * (1.0 / n)
                 else:
                     row = j.to(tl.int64) * d_sae + f
                     if MEAN:
@@ -81,62 +82,64 @@ def walk_samples(
             total += tl.sum(tl.where(still_open, z, 0.0), 1)
         if MAX:
             top = larger(top, tl.reduce(tl.where(still_open, z, 0.0), 1, larger))
-        return j, start, end, n, total, top, head_total, head_top, of_mean, of_max
+        return j, start, end, n, y_mean, total, top, head_total, head_top, of_mean, of_max
 
 
 @triton.jit
 def take_columns(
-    z, t0, sample, labels, pooled_mean, pooled_max, f, N, d_sae, n, of_mean, of_max,
+    z, t0, sample, labels, pooled_mean, pooled_max, f, N, d_sae, n, y_mean, of_mean, of_max,
     SUB: tl.constexpr, MEAN: tl.constexpr, MAX: tl.constexpr, MOMENTS: tl.constexpr,
 ):  # fmt: skip
     """Every column of `z` is a sample: its mean and its maximum at once."""
     W: tl.constexpr = z.shape[1]
     if W > SUB:
         left, right = halves(z)
-        n, of_mean, of_max = take_columns(
-            left, t0, sample, labels, pooled_mean, pooled_max, f, N, d_sae, n, of_mean, of_max,
+        n, y_mean, of_mean, of_max = take_columns(
+            left, t0, sample, labels, pooled_mean, pooled_max, f, N, d_sae, n, y_mean, of_mean, of_max,
             SUB, MEAN, MAX, MOMENTS,
         )  # fmt: skip
         return take_columns(
-            right, t0 + W // 2, sample, labels, pooled_mean, pooled_max, f, N, d_sae, n, of_mean, of_max,
+            right, t0 + W // 2, sample, labels, pooled_mean, pooled_max, f, N, d_sae, n, y_mean, of_mean, of_max,
             SUB, MEAN, MAX, MOMENTS,
         )  # fmt: skip
     else:
         j = tl.load(sample + t0 + tl.arange(0, W))
         if MOMENTS:
             y, positive = tl.load(labels + N + j), tl.load(labels + 2 * N + j)
+            y_mean_here = tl.sum(y, 0) / W
             if MEAN:
-                of_mean = with_columns(of_mean, z, n, y, positive, None)
+                of_mean = with_columns(of_mean, z, n, W, y, y_mean, y_mean_here, positive, None)
             if MAX:
-                of_max = with_columns(of_max, z, n, y, positive, None)
+                of_max = with_columns(of_max, z, n, W, y, y_mean, y_mean_here, positive, None)
+            y_mean += (y_mean_here - y_mean) * (W / (n + W))
         else:
             p_row = j.to(tl.int64)[None, :] * d_sae + f[:, None]
             if MEAN:
                 tl.store(pooled_mean + p_row, z, mask=(f < d_sae)[:, None])
             if MAX:
                 tl.store(pooled_max + p_row, z, mask=(f < d_sae)[:, None])
-        return n + W, of_mean, of_max
+        return n + W, y_mean, of_mean, of_max
 
 
 @triton.jit
 def multiply_out(
-    z, t0, group_start, stop, sample, cu, labels, N, n, total, head, moments,
+    z, t0, group_start, stop, sample, cu, labels, N, n, y_mean, total, head, moments,
     WIDTH: tl.constexpr, SAMPLES: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """Sums over samples as a product with the 0/1 matrix that says which token is whose, SAMPLES samples at a time.
 
     On tensor cores, at a cost that hardly depends on how many samples end. The ones are exact, and z goes in as a sum
-    of PIECES bfloat16, which keeps 8 bits each. Where z is not finite the product spreads that to its neighbours; for
-    the moments of a feature it makes no difference which sample they are no longer finite from.
+    of PIECES bfloat16, which keeps 8 bits each. Where z is not finite the product spreads that to its neighbours: the
+    feature's mean and second moment are not finite in any case, but its counts of active samples are then wrong.
     """
     W: tl.constexpr = z.shape[1]
     if W > WIDTH:
         left, right = halves(z)
-        n, total, head, moments = multiply_out(
-            left, t0, group_start, stop, sample, cu, labels, N, n, total, head, moments, WIDTH, SAMPLES, PIECES
+        n, y_mean, total, head, moments = multiply_out(
+            left, t0, group_start, stop, sample, cu, labels, N, n, y_mean, total, head, moments, WIDTH, SAMPLES, PIECES
         )
         return multiply_out(
-            right, t0 + W // 2, group_start, stop, sample, cu, labels, N, n, total, head, moments,
+            right, t0 + W // 2, group_start, stop, sample, cu, labels, N, n, y_mean, total, head, moments,
             WIDTH, SAMPLES, PIECES,
         )  # fmt: skip
     else:
@@ -167,11 +170,14 @@ def multiply_out(
             value = tl.where(whole[None, :], sums * tl.load(labels + j, mask=whole, other=0.0)[None, :], 0.0)
             y = tl.load(labels + N + j, mask=whole, other=0.0)
             positive = tl.load(labels + 2 * N + j, mask=whole, other=0.0)
-            moments = with_columns(moments, value, n, y, positive, whole)
-            n += tl.sum(whole.to(tl.int32), 0)
+            m = tl.sum(whole.to(tl.int32), 0)
+            y_mean_here = tl.sum(y, 0) / tl.maximum(m, 1)
+            moments = with_columns(moments, value, n, m, y, y_mean, y_mean_here, positive, whole)
+            n += m
+            y_mean += (y_mean_here - y_mean) * (m / tl.maximum(n, 1))
             total = tl.sum(tl.where(((start < end) & (end > t0 + W) & (j <= last))[None, :], sums, 0.0), 1)
             at += SAMPLES
-        return n, total, head, moments
+        return n, y_mean, total, head, moments
 
 
 @triton.jit
@@ -190,21 +196,21 @@ def encode_pool_kernel(
     SINGLES : look out for tiles in which every token is a sample; without it they are right too, but slower.
     PIECES : where not 0, the mean's moments by `multiply_out` with so many pieces; for MEAN and MOMENTS alone.
     partials : `[n_groups, MEAN + MAX, len(PARTIALS) or 2, d_sae]` float32.
-    finished : `[n_groups]` int32, how many samples a group began and finished.
+    finished : `[n_groups, 2]` float32, how many samples a group began and finished, and their mean reward.
     """
     block, group = tile_of(tl.program_id(0), tl.cdiv(d_sae, BF), n_groups, SUPER)
     f0 = block * BF
     f = f0 + tl.arange(0, BF)
-    group_start = tl.load(cu) + group * group_tokens
+    group_start = tl.minimum(tl.maximum(tl.load(cu), 0), T) + group * group_tokens
     stop = tl.minimum(tl.load(cu + N), T)
     group_stop = tl.minimum(group_start + group_tokens, stop)
     stored: tl.constexpr = STORED if MOMENTS else CUT
     partials += group.to(tl.int64) * ((MEAN + MAX) * stored) * d_sae
 
     zero = tl.zeros((BF,), tl.float32)
-    of_mean = (zero, zero, zero, zero, zero, zero, zero, zero)
+    of_mean = (zero, zero, zero, zero, zero, zero, zero)
     of_max = of_mean
-    n = 0
+    n, y_mean = tl.zeros((), tl.int32), tl.zeros((), tl.float32)
     total, top, head_total, head_top = zero, zero, zero, zero
     j = tl.load(sample + group_start, mask=group_start < stop, other=0)
     start, end = tl.load(cu + j), tl.load(cu + j + 1)
@@ -220,26 +226,42 @@ def encode_pool_kernel(
             single = (t < stop) & (tl.load(cu + b_j) == t) & (tl.load(cu + b_j + 1) == t + 1)
             singles = tl.min(single.to(tl.int32), 0) == 1
         if singles:
-            n, of_mean, of_max = take_columns(
-                z, t0, sample, labels, pooled_mean, pooled_max, f, N, d_sae, n, of_mean, of_max,
+            n, y_mean, of_mean, of_max = take_columns(
+                z, t0, sample, labels, pooled_mean, pooled_max, f, N, d_sae, n, y_mean, of_mean, of_max,
                 COLUMNS, MEAN, MAX, MOMENTS,
             )  # fmt: skip
             j = tl.load(sample + t0 + BT - 1) + 1
             start = t0 + BT
             end = tl.load(cu + j + 1, mask=j < N, other=NEVER)
         elif PIECES > 0:
-            n, total, head_total, of_mean = multiply_out(
-                z, t0, group_start, stop, sample, cu, labels, N, n, total, head_total, of_mean, COLUMNS, 16, PIECES
+            n, y_mean, total, head_total, of_mean = multiply_out(
+                z,
+                t0,
+                group_start,
+                stop,
+                sample,
+                cu,
+                labels,
+                N,
+                n,
+                y_mean,
+                total,
+                head_total,
+                of_mean,
+                COLUMNS,
+                16,
+                PIECES,
             )
         else:
-            state = (j, start, end, n, total, top, head_total, head_top, of_mean, of_max)
-            j, start, end, n, total, top, head_total, head_top, of_mean, of_max = walk_samples(
+            state = (j, start, end, n, y_mean, total, top, head_total, head_top, of_mean, of_max)
+            j, start, end, n, y_mean, total, top, head_total, head_top, of_mean, of_max = walk_samples(
                 z, t0, group_start, cu, labels, pooled_mean, pooled_max, f, N, d_sae, state, SUB, MEAN, MAX, MOMENTS
             )
 
     if MEAN:
-        store_partials(partials, f, d_sae, head_total, total, n, of_mean, MOMENTS)
+        store_partials(partials, f, d_sae, head_total, total, of_mean, MOMENTS)
     if MAX:
-        store_partials(partials + MEAN * stored * d_sae, f, d_sae, head_top, top, n, of_max, MOMENTS)
+        store_partials(partials + MEAN * stored * d_sae, f, d_sae, head_top, top, of_max, MOMENTS)
     if MOMENTS and block == 0:
-        tl.store(finished + group, n)
+        tl.store(finished + 2 * group, n.to(tl.float32))
+        tl.store(finished + 2 * group + 1, y_mean)

@@ -40,7 +40,11 @@ def operands(x: Tensor, encoder, config: dict[str, int]) -> dict:
         t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0 for t, _ in tensors.values()
     )
     if described:
-        given = {n: TensorDescriptor.from_tensor(t, [rows, config["BK"]]) for n, (t, rows) in tensors.items()}
+        given = {
+            # strides by hand, as those of a single row may be anything
+            n: TensorDescriptor(t, list(t.shape), [t.shape[1], 1], [rows, config["BK"]])
+            for n, (t, rows) in tensors.items()
+        }
     else:
         given = {n: t for n, (t, _) in tensors.items()}
     scale = mean = None
@@ -55,7 +59,8 @@ def operands(x: Tensor, encoder, config: dict[str, int]) -> dict:
 def _run(x, cu, encoder, pools, planned: Plan, pooled: Tensor | None) -> tuple:
     """Launch the main kernel; the partial results that `boundaries` goes on with."""
     T, N, d_sae = len(x), len(cu) - 1, encoder.d_sae
-    singles = T < 2 * N
+    # with normalisation the loop does it, which needs fewer registers
+    singles = T < 2 * N and encoder.input_norm == "none"
     short = pooled is None and pools == ("mean",) and T < SHORT * N
     forms = {"both": len(pools) == 2, "normalised": encoder.input_norm != "none", "singles": singles, "short": short}
     variants = tuple(name for name, applies in forms.items() if applies)
@@ -65,7 +70,7 @@ def _run(x, cu, encoder, pools, planned: Plan, pooled: Tensor | None) -> tuple:
     groups, group_tokens = triton.cdiv(tiles, walk), walk * config["BT"]
     kept = CUT.value if pooled is not None else len(PARTIALS)
     partials = torch.empty(groups, len(pools), kept, d_sae, dtype=torch.float32, device=x.device)
-    finished = torch.empty(groups, dtype=torch.int32, device=x.device)
+    finished = torch.empty(groups, 2, dtype=torch.float32, device=x.device)
     if T:
         into = {} if pooled is None else dict(zip(pools, pooled))
         encode_pool_kernel[(blocks * groups,)](
@@ -93,7 +98,7 @@ def encode_pool(x: Tensor, cu_seqlens: Tensor, encoder, pools: tuple[str, ...]) 
     planned = plan(x, cu_seqlens)
     partials, _, sizes = _run(x, cu_seqlens, encoder, pools, planned, pooled)
     for at, pool in enumerate(pools):
-        boundaries.complete_kernel[(triton.cdiv(d_sae, 128), triton.cdiv(max(N, sizes["n_groups"]), 16))](
+        boundaries.complete_kernel[(triton.cdiv(max(N, sizes["n_groups"]), 16), triton.cdiv(d_sae, 128))](
             partials[:, at], pooled[at], planned.sample, planned.labels, cu_seqlens, **sizes,
             stride=partials.stride(0), MAX=pool == "max", BF=128, BG=16,
         )  # fmt: skip
@@ -153,7 +158,7 @@ def _top(x: Tensor, encoder) -> tuple[Tensor, Tensor]:
     """The k largest activations of each token and their features, `[T, k]` float32 and int32."""
     T, k, d_sae = len(x), encoder.k, encoder.d_sae
     group = topk.block_size(d_sae, k)
-    groups = triton.cdiv(d_sae, group)
+    groups = d_sae // group
     values = torch.empty(T, k, dtype=torch.float32, device=x.device)
     features = torch.empty(T, k, dtype=torch.int32, device=x.device)
     absolute = encoder.activation == "abstopk"
@@ -163,7 +168,7 @@ def _top(x: Tensor, encoder) -> tuple[Tensor, Tensor]:
         given = operands(part, encoder, c)
         for unused in ("threshold", "magnitude_scale", "magnitude_bias", "ACTIVATION"):
             del given[unused]
-        given |= {name: c[name] for name in ("BF", "BT", "BK", "SUPER", "num_warps", "num_stages")}
+        given |= {name: c[name] for name in ("BF", "BT", "BK", "SUB", "SUPER", "num_warps", "num_stages")}
         given |= dict(T=len(part), k=min(k, groups), d_in=encoder.d_in, d_sae=d_sae, ABSOLUTE=absolute, GROUP=group)
         grid = (triton.cdiv(len(part), c["BT"]) * triton.cdiv(d_sae, c["BF"]),)
         maxima = torch.empty(len(part), groups, dtype=torch.float32, device=x.device)

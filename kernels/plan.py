@@ -87,6 +87,11 @@ def plan_kernel(
                 advance(other_count, other_y_mean, other_y_m2, other_n_positive, before + 2, N, mean, m2, positive)
 
 
+def readable(values: Tensor) -> Tensor:
+    """The same numbers in a dtype that Triton and its interpreter both read rightly."""
+    return values.to({torch.bool: torch.uint8, torch.bfloat16: torch.float32}.get(values.dtype, values.dtype))
+
+
 def plan(x: Tensor, cu: Tensor, y: Tensor | None = None, states=()) -> Plan:
     """The plan of a batch of `x: [T, d_in]`; with rewards `y: [N, 1]`, one or two Moments take them in."""
     T, N = len(x), len(cu) - 1
@@ -97,7 +102,7 @@ def plan(x: Tensor, cu: Tensor, y: Tensor | None = None, states=()) -> Plan:
     if y is not None:
         scalars = torch.empty(2 * len(states) + 1, dtype=torch.float64, device=x.device)
         before, batch = scalars[:-1], scalars[-1:]
-        y = y.to(torch.uint8) if y.dtype == torch.bool else y
+        y = readable(y)
         for at, s in enumerate(states):
             rewards[4 * at : 4 * at + 4] = s.count, s.y_mean, s.y_m2, s.n_positive
     plan_kernel[(triton.cdiv(max(T, 1), TOKENS),)](

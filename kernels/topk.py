@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrsteer.kernels.product import activated, normalised, product, tile_of
+from corrsteer.kernels.encode_pool import larger
+from corrsteer.kernels.product import activated, halves, normalised, product, tile_of
 
 CHUNK = 512  # tokens at a time
 
@@ -20,7 +21,7 @@ CHUNK = 512  # tokens at a time
 def topk_kernel(
     x, weight, weight_low, bias, weight_sum, scale, mean, slots, out, T, k, d_in, d_sae,
     DOT: tl.constexpr, DESCRIPTORS: tl.constexpr, ABSOLUTE: tl.constexpr, GROUP: tl.constexpr,
-    BF: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SUPER: tl.constexpr,
+    BF: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SUB: tl.constexpr, SUPER: tl.constexpr,
 ):  # fmt: skip
     """Without `slots`, each block's maximum into `out: [T, groups]`; with `slots: [T, groups]` int16, which says where
     among a token's k chosen blocks a block is, or -1, the values of chosen blocks into `out: [T, k, GROUP]`."""
@@ -30,19 +31,30 @@ def topk_kernel(
     acc = product(x, weight, weight_low, f0, t0, T, d_sae, d_in, BF, BT, BK, DOT, DESCRIPTORS)
     acc = normalised(acc, f, t, T, d_sae, scale, mean, weight_sum)
     p = activated(acc, f, d_sae, bias, None, None, None, "linear")
-    n_groups = tl.cdiv(d_sae, GROUP)
+    n_groups = d_sae // GROUP
     if slots is None:
         rank = tl.where((f < d_sae)[:, None], tl.abs(p) if ABSOLUTE else p, float("-inf"))
-        top = tl.max(tl.reshape(rank, (BF // GROUP, GROUP, BT)), 1)
+        top = tl.reduce(tl.reshape(rank, (BF // GROUP, GROUP, BT)), 1, larger)
         g = f0 // GROUP + tl.arange(0, BF // GROUP)
         m = (g < n_groups)[:, None] & (t < T)[None, :]
         tl.store(out + t.to(tl.int64)[None, :] * n_groups + g[:, None], top, mask=m)
     else:
-        m = (f < n_groups * GROUP)[:, None] & (t < T)[None, :]
-        slot = tl.load(slots + t.to(tl.int64)[None, :] * n_groups + (f // GROUP)[:, None], mask=m, other=-1)
-        p_out = out + (t.to(tl.int64)[None, :] * k + slot) * GROUP + (f % GROUP)[:, None]
-        nothing = 0.0 if ABSOLUTE else float("-inf")
-        tl.store(p_out, tl.where((f < d_sae)[:, None], p, nothing), mask=slot >= 0)
+        store_chosen(p, f, t0, slots, out, T, k, n_groups, d_sae, GROUP, SUB)
+
+
+@triton.jit
+def store_chosen(p, f, t0, slots, out, T, k, n_groups, d_sae, GROUP: tl.constexpr, SUB: tl.constexpr):
+    """Write the chosen blocks of `p: [BF, W]`, a slice at a time so that turning it round takes little room."""
+    W: tl.constexpr = p.shape[1]
+    if W > SUB:
+        left, right = halves(p)
+        store_chosen(left, f, t0, slots, out, T, k, n_groups, d_sae, GROUP, SUB)
+        store_chosen(right, f, t0 + W // 2, slots, out, T, k, n_groups, d_sae, GROUP, SUB)
+    else:
+        p_t = (t0 + tl.arange(0, W)).to(tl.int64)[None, :]
+        m = (f < d_sae)[:, None] & (p_t < T)
+        slot = tl.load(slots + p_t * n_groups + (f // GROUP)[:, None], mask=m, other=-1)
+        tl.store(out + (p_t * k + slot) * GROUP + (f % GROUP)[:, None], p, mask=slot >= 0)
 
 
 @triton.jit
@@ -54,7 +66,7 @@ def pool_sparse_kernel(
     sums are formed in one order."""
     row = pooled + tl.program_id(0).to(tl.int64) * d_sae
     sample = first_sample + tl.program_id(0)
-    start, end = tl.load(cu + sample), tl.minimum(tl.load(cu + sample + 1), T)
+    start, end = tl.maximum(tl.load(cu + sample), 0), tl.minimum(tl.load(cu + sample + 1), T)
     for f0 in range(0, d_sae, BF):
         f = f0 + tl.arange(0, BF)
         tl.store(row + f, tl.zeros((BF,), tl.float32), mask=f < d_sae)
@@ -72,14 +84,12 @@ def pool_sparse_kernel(
             value = tl.load(values + at, mask=m_k, other=0.0)
             feature = tl.load(features + at, mask=m_k, other=-2)
             before = tl.load(row + feature, mask=m_k, other=0.0)
-            after = (
-                tl.maximum(before, value, propagate_nan=tl.PropagateNan.ALL) if MAX else before + value * inverse_length
-            )
+            after = larger(before, value) if MAX else before + value * inverse_length
             tl.store(row + feature, after, mask=m_k)
             if SIGNED:
                 same = of_first[:, None] == feature[None, :]
                 in_all &= tl.max(same.to(tl.int32), 1)
-                best = tl.maximum(best, tl.sum(tl.where(same, value[None, :], 0.0), 1))
+                best = larger(best, tl.sum(tl.where(same, value[None, :], 0.0), 1))
             at += k
             tl.debug_barrier()
         if SIGNED:
@@ -87,8 +97,12 @@ def pool_sparse_kernel(
 
 
 def block_size(d_sae: int, k: int) -> int:
-    """GROUP: the power of two near which maxima and chosen values take the least memory together."""
-    return min(64, triton.next_power_of_2(max(1, int((d_sae / k) ** 0.5) + 1)) // 2 or 1)
+    """GROUP: of the powers of two that divide d_sae, the largest near which maxima and chosen values take the least
+    memory together."""
+    group = 64
+    while group > 1 and (d_sae % group or group * group > d_sae / k):
+        group //= 2
+    return group
 
 
 def chosen(maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from corrsteer.kernels.plan import readable
+
 
 @triton.jit
 def column_moments(values, stride_n, stride_d, c, m_c, N, BN: tl.constexpr, BC: tl.constexpr):
@@ -149,7 +151,7 @@ def update_moments(pooled: Tensor, y: Tensor, moments) -> None:
     R = y.shape[1]
     if N == 0:
         return
-    y = y.to(torch.uint8) if y.dtype == torch.bool else y
+    pooled, y = readable(pooled), readable(y)
     scratch = torch.empty(1 + 3 * (D + R), dtype=torch.float64, device=pooled.device)
     rows, columns = (pooled, *pooled.stride()), (y, *y.stride())
     each = triton.cdiv(D, 64) + triton.cdiv(R, 64)

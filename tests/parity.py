@@ -9,6 +9,8 @@ A backend's error may be at most eager torch's own, plus `TOLERANCE` of the outp
   are exact in float32, so whoever accumulates in float32 loses no more in bfloat16 than in float32, and the tolerance
   is 1e-5 for every dtype. That is 100 and 1000 times less than what is promised of float16 and bfloat16, within which
   a backend could round its accumulator to 16 bits without being noticed. The reference itself gets no allowance.
+- Moments of 16-bit operands are allowed 1e-4: on tensor cores a backend may sum activations as pairs of bfloat16,
+  which keep 16 of their bits, and second moments double that error.
 - Where an activation jumps (a threshold, a gate, the k-th largest), the last bit of float32 decides on which side it
   falls. The truth is then an interval: `dense_bounds` gives the activations with every undecided one off, and on.
 """
@@ -31,6 +33,10 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 ACTIVATIONS = ("relu", "jumprelu", "gated", "topk", "abstopk", "identity")
 TOLERANCE = 1e-5
 UNDECIDED = 1e-5  # of the largest |W x + b|: nearer to a jump than this, float32 decides
+
+
+def tolerance_of_moments(case: Case) -> float:
+    return 1e-4 if case.precision in ("bf16", "fp16") and case.dtype in (F16, BF16) else TOLERANCE
 
 
 class Place(NamedTuple):

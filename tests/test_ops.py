@@ -33,6 +33,7 @@ from parity import (
     make_encoder,
     pooled,
     pooled_bounds,
+    tolerance_of_moments,
     true_moments,
     updated,
 )
@@ -40,6 +41,7 @@ from parity import (
 from corrsteer import (
     CorrSteerError,
     Moments,
+    SparseEncoder,
     encode,
     encode_pool,
     encode_update,
@@ -63,6 +65,9 @@ SEGMENTS = {
     "ending where tiles and groups do": (16, 16, 32, 32, 16),
     "ending one token off": (15, 2, 15, 31, 2, 30),
     "empty where groups end": (32, 0, 0, 31, 1, 0, 32),
+    "more samples than tokens": (1, 0, 0, 2, 0) * 14,
+    "more samples than are planned at once": (1,) + (0,) * 1022 + (3, 0, 1, 1, 6),
+    "more groups than are folded at once": (3, 550, 2, 1),
 }
 
 # Every activation with every segmentation and dtype: for eager torch, which is quick.
@@ -132,12 +137,18 @@ CHOSEN = named(
     ("abstopk", "bf16x2", BF16, "prime", "max", 24, 37),
     ("abstopk", "fp16", BF16, "ragged", "both", 24, 67, "constant_norm_rescale"),
     ("topk", "fp32", F32, "no samples", "both", 19, 37),
+    ("relu", "fp32", F32, "more samples than tokens", "both", 19, 37),
+    ("gated", "fp32", F32, "more samples than are planned at once", "mean", 19, 37),
+    ("jumprelu", "fp32", F32, "more groups than are folded at once", "mean", 19, 37),
+    ("relu", "fp32", F32, "ragged", "mean", 1100, 37, "layer_norm"),
+    ("relu", "bf16", BF16, "ragged", "mean", 1100, 37, "constant_norm_rescale"),
 )
 TINY = {
     "one dimension, one feature": Case("jumprelu", lengths=(1, 2), d_in=1, d_sae=1),
     "one of few features": Case("topk", lengths=(3, 4), d_in=3, d_sae=5, k=1),
     "all features": Case("topk", lengths=(3, 4), d_in=3, d_sae=37, k=37),
     "all features, signed": Case("abstopk", lengths=(3, 4), d_in=3, d_sae=37, k=37),
+    "more features than are cleared at once": Case("topk", lengths=(3, 2), d_sae=1100, k=33),
     "as many features as blocks of them": Case("topk", "bf16", BF16, (3, 4), d_in=24, d_sae=67, k=16),
     "a token of one dimension alone": Case("gated", lengths=(1,), d_in=1, d_sae=65),
 }
@@ -380,7 +391,52 @@ def test_dense_activations_are_as_close_to_the_truth_as_eager_torch(place, case)
     assert_as_close_as_eager(got[:, 1], *dense_bounds(problem.x, problem.exact), eager)
     if "topk" in case.activation:
         assert bool(((got != 0).sum(-1) <= problem.encoder.k).all())
-    assert encode(problem.x[:0], problem.encoder, backend=place.backend).shape == (0, problem.encoder.d_sae)
+
+
+@pytest.mark.usefixtures("poisoned")
+@everywhere()
+@pytest.mark.parametrize("activation", ("topk", "abstopk"))
+@pytest.mark.parametrize(("d_sae", "k"), ((67, 16), (67, 5), (131, 13)), ids=str)
+def test_of_activations_that_are_all_0_any_k_are_kept_and_none_that_does_not_exist(place, activation, d_sae, k):
+    problem = make(Case(activation, lengths=(3, 1, 2), d_sae=d_sae, k=k), place.device)
+    problem.encoder.bias.zero_()
+    problem.x[:4] = 0
+    problem.exact.bias.zero_()
+    assert_pooled(problem, place)
+    assert not encode(problem.x[:4], problem.encoder, backend=place.backend).any()
+
+
+@everywhere()
+@pytest.mark.parametrize("activation", ("gated", "topk"))
+def test_no_tokens_have_no_activations(place, activation):
+    problem = make(Case(activation, lengths=()), place.device)
+    assert encode(problem.x, problem.encoder, backend=place.backend).shape == (0, 37)
+
+
+@everywhere()
+@pytest.mark.parametrize(("precision", "dtype"), (("fp32", F32), ("bf16", BF16)), ids=("fp32", "bf16"))
+def test_an_activation_exactly_at_its_threshold_or_gate_is_off(place, precision, dtype):
+    """Small whole numbers, whose sums are exact in every precision."""
+    x = torch.tensor([[1.0, 2.0], [3.0, -1.0], [-1.0, -1.0]], dtype=dtype, device=place.device)
+    form = {"weight": torch.ones(5, 2), "bias": torch.tensor([0.0, 0.0, 1.0, -3.0, -2.0])}
+    p = [[3, 3, 4, 0, 1], [2, 2, 3, -1, 0], [-2, -2, -1, -5, -4]]
+    forms = {
+        "relu": ({}, [[max(v, 0) for v in row] for row in p]),
+        "jumprelu": (
+            {"threshold": torch.tensor([3.0, 2.5, -2.0, -1.0, 0.0])},
+            [[0, 3, 4, 0, 1], [0, 0, 3, 0, 0], [0, 0, 0, 0, 0]],
+        ),
+        "gated": (
+            {"magnitude_scale": torch.full((5,), 2.0), "magnitude_bias": torch.tensor([0.0, -6.0, -4.0, 0.0, 1.0])},
+            [[6, 0, 2, 0, 7], [4, 0, 0, 0, 0], [0, 0, 0, 0, 0]],
+        ),
+    }
+    for activation, (more, expected) in forms.items():
+        encoder = SparseEncoder(2, 5, activation, **form, **more).to(place.device, precision=precision)
+        z = encode(x, encoder, backend=place.backend)
+        assert z.tolist() == expected, activation
+        maximum = encode_pool(x, cu([2, 1], place.device), encoder, "max", backend=place.backend)
+        assert maximum.tolist() == [[max(v) for v in zip(*expected[:2])], expected[2]], activation
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -431,6 +487,11 @@ UPDATES = {
         (Case("relu", pool="mean"), "no samples", 1, F32),
         (Case("jumprelu", "bf16", BF16, pool="max", d_in=24), "whole tiles of one token each", 1, torch.bool),
         (Case("jumprelu", d_sae=67), "empty where groups end", 1, F32),
+        (Case("relu", pool="mean", d_sae=67), "ending one token off", 1, F32),
+        (Case("relu", pool="mean"), "more samples than tokens", 1, F32),
+        (Case("gated", "fp16", F16, pool="mean"), "empty where groups end", 1, F32),
+        (Case("jumprelu", "bf16x2", BF16, pool="mean", d_in=24), "whole tiles of one token each", 1, F32),
+        (Case("jumprelu", "bf16", BF16, pool="mean", d_in=24), "ragged", 1, F32),
         (Case("jumprelu", "fp32_ieee", pool="mean"), "prime", 1, BF16),
         (Case("gated", "bf16x2", BF16, d_in=40), "ending one token off", 1, F32),
         (Case("gated", "fp16", F16, pool="max"), "ending where tiles and groups do", 1, torch.uint8),
@@ -438,6 +499,10 @@ UPDATES = {
         (Case("topk", d_sae=67), "ragged", 1, F32),
         (Case("topk", "bf16", BF16, pool="mean", d_in=24), "ending one token off", 3, F32),
         (Case("abstopk", pool="max"), "whole tiles of one token each", 1, torch.float64),
+        (Case("relu", pool="mean"), "more samples than are planned at once", 1, F32),
+        (Case("jumprelu", d_in=8, d_sae=5), "more groups than are folded at once", 1, F32),
+        (Case("relu"), "more samples than tokens", 3, F32),
+        (Case("topk", pool="max"), "more samples than tokens", 1, F32),
         (Case("relu"), "empty in the middle", 3, F32),
         (Case("jumprelu", "bf16x2", BF16, pool="mean"), "one token each after a long one", 2, torch.int32),
         (Case("gated", pool="mean"), "whole tiles of one token each", 5, torch.bool),
@@ -473,7 +538,8 @@ def test_encode_update_leaves_the_moments_of_all_samples_so_far(place, update, h
         z, all_y = pooled_bounds(problem, how)[0], y.double().view(-1, labels)
         if before:
             z, all_y = torch.cat([before[at_][0], z]), torch.cat([before[at_][1], all_y])
-        assert_moments(mine, true_moments(z, all_y), features=clear)
+        truth = true_moments(z, all_y)
+        assert_moments(mine, truth, features=clear, tolerance=tolerance_of_moments(case))
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -510,7 +576,7 @@ def test_moments_of_activations_far_from_0_keep_their_small_differences(place, p
     (got,) = updated(problem, y, place)
     (eager,) = updated(problem, y, Place("reference", place.device))
     truth = true_moments(pooled_bounds(problem, pool)[0], y)
-    assert float((truth.z_mean / (truth.z_m2 / 25).sqrt()).min()) > 20
+    assert float((truth.z_mean / (truth.z_m2 / 25).sqrt()).min()) > 10
     assert_moments(got, truth, eager)
     torch.testing.assert_close(got.correlation(), truth.correlation(), rtol=0, atol=1e-4)
 
@@ -547,8 +613,8 @@ def part_of(problem, y, members):
 def test_encode_update_over_any_split_of_the_samples_merged_equals_one_call(place, case, labels):
     lengths = (3, 1, 7, 40, 2, 0, 13, 5, 1, 1)
     problem = make(case.but(lengths=lengths, seed=3), place.device)
-    y = rewards(len(lengths), labels, device=place.device)
-    assert bool(decided(problem).all())
+    y, clear = rewards(len(lengths), labels, device=place.device), decided(problem)
+    assert clear.float().mean() > 0.9
     whole = updated(problem, y, place)
     g = torch.Generator().manual_seed(4)
     parts = [torch.arange(10) >= at_ for at_ in (range(11) if place.backend == "reference" else (4,))]
@@ -563,7 +629,7 @@ def test_encode_update_over_any_split_of_the_samples_merged_equals_one_call(plac
                 state.merge(more)
         for state, expected in zip((*merged, *streamed), whole * 2):
             # float32 products of other shapes round otherwise; the merge itself is exact to float64
-            assert_moments(state, expected)
+            assert_moments(state, expected, features=clear, tolerance=tolerance_of_moments(case))
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -585,25 +651,21 @@ def test_update_moments_leaves_the_moments_of_all_samples_so_far(place, n, label
     y, before = rewards(n, labels, dtype), earlier(Case(d_sae=67), labels)[0]
     first = true_moments(z, y)
     both = true_moments(torch.cat([before[0], z]), torch.cat([before[1], y.double()]))
-    layouts = {
-        "packed": (z, y),
-        "transposed": (z.T.contiguous().T, y.T.contiguous().T),
-        "parts of wider ones": (torch.cat([z, z], 1)[:, 67:], torch.cat([y, y], 1)[:, labels:]),
-        "every other row": (z.repeat_interleave(2, 0)[::2], y.repeat_interleave(2, 0)[::2]),
-    }
-    for name, (z_laid, y_laid) in layouts.items():
+    z, y = z.to(place.device), y.to(place.device)
+    for z_laid, y_laid in (
+        (fenced(z), fenced(y)),
+        (z.T.contiguous().T, y.T.contiguous().T),
+        (torch.cat([z, z], 1)[:, 67:], torch.cat([y, y], 1)[:, labels:]),
+        (z.repeat_interleave(2, 0)[::2], y.repeat_interleave(2, 0)[::2]),
+    ):
         got = Moments(67, labels, place.device)
-        z_laid, y_laid = (
-            fenced(t).as_strided(t.shape, t.stride()) if t.is_contiguous() else t
-            for t in (z_laid.to(place.device), y_laid.to(place.device))
-        )
         update_moments(z_laid, y_laid, got, backend=place.backend)
-        assert_moments(got.to("cpu"), first), name
+        assert_moments(got.to("cpu"), first)
     got = true_moments(*before).to(place.device)
-    got.update(z.to(place.device), y.to(place.device), backend=place.backend)
+    got.update(z, y, backend=place.backend)
     assert_moments(got.to("cpu"), both)
     unchanged = got.to(place.device)
-    got.update(z[:0].to(place.device), y[:0].to(place.device), backend=place.backend)
+    got.update(z[:0], y[:0], backend=place.backend)
     assert_same_state(got, unchanged)
 
 
@@ -638,7 +700,7 @@ def assert_steered(place, h, vectors, rows, positions=None):
     for b, s in itertools.product(range(h.shape[0]), range(h.shape[1])):
         if rows[b] >= 0 and (positions is None or positions[b, s]):
             expected[b, s] = (h[b, s].float() + vectors[rows[b]]).to(h.dtype)
-    here = h.to(place.device)
+    here = h.to(place.device, copy=True)
     moved = [None if t is None else t.to(place.device) for t in (vectors, rows, positions)]
     assert steer_add(here, *moved, backend=place.backend) is here
     assert torch.equal(here.cpu(), expected)
@@ -687,11 +749,12 @@ def test_steer_add_reads_and_writes_tensors_of_any_strides_and_nothing_between_t
     h = wide.to(place.device)[:, ::2, 9:]
     around = h.as_strided((4, 10, 18), (180, 18, 1), 0)
     vectors = torch.randn(9, 3, generator=g).T
-    rows = torch.tensor([2, 0, -1, 0, 0, 0, 1, 0], dtype=torch.int32)[::2]
+    rows = torch.tensor([2, 0, -1, 0, 0, 0, 1, 0], dtype=torch.int32)
     positions = (torch.rand(5, 4, generator=g) > 0.4).T
     expected = wide.clone()
-    expected[:, ::2, 9:] = assert_steered(ON_CPU, wide[:, ::2, 9:].clone(), vectors, rows, positions)
-    steer_add(h, *(t.to(place.device) for t in (vectors, rows, positions)), backend=place.backend)
+    expected[:, ::2, 9:] = assert_steered(ON_CPU, wide[:, ::2, 9:].clone(), vectors, rows[::2], positions)
+    there = vectors.to(place.device), rows.to(place.device)[::2], positions.to(place.device)
+    steer_add(h, *there, backend=place.backend)
     assert torch.equal(around.cpu(), expected)
 
 
@@ -703,7 +766,8 @@ def test_steer_add_reads_and_writes_tensors_of_any_strides_and_nothing_between_t
     ("place", "activation"), [at(p, a, id=a) for p in PLACES for a in ("relu", "gated", "abstopk")]
 )
 def test_the_same_inputs_give_the_same_bits_again_and_are_left_as_they_were(place, activation):
-    problem = make(Case(activation, "bf16", BF16, (1, 40, 3, 1, 20), d_in=24, d_sae=67), place.device)
+    pool = "mean" if activation == "gated" else "both"
+    problem = make(Case(activation, "bf16", BF16, (1, 40, 3, 1, 20), pool, d_in=24), place.device)
     y = rewards(5, 2, device=place.device)
     inputs = [problem.x, problem.cu, y, problem.encoder.weight, problem.encoder.bias]
     copies = [t.clone() for t in inputs]
@@ -719,7 +783,7 @@ def test_the_same_inputs_give_the_same_bits_again_and_are_left_as_they_were(plac
 
 @everywhere()
 def test_every_operation_compiles_without_a_graph_break_and_gives_the_same_result(place):
-    encoder = make_encoder("jumprelu", device=place.device)
+    encoder = make_encoder("jumprelu", d_sae=37, device=place.device)
     g = torch.Generator().manual_seed(6)
     x, lengths = torch.randn(12, 19, generator=g).to(place.device), cu([5, 0, 7], place.device)
     y, backend = torch.tensor([1.0, 0.0, 1.0], device=place.device), place.backend
@@ -727,7 +791,7 @@ def test_every_operation_compiles_without_a_graph_break_and_gives_the_same_resul
 
     def everything(x, lengths, y, moments, pair):
         mean, maximum = encode_pool(x, lengths, encoder, "both", backend=backend)
-        encode_update(x, lengths, y, encoder, moments, "max", backend=backend)
+        encode_update(x, lengths, y, encoder, moments, "mean", backend=backend)
         encode_update(x, lengths, y, encoder, pair, "both", backend=backend)
         update_moments(mean, y, moments, backend=backend)
         h = torch.zeros(2, 3, 19, device=x.device)
@@ -736,7 +800,7 @@ def test_every_operation_compiles_without_a_graph_break_and_gives_the_same_resul
         return encode(x, encoder, backend=backend), mean, maximum, alone, h
 
     def states():
-        return [Moments(67, device=place.device) for _ in range(3)]
+        return [Moments(37, device=place.device) for _ in range(3)]
 
     (first, *pair), (compiled_first, *compiled_pair) = states(), states()
     eager = everything(x, lengths, y, first, tuple(pair))
