@@ -33,6 +33,7 @@ PRECISIONS = {
     "fp16": torch.float16,
     "fp64": torch.float64,  # the truth that errors are measured from; the reference backend alone computes in it
 }
+TENSORS = ("weight", "weight_low", "weight_sum", "bias", "threshold", "magnitude_scale", "magnitude_bias")
 FOLD_ROWS = 8192  # features folded at a time, so that folding needs little memory beside the weight
 
 # SAELens architecture -> our activation. A skip transcoder's skip path is not part of its encoder.
@@ -109,6 +110,9 @@ class SparseEncoder:
                 f"precision must be one of {', '.join(PRECISIONS)} and fit the weight, which is {own}, "
                 f"got {self.precision!r}; use encoder.to(precision={self.precision!r})"
             )
+        for name in TENSORS:  # views would be read wrongly by kernels, which take pointers
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, getattr(self, name).contiguous())
         if self.input_norm == "layer_norm" and self.weight_sum is None:
             object.__setattr__(self, "weight_sum", _row_sums(self.weight, self.weight_low))
 
@@ -208,11 +212,7 @@ class SparseEncoder:
             precision not in PRECISIONS or (dtype is not None and PRECISIONS[precision] != dtype)
         ):
             raise CorrSteerError(f"precision must be one of {', '.join(PRECISIONS)} and fit dtype, got {precision!r}")
-        moved = {
-            name: getattr(self, name).to(device)
-            for name in ("weight", "weight_low", "weight_sum", "bias", "threshold", "magnitude_scale", "magnitude_bias")
-            if getattr(self, name) is not None
-        }
+        moved = {name: getattr(self, name).to(device) for name in TENSORS if getattr(self, name) is not None}
         if precision is not None and "weight" in moved:
             whole = replace(self, **moved).full_weight() if self.precision == "bf16x2" else moved["weight"]
             moved |= {"weight": whole.to(PRECISIONS[precision]), "weight_low": None, "weight_sum": None}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from corrsteer import backends
-from corrsteer.encoder import SparseEncoder
+from corrsteer.encoder import TENSORS, SparseEncoder
 from corrsteer.errors import CorrSteerError
 
 if TYPE_CHECKING:
@@ -230,17 +230,16 @@ def _abbreviate(values: Tensor) -> str:
 
 # The same operations for torch.compile: an operator takes tensors and numbers, so an encoder travels as its parts.
 
-_PARTS = ("weight", "weight_low", "weight_sum", "bias", "threshold", "magnitude_scale", "magnitude_bias")
 _ENCODER = "Tensor?[] parts, int d_in, int d_sae, str activation, int k, str input_norm, str precision"
 
 
 def _flatten(encoder: SparseEncoder) -> tuple:
-    parts = [getattr(encoder, name) for name in _PARTS]
+    parts = [getattr(encoder, name) for name in TENSORS]
     return parts, encoder.d_in, encoder.d_sae, encoder.activation, encoder.k, encoder.input_norm, encoder.precision
 
 
 def _restore(parts, d_in, d_sae, activation, k, input_norm, precision) -> SparseEncoder:
-    parts = dict(zip(_PARTS, parts))
+    parts = dict(zip(TENSORS, parts))
     return SparseEncoder(d_in, d_sae, activation, **parts, k=k, input_norm=input_norm, precision=precision)
 
 

@@ -43,7 +43,7 @@ def put_together(partials, g, cut, first, f, d_sae, stride, MAX: tl.constexpr):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "N", "group_tokens", "n_groups"])
 def complete_kernel(
     partials, pooled, sample, labels, cu, T, N, d_sae, group_tokens, n_groups, stride,
     MAX: tl.constexpr, BF: tl.constexpr, BG: tl.constexpr,
@@ -71,7 +71,7 @@ def gain(pointer, amount, mask):
     tl.store(pointer, tl.load(pointer, mask=mask, other=0.0) + amount, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "N", "group_tokens", "n_groups"])
 def fold_kernel(
     partials, finished, sample, labels, cu, before, batch,
     z_mean, z_m2, cross, n_active, group_sum, group_active_sum, group_active_count,

@@ -180,7 +180,8 @@ def multiply_out(
         return n, y_mean, total, head, moments
 
 
-@triton.jit
+# Sizes that change from batch to batch; each special value of one would be compiled for again.
+@triton.jit(do_not_specialize=["T", "N", "group_tokens", "n_groups"])
 def encode_pool_kernel(
     x, weight, weight_low, bias, threshold, magnitude_scale, magnitude_bias, weight_sum, scale, mean,
     cu, sample, labels, pooled_mean, pooled_max, partials, finished,

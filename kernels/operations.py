@@ -18,6 +18,7 @@ from corrsteer.kernels.update_moments import update_moments
 
 __all__ = ["encode", "encode_pool", "encode_update", "steer_add", "update_moments"]
 
+ROWS_BYTES = 64 << 20  # of pooled rows at a time, where they must exist: below it chunks cost more than they save
 SHORT = 16  # mean tokens a sample below which the sums of many samples are worth a product
 
 
@@ -89,6 +90,7 @@ def _run(x, cu, encoder, pools, planned: Plan, pooled: Tensor | None) -> tuple:
 
 def encode_pool(x: Tensor, cu_seqlens: Tensor, encoder, pools: tuple[str, ...]) -> Tensor:
     """`corrsteer.reference.encode_pool`: `[len(pools), N, d_sae]` float32."""
+    cu_seqlens = cu_seqlens.contiguous()
     N, d_sae = len(cu_seqlens) - 1, encoder.d_sae
     pooled = torch.empty(len(pools), N, d_sae, dtype=torch.float32, device=x.device)
     if N == 0:
@@ -109,6 +111,7 @@ def encode_update(x: Tensor, cu_seqlens: Tensor, y: Tensor, encoder, moments: tu
     """`corrsteer.reference.encode_update`; with one label and no top k, without the pooled matrix either."""
     if len(cu_seqlens) == 1:
         return
+    cu_seqlens = cu_seqlens.contiguous()
     if "topk" in encoder.activation or y.shape[1] > 1:
         return _encode_update_by_rows(x, cu_seqlens, y, encoder, moments, pools)
     planned = plan(x, cu_seqlens, y, moments)
@@ -125,7 +128,7 @@ def encode_update(x: Tensor, cu_seqlens: Tensor, y: Tensor, encoder, moments: tu
 def _encode_update_by_rows(x, cu_seqlens, y, encoder, moments, pools) -> None:
     """Pooled rows first, then their moments; so many samples at a time that the rows stay small beside dense ones."""
     N = len(cu_seqlens) - 1
-    rows = max(64, len(x) // 64)
+    rows = max(64, len(x) // 64, ROWS_BYTES // (4 * encoder.d_sae))
     sparse = _top(x, encoder) if "topk" in encoder.activation else None
     for first in range(0, N, rows):
         last = min(first + rows, N)

@@ -34,7 +34,8 @@ def with_one(moments, value, n, y, y_mean, positive):
 def with_columns(moments, value, n, m, y, y_mean, y_mean_here, positive, counted):
     """The moments after `m` columns of `value: [BF, W]`, of mean reward `y_mean_here`, where there were `n`.
 
-    Chan's merge of the columns' own moments. `counted: [W]` says which columns, None all of them; the values, `y` and `positive` of the others are 0.
+    Chan's merge of the columns' own moments. `counted: [W]` says which columns, None all of them; the values, `y` and
+    `positive` of the others are 0.
     """
     mean, m2, cross, sum_positive, sum_other, active_positive, active_other = moments
     mean_here = tl.sum(value, 1) * (1.0 / tl.maximum(m, 1))

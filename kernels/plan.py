@@ -40,7 +40,8 @@ def advance(count, y_mean, y_m2, n_positive, before, N, mean, m2, positive):
     tl.store(count, old_n + N)
 
 
-@triton.jit
+# Sizes that change from batch to batch; each special value of one would be compiled for again.
+@triton.jit(do_not_specialize=["T", "N", "steps", "y_stride"])
 def plan_kernel(
     cu, sample, labels, y, y_stride, before, batch,
     count, y_mean, y_m2, n_positive, other_count, other_y_mean, other_y_m2, other_n_positive, T, N, steps,

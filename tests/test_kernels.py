@@ -478,3 +478,25 @@ def test_partial_results_of_a_long_sample_may_have_more_than_2_to_the_31_element
         for name in ("z_mean", "z_m2", "cross", "group_sum"):
             got, true = getattr(mine, name)[..., features], getattr(truth, name)
             assert_as_close_as_eager(got, true, true, tolerance=1e-3, of=name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted here")
+@pytest.mark.parametrize("lengths", [[2] * 512, [1] * 1024], ids=["pairs", "single tokens"])
+def test_moments_of_long_groups_of_sparse_and_of_shifted_activations_do_not_cancel(monkeypatch, lengths):
+    from corrsteer.kernels import launch
+
+    config = launch.config
+    monkeypatch.setattr(launch, "config", lambda *a: config(*a) | {"walk": 64})  # groups of 1024 tokens, as on a GPU
+    x = torch.randn(1024, 16, generator=torch.Generator().manual_seed(0))
+    x[0] *= 20
+    # the first eight features are sparse, the others lie 17 standard deviations from 0
+    bias = torch.tensor([-1.0] * 8 + [10.0] * 8)
+    encoder = SparseEncoder(16, 16, "relu", weight=torch.eye(16), bias=bias)
+    y = torch.linspace(-1, 1, len(lengths))
+    ours, truth = Moments(16), Moments(16)
+    encode_update(x, cu(lengths), y, encoder, ours, "max", backend="triton")
+    encode_update(x.double(), cu(lengths), y, double(encoder), truth, "max", backend="reference")
+    torch.testing.assert_close(ours.z_m2, truth.z_m2, rtol=2e-5, atol=0)
+    torch.testing.assert_close(ours.z_mean, truth.z_mean, rtol=1e-5, atol=0)
+    error = (ours.correlation() - truth.correlation()).abs()
+    assert error[:, :8].max() < 5e-6 and error[:, 8:].max() < 1e-4
