@@ -236,23 +236,9 @@ def encode_pool_kernel(
             end = tl.load(cu + j + 1, mask=j < N, other=NEVER)
         elif PIECES > 0:
             n, y_mean, total, head_total, of_mean = multiply_out(
-                z,
-                t0,
-                group_start,
-                stop,
-                sample,
-                cu,
-                labels,
-                N,
-                n,
-                y_mean,
-                total,
-                head_total,
-                of_mean,
-                COLUMNS,
-                16,
-                PIECES,
-            )
+                z, t0, group_start, stop, sample, cu, labels, N, n, y_mean, total, head_total, of_mean,
+                COLUMNS, 16, PIECES,
+            )  # fmt: skip
         else:
             state = (j, start, end, n, y_mean, total, top, head_total, head_top, of_mean, of_max)
             j, start, end, n, y_mean, total, top, head_total, head_top, of_mean, of_max = walk_samples(
