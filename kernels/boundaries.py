@@ -10,6 +10,7 @@ import triton.language as tl
 
 from corrsteer.kernels.encode_pool import larger
 from corrsteer.kernels.partials import CUT
+from corrsteer.kernels.update_moments import gain
 
 
 @triton.jit
@@ -64,11 +65,6 @@ def complete_kernel(
     if tl.max(empty.to(tl.int32), 0) != 0:
         p_row = at.to(tl.int64)[:, None] * d_sae + f[None, :]
         tl.store(pooled + p_row, tl.zeros((BG, BF), tl.float32), mask=empty[:, None] & m_f)
-
-
-@triton.jit
-def gain(pointer, amount, mask):
-    tl.store(pointer, tl.load(pointer, mask=mask, other=0.0) + amount, mask=mask)
 
 
 @triton.jit(do_not_specialize=["T", "N", "group_tokens", "n_groups"])
