@@ -95,7 +95,7 @@ def test_a_configuration_is_the_most_special_one_there_is_for_a_call(monkeypatch
     assert config(gpu, "encode_pool", "native", 64)["up_to_tokens"] == 64
     assert config(gpu, "encode_pool", "native", 65)["up_to_tokens"] == 128
     assert config(gpu, "encode_pool", "native", 9, ("both", "singles")) == file["encode_pool_both"]["native"][0]
-    assert config(gpu, "encode_pool", "tf32x3", 9, ("both",)) == file["encode_pool"]["tf32x3"][0]
+    assert config(gpu, "encode_pool", "ieee", 9, ("both",)) == file["encode_pool"]["ieee"][0]
 
 
 def test_a_gpus_own_file_comes_first_and_a_borrowed_one_is_logged(monkeypatch, tmp_path, caplog):
