@@ -134,6 +134,7 @@ register(
     )
 )
 
-from corrsteer import triton_backend  # noqa: E402 (it is written in terms of this module)
+from corrsteer import native_backend, triton_backend  # noqa: E402 (they are written in terms of this module)
 
+register(Backend("native", native_backend.OPERATIONS, native_backend.verify))
 register(Backend("triton", triton_backend.OPERATIONS, triton_backend.verify))

@@ -58,7 +58,8 @@ class Place(NamedTuple):
 
 REFERENCE = (Place("reference", "cpu"), Place("reference", "cuda"))
 TRITON = (Place("triton", "cpu"), Place("triton", "cuda"))
-PLACES = REFERENCE + TRITON
+NATIVE = (Place("native", "cpu"),)
+PLACES = REFERENCE + NATIVE + TRITON
 ON_GPU = (Place("reference", "cuda"), Place("triton", "cuda"))
 
 

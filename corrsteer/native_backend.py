@@ -1,0 +1,191 @@
+"""The `native` backend: what the C++ kernels can run on a CPU, and the way to them.
+
+The matrix product is our own. Against the best library at hand, oneDNN with weights packed for it beforehand (as
+`torch.compile` uses it), it takes less time at every size measured (`bench/results`), and what follows the product then
+finds its operands in the cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from corrsteer.backends import Call, Verdict
+from corrsteer.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    from corrsteer.encoder import SparseEncoder
+    from corrsteer.moments import Moments
+
+try:
+    from corrsteer import _native
+except ImportError as error:
+    _native, MISSING = None, str(error)
+
+INSTRUCTION_SET = "CORRSTEER_INSTRUCTION_SET"
+ENCODED = ("relu", "jumprelu", "gated", "topk", "abstopk")
+BUILD = "install a C++ compiler, then in the source folder: pip install --force-reinstall --no-deps ."
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def verify(call: Call) -> Verdict:
+    """Whether the kernels can run a call."""
+    if call.device.type != "cpu":
+        return Verdict(False, "its kernels run on CPUs", "use another backend")
+    if _native is None:
+        return Verdict(False, f"its extension was not built ({MISSING})", BUILD)
+    if call.dtype not in DTYPES or call.precision == "fp64":
+        return Verdict(False, "its kernels compute in float32", "use float32, bfloat16 or float16")
+    if call.activation is not None and call.activation not in ENCODED:
+        return Verdict(False, f"{call.activation} has no product to fuse", "use the reference backend for it")
+    return Verdict(True)
+
+
+def instruction_set() -> str:
+    """The instruction set in use: the best that this processor offers, or the one CORRSTEER_INSTRUCTION_SET names.
+
+    Raises
+    ------
+    BackendUnavailable : if the processor does not offer that one.
+    """
+    offered = _native.instruction_sets()
+    name = os.environ.get(INSTRUCTION_SET) or offered[0]
+    if name not in offered:
+        raise BackendUnavailable(f"{INSTRUCTION_SET} must be one of {', '.join(offered)} on this processor, got {name!r}")
+    return name
+
+
+# Packed weights
+
+
+class _Packed(NamedTuple):
+    storages: list[StorageWeakRef]
+    versions: tuple[int, ...]
+    weight: Tensor
+
+    def outlived(self) -> bool:
+        return any(storage.expired() for storage in self.storages)
+
+
+_packed: dict[tuple, _Packed] = {}
+_packing = threading.Lock()
+
+
+def packed_weight(encoder: SparseEncoder, isa: str) -> Tensor:
+    """The encoder's weight as the kernels read it; packed when first asked for, and again if it has been changed.
+
+    It takes as much memory as the weight (twice that for fp16, which is packed as float32), for as long as the weight
+    exists. It belongs to the weight's memory and not to the encoder, as under `torch.compile` an encoder is put
+    together anew at every call.
+    """
+    parts = [part for part in (encoder.weight, encoder.weight_low) if part is not None]
+    key = (isa, *((part.data_ptr(), part.dtype, part.shape) for part in parts))
+    # tensors made in inference mode do not count their changes
+    versions = tuple(0 if part.is_inference() else part._version for part in parts)
+    with _packing:
+        found = _packed.get(key)
+        if found is not None and found.versions == versions and not found.outlived():
+            return found.weight
+        for old in [old for old, entry in _packed.items() if entry.outlived()]:
+            del _packed[old]
+        _packed.pop(key, None)
+        # bf16x2: hi + lo is exact in float32, where it costs no more than two products of bfloat16
+        weight = encoder.weight if encoder.weight_low is None else encoder.full_weight()
+        dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
+        size = _native.packed_size(isa, encoder.d_sae, encoder.d_in, _name(dtype))
+        packed = torch.empty(size, dtype=dtype)
+        _native.pack(isa, _array(weight), _array(packed), torch.get_num_threads())
+        _packed[key] = _Packed([StorageWeakRef(part.untyped_storage()) for part in parts], versions, packed)
+        return packed
+
+
+def _encoder(encoder: SparseEncoder):
+    isa = instruction_set()
+    vectors = ("bias", "threshold", "magnitude_scale", "magnitude_bias", "weight_sum")
+    given = {name: getattr(encoder, name) for name in vectors}
+    return _native.Encoder(
+        instruction_set=isa,
+        d_in=encoder.d_in,
+        d_sae=encoder.d_sae,
+        activation=encoder.activation,
+        input_norm=encoder.input_norm,
+        k=encoder.k,
+        weight=_array(packed_weight(encoder, isa)),
+        **{name: _array(vector) for name, vector in given.items() if vector is not None},
+    )
+
+
+# Tensors by address. Whoever makes one of these keeps the tensor until the call is over.
+
+
+@functools.cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _array(tensor: Tensor):
+    return _native.Array(tensor.data_ptr(), tensor.shape, tensor.stride(), _name(tensor.dtype))
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+# The operations of `corrsteer.reference`
+
+
+def encode(x: Tensor, encoder: SparseEncoder) -> Tensor:
+    x = _rows(x)
+    out = torch.empty(len(x), encoder.d_sae, dtype=torch.float32)
+    _native.encode(_encoder(encoder), _array(x), _array(out), torch.get_num_threads())
+    return out
+
+
+def encode_pool(x: Tensor, cu_seqlens: Tensor, encoder: SparseEncoder, pools: tuple[str, ...]) -> Tensor:
+    x, cu_seqlens = _rows(x), cu_seqlens.contiguous()
+    out = torch.empty(len(pools), len(cu_seqlens) - 1, encoder.d_sae, dtype=torch.float32)
+    into = dict(zip(pools, map(_array, out)))
+    _native.encode_pool(
+        _encoder(encoder), _array(x), _array(cu_seqlens), into.get("mean"), into.get("max"), torch.get_num_threads()
+    )
+    return out
+
+
+def encode_update(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    y: Tensor,
+    encoder: SparseEncoder,
+    moments: tuple[Moments, ...],
+    pools: tuple[str, ...],
+) -> None:
+    x, cu_seqlens, y = _rows(x), cu_seqlens.contiguous(), y.double().contiguous()
+    into = dict(zip(pools, map(_state, moments)))
+    _native.encode_update(
+        _encoder(encoder), _array(x), _array(cu_seqlens), _array(y), into.get("mean"), into.get("max"),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def update_moments(pooled: Tensor, y: Tensor, moments: Moments) -> None:
+    pooled, y = _rows(pooled), y.double().contiguous()
+    _native.update_moments(instruction_set(), _array(pooled), _array(y), _state(moments), torch.get_num_threads())
+
+
+def steer_add(h: Tensor, vectors: Tensor, row_vector: Tensor, positions: Tensor | None) -> None:
+    vectors = vectors.float()
+    where = None if positions is None else _array(positions)
+    _native.steer_add(_array(h), _array(vectors), _array(row_vector), where)
+
+
+def _state(moments: Moments) -> list:
+    return [_array(array) for array in moments.state()]
+
+
+OPERATIONS = {function.__name__: function for function in (encode, encode_pool, update_moments, encode_update, steer_add)}

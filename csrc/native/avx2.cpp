@@ -1,0 +1,23 @@
+// Sixteen registers of eight numbers: twelve accumulators, three of weights, one of x.
+#if defined(__x86_64__)
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+
+namespace corrsteer {
+namespace in_avx2 {
+constexpr int LANES = 8, VECTORS = 3, TOKENS = 4;
+#include "panel.inc"
+}  // namespace in_avx2
+
+const Kernels avx2 = in_avx2::kernels("avx2");
+}  // namespace corrsteer
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,23 @@
+// Thirty-two registers of sixteen numbers: twenty-four accumulators.
+#if defined(__x86_64__)
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
+#endif
+
+namespace corrsteer {
+namespace in_avx512 {
+constexpr int LANES = 16, VECTORS = 3, TOKENS = 8;
+#include "panel.inc"
+}  // namespace in_avx512
+
+const Kernels avx512 = in_avx512::kernels("avx512");
+}  // namespace corrsteer
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,26 @@
+// As avx512, with the instruction that multiplies pairs of bfloat16 and adds them to float32.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
+#endif
+
+namespace corrsteer {
+namespace in_avx512_bf16 {
+constexpr int LANES = 16, VECTORS = 3, TOKENS = 8;
+#define BF16_PAIRS(sum, w, x) Vec(_mm512_dpbf16_ps(__m512(sum), (__m512bh)(w), (__m512bh)(x)))
+#include "panel.inc"
+}  // namespace in_avx512_bf16
+
+const Kernels avx512_bf16 = in_avx512_bf16::kernels("avx512_bf16");
+}  // namespace corrsteer
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
