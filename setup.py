@@ -17,14 +17,15 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "corrsteer" / "__init__.py"
 
 # A multiplication and an addition become one instruction, and comparisons need not mind floating-point exceptions;
 # nothing else is loosened: sums keep their order, and NaN stays NaN.
-COMPILE = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-pthread"]
-LINK = ["-pthread"]
+COMPILE = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
+LINK = []
 if sys.platform == "linux":  # nothing but the init function: two packages' copies of a library must not meet
-    LINK += ["-Wl,--version-script=csrc/exports.map"]
+    COMPILE += ["-fopenmp"]
+    LINK += ["-fopenmp", "-Wl,--version-script=csrc/exports.map"]
 if os.environ.get("CORRSTEER_SANITIZE") == "1":  # see `make test-sanitize`
     COMPILE = [*COMPILE, "-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
     COMPILE += ["-fno-sanitize-recover=undefined"]
-    LINK = ["-pthread", "-fsanitize=address,undefined"]
+    LINK = ["-fopenmp", "-fsanitize=address,undefined"]
 
 
 def sources(folder: str, *endings: str) -> list[str]:

@@ -10,7 +10,7 @@
 
 namespace corrsteer {
 namespace in_avx2 {
-constexpr int LANES = 8, VECTORS = 3, TOKENS = 4;
+constexpr int LANES = 8, VECTORS = 3, TOKENS = 4, WIDENING_TOKENS = 3;
 #include "panel.inc"
 }  // namespace in_avx2
 

@@ -10,7 +10,7 @@
 
 namespace corrsteer {
 namespace in_avx512 {
-constexpr int LANES = 16, VECTORS = 3, TOKENS = 8;
+constexpr int LANES = 16, VECTORS = 3, TOKENS = 8, WIDENING_TOKENS = 8;
 #include "panel.inc"
 }  // namespace in_avx512
 

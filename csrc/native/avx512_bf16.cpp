@@ -12,7 +12,7 @@
 
 namespace corrsteer {
 namespace in_avx512_bf16 {
-constexpr int LANES = 16, VECTORS = 3, TOKENS = 8;
+constexpr int LANES = 16, VECTORS = 3, TOKENS = 8, WIDENING_TOKENS = 8;
 #define BF16_PAIRS(sum, w, x) Vec(_mm512_dpbf16_ps(__m512(sum), (__m512bh)(w), (__m512bh)(x)))
 #include "panel.inc"
 }  // namespace in_avx512_bf16

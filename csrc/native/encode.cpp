@@ -78,17 +78,16 @@ public:
         const int64_t most = widen_ ? WIDENED_CHUNK : CHUNK, tokens = std::min(most, std::max<int64_t>(x.n, 1));
         const int64_t rows = std::min(most, samples);  // pooled in a chunk
         chunk_tokens_ = tokens, chunk_samples_ = rows;
-        const int workers = int(std::min<int64_t>(threads, panels_));
         if (widen_) widened_ = scratch<float>(tokens * encoder.d_in);
         if (encoder.input_norm != InputNorm::none)
             scale_ = scratch<float>(tokens), mean_ = scratch<float>(tokens),
             normed_ = scratch<float>(threads * encoder.d_in);
         if (encoder.activation == Activation::topk || encoder.activation == Activation::abstopk)
-            top_ = std::make_unique<TopK>(encoder.k, encoder.activation == Activation::abstopk, tokens, workers);
-        tiles_ = scratch<float>(workers * tokens * kernels_.panel);
-        if (wanted.mean_too()) means_ = scratch<float>(workers * rows * kernels_.panel);
-        if (wanted.maximum_too()) maxima_ = scratch<float>(workers * rows * kernels_.panel);
-        if (wanted.any_state()) rows_ = scratch<int32_t>(workers * (rows + 1));
+            top_ = std::make_unique<TopK>(encoder.k, encoder.activation == Activation::abstopk, tokens, threads);
+        tiles_ = scratch<float>(threads * tokens * kernels_.panel);
+        if (wanted.mean_too()) means_ = scratch<float>(threads * rows * kernels_.panel);
+        if (wanted.maximum_too()) maxima_ = scratch<float>(threads * rows * kernels_.panel);
+        if (wanted.any_state()) rows_ = scratch<int32_t>(threads * (rows + 1));
         if (x.n > tokens) {  // samples may be cut
             if (wanted.mean_too()) carried_sum_ = scratch<double>(panels_ * kernels_.panel);
             if (wanted.maximum_too()) carried_maximum_ = scratch<float>(panels_ * kernels_.panel);
@@ -255,9 +254,8 @@ void encode(const Encoder& encoder, const Rows& x, const int32_t* cu_seqlens, in
 
 void update_moments(const Kernels& kernels, const Rows& pooled, const double* y, const State& state, int threads) {
     const int64_t panels = panels_of(kernels, state.features), most = std::min(CHUNK, pooled.n);
-    const int64_t workers = std::min<int64_t>(threads, panels);
-    const Scratch<float> tiles = scratch<float>(workers * most * kernels.panel);
-    const Scratch<int32_t> rows = scratch<int32_t>(workers * (most + 1));
+    const Scratch<float> tiles = scratch<float>(threads * most * kernels.panel);
+    const Scratch<int32_t> rows = scratch<int32_t>(threads * (most + 1));
     for (int64_t first = 0; first < pooled.n; first += most) {
         const Rewards rewards(y + first * state.labels, std::min(most, pooled.n - first), state.labels);
         share(threads, panels, [&](int64_t panel, int worker) {

@@ -50,7 +50,6 @@ struct LabelMoments {
 struct Kernels {
     const char* name;
     int64_t panel;      // features
-    int64_t tokens;     // rows of a tile that are multiplied at a time
     bool bf16_by_bf16;  // whether there is an instruction for it; otherwise x is widened
 
     // tile[t, f] (+)= sum over k of weight[k, f] * x[t, k]. `weight` is the packed panel from the k at which it

@@ -5,9 +5,9 @@ namespace corrsteer {
 namespace in_portable {
 constexpr int LANES = 4;
 #if defined(__aarch64__)
-constexpr int VECTORS = 4, TOKENS = 6;  // of 32 registers
+constexpr int VECTORS = 4, TOKENS = 6, WIDENING_TOKENS = 6;  // of 32 registers
 #else
-constexpr int VECTORS = 2, TOKENS = 6;  // of 16
+constexpr int VECTORS = 2, TOKENS = 6, WIDENING_TOKENS = 6;  // of 16
 #endif
 #include "panel.inc"
 }  // namespace in_portable
