@@ -134,7 +134,8 @@ register(
     )
 )
 
-from corrsteer import native_backend, triton_backend  # noqa: E402 (they are written in terms of this module)
+from corrsteer import cuda_backend, native_backend, triton_backend  # noqa: E402 (they are written in terms of this module)
 
 register(Backend("native", native_backend.OPERATIONS, native_backend.verify))
 register(Backend("triton", triton_backend.OPERATIONS, triton_backend.verify))
+register(Backend("cuda", cuda_backend.OPERATIONS, cuda_backend.verify))

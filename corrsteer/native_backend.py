@@ -57,7 +57,9 @@ def instruction_set() -> str:
     offered = _native.instruction_sets()
     name = os.environ.get(INSTRUCTION_SET) or offered[0]
     if name not in offered:
-        raise BackendUnavailable(f"{INSTRUCTION_SET} must be one of {', '.join(offered)} on this processor, got {name!r}")
+        raise BackendUnavailable(
+            f"{INSTRUCTION_SET} must be one that this processor offers, {' or '.join(offered)}, got {name!r}"
+        )
     return name
 
 
@@ -188,4 +190,10 @@ def _state(moments: Moments) -> list:
     return [_array(array) for array in moments.state()]
 
 
-OPERATIONS = {function.__name__: function for function in (encode, encode_pool, update_moments, encode_update, steer_add)}
+OPERATIONS = {
+    "encode": encode,
+    "encode_pool": encode_pool,
+    "update_moments": update_moments,
+    "encode_update": encode_update,
+    "steer_add": steer_add,
+}

@@ -1,0 +1,44 @@
+#include "steer_add.h"
+
+#include "steer_add.cuh"
+
+namespace corrsteer {
+namespace {
+
+constexpr int THREADS = 128;
+
+template <class T, int N>
+void launch_pack(const Steering& a, cudaStream_t stream) {
+    const int64_t blocks = (a.d / N + (a.d % N != 0) + THREADS - 1) / THREADS;
+    steer_add_kernel<T, N><<<dim3(unsigned(a.B * a.S), unsigned(blocks)), THREADS, 0, stream>>>(a);
+}
+
+template <class T>
+void launch_as(const Steering& a, cudaStream_t stream) {
+    if (pack_of<T>(a) == 1) launch_pack<T, 1>(a, stream);
+    else launch_pack<T, 16 / sizeof(T)>(a, stream);
+}
+
+}  // namespace
+
+const char* launch(const Steering& steering, Number number, int device, void* stream) {
+    int current = 0;
+    cudaError_t error = cudaGetDevice(&current);
+    if (error == cudaSuccess && current != device) error = cudaSetDevice(device);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+    const auto on = static_cast<cudaStream_t>(stream);
+    if (number == Number::float32) launch_as<float>(steering, on);
+    if (number == Number::float16) launch_as<__half>(steering, on);
+    if (number == Number::bfloat16) launch_as<__nv_bfloat16>(steering, on);
+    error = cudaGetLastError();
+    if (current != device) cudaSetDevice(current);
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+const char* problem() {
+    int devices = 0;
+    const cudaError_t error = cudaGetDeviceCount(&devices);
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace corrsteer
