@@ -12,7 +12,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     report = doctor.examine()
     machine_info.clear()
     machine_info.update(kept | {"threads": torch.get_num_threads(), "corrsteer": report["corrsteer"]})
-    machine_info.update({name: report[name] for name in ("packages", "devices", "extension")})
+    machine_info.update({name: report[name] for name in ("packages", "devices", "extensions")})
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):

@@ -39,13 +39,14 @@ class Verdict:
     """A verifier's answer: yes, or no with the reason and what to do about it.
 
     A backend that is no user's choice for speed, such as an interpreter, is not `automatic`: it runs when asked for
-    by name.
+    by name. One that should run on this machine and does not is `missed`: that it is passed over is a warning.
     """
 
     ok: bool
     reason: str = ""
     fix: str = ""
     automatic: bool = True
+    missed: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def _find(call: Call, name: str | None) -> Backend:
         verdict = judge(backend, call)
         if verdict.ok and verdict.automatic:
             return backend
-        _log_once(backend.name, verdict.reason)
+        _log_once(backend.name, verdict)
     raise BackendUnavailable(f"no backend runs {_words(call)}")
 
 
@@ -122,8 +123,11 @@ def _words(call: Call) -> str:
 
 
 @functools.cache
-def _log_once(name: str, reason: str) -> None:
-    log.info("backend %s passed over: %s", name, reason)
+def _log_once(name: str, verdict: Verdict) -> None:
+    if verdict.missed:
+        log.warning("backend %s is missing, a slower one runs: %s. To mend it: %s", name, verdict.reason, verdict.fix)
+    else:
+        log.info("backend %s passed over: %s", name, verdict.reason)
 
 
 register(

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 import corrsteer
-from corrsteer import backends
+from corrsteer import backends, cuda_backend, native_backend
+from corrsteer.errors import BackendUnavailable
 from corrsteer.tables import table
 
 PACKAGES = ("torch", "triton", "transformers", "sae-lens", "safetensors", "numpy")
@@ -24,7 +25,7 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "devices": {str(device): _describe(device) for device in devices},
-        "extension": _extension(),
+        "extensions": {"native": _native(), "cuda": _cuda()},
         "forced_backend": os.environ.get(backends.ENVIRONMENT) or None,
         "backends": [
             {
@@ -45,7 +46,7 @@ def text(report: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version or 'missing'}" for name, version in report["packages"].items())
     lines = [f"corrsteer {report['corrsteer']}, Python {report['python']}", packages]
     lines += [f"{name}: {described}" for name, described in report["devices"].items()]
-    lines += [f"C++ extension: {report['extension']}"]
+    lines += [f"{name} extension: {state}" for name, state in report["extensions"].items()]
     if report["forced_backend"]:
         known = {b["backend"] for b in report["backends"]}
         consequence = "" if report["forced_backend"] in known else ", which is no backend: every operation will raise"
@@ -79,10 +80,19 @@ def _describe(device: torch.device) -> str:
     return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
 
 
-def _extension() -> str:
+def _native() -> str:
+    extension = native_backend._native
+    if extension is None:
+        return f"not built ({native_backend.MISSING}); {native_backend.BUILD}"
     try:
-        from corrsteer import _native
-    except ImportError as error:
-        fix = "install a C++ compiler, then in the source folder: pip install --force-reinstall --no-deps ."
-        return f"not built ({error}); {fix}"
-    return f"built; this processor offers {', '.join(_native.instruction_sets())}"
+        used = native_backend.instruction_set()
+    except BackendUnavailable as error:
+        return f"built; {error}"
+    return f"built; this processor offers {', '.join(extension.instruction_sets())}; in use: {used}"
+
+
+def _cuda() -> str:
+    extension = cuda_backend._cuda
+    if extension is None:
+        return f"not built ({cuda_backend.MISSING}); {cuda_backend.BUILD}"
+    return f"built; {extension.problem() or 'it finds a GPU'}"

@@ -300,6 +300,11 @@ def _fold(
     form: dict[str, Any] = {"weight": weight, "bias": bias}
     if activation == "jumprelu":
         form["threshold"] = vector("threshold")
+        if undefined := form["threshold"].isnan().nonzero().flatten().tolist():
+            raise CorrSteerError(
+                f"threshold of {origin} must not be NaN, got NaN for {len(undefined)} features, {undefined[0]} among "
+                f"them; the SAE is damaged, fetch it again"
+            )
     if activation == "gated":
         form["magnitude_scale"] = vector("r_mag").exp()
         form["magnitude_bias"] = (vector("b_mag").double() - form["magnitude_scale"].double() * shift).to(wide)

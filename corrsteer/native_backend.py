@@ -39,7 +39,7 @@ def verify(call: Call) -> Verdict:
     if call.device.type != "cpu":
         return Verdict(False, "its kernels run on CPUs", "use another backend")
     if _native is None:
-        return Verdict(False, f"its extension was not built ({MISSING})", BUILD)
+        return Verdict(False, f"its extension was not built ({MISSING})", BUILD, missed=True)
     if call.dtype not in DTYPES or call.precision == "fp64":
         return Verdict(False, "its kernels compute in float32", "use float32, bfloat16 or float16")
     if call.activation is not None and call.activation not in ENCODED:
@@ -108,7 +108,9 @@ def packed_weight(encoder: SparseEncoder, isa: str) -> Tensor:
 
 
 def _encoder(encoder: SparseEncoder):
+    """The extension's own encoder, and the packed weight, which is to be kept until the call is over."""
     isa = instruction_set()
+    packed = packed_weight(encoder, isa)
     vectors = ("bias", "threshold", "magnitude_scale", "magnitude_bias", "weight_sum")
     given = {name: getattr(encoder, name) for name in vectors}
     return _native.Encoder(
@@ -118,9 +120,9 @@ def _encoder(encoder: SparseEncoder):
         activation=encoder.activation,
         input_norm=encoder.input_norm,
         k=encoder.k,
-        weight=_array(packed_weight(encoder, isa)),
+        weight=_array(packed),
         **{name: _array(vector) for name, vector in given.items() if vector is not None},
-    )
+    ), packed
 
 
 # Tensors by address. Whoever makes one of these keeps the tensor until the call is over.
@@ -143,18 +145,18 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def encode(x: Tensor, encoder: SparseEncoder) -> Tensor:
-    x = _rows(x)
+    x, (packed_encoder, _kept) = _rows(x), _encoder(encoder)
     out = torch.empty(len(x), encoder.d_sae, dtype=torch.float32)
-    _native.encode(_encoder(encoder), _array(x), _array(out), torch.get_num_threads())
+    _native.encode(packed_encoder, _array(x), _array(out), torch.get_num_threads())
     return out
 
 
 def encode_pool(x: Tensor, cu_seqlens: Tensor, encoder: SparseEncoder, pools: tuple[str, ...]) -> Tensor:
-    x, cu_seqlens = _rows(x), cu_seqlens.contiguous()
+    x, cu_seqlens, (packed_encoder, _kept) = _rows(x), cu_seqlens.contiguous(), _encoder(encoder)
     out = torch.empty(len(pools), len(cu_seqlens) - 1, encoder.d_sae, dtype=torch.float32)
     into = dict(zip(pools, map(_array, out)))
     _native.encode_pool(
-        _encoder(encoder), _array(x), _array(cu_seqlens), into.get("mean"), into.get("max"), torch.get_num_threads()
+        packed_encoder, _array(x), _array(cu_seqlens), into.get("mean"), into.get("max"), torch.get_num_threads()
     )
     return out
 
@@ -168,9 +170,10 @@ def encode_update(
     pools: tuple[str, ...],
 ) -> None:
     x, cu_seqlens, y = _rows(x), cu_seqlens.contiguous(), y.double().contiguous()
+    packed_encoder, _kept = _encoder(encoder)
     into = dict(zip(pools, map(_state, moments)))
     _native.encode_update(
-        _encoder(encoder), _array(x), _array(cu_seqlens), _array(y), into.get("mean"), into.get("max"),
+        packed_encoder, _array(x), _array(cu_seqlens), _array(y), into.get("mean"), into.get("max"),
         torch.get_num_threads(),
     )  # fmt: skip
 

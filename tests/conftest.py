@@ -8,6 +8,11 @@ import pytest
 import torch
 
 import bench  # noqa: F401 (it finds the kernels of a checkout that is not installed)
+import corrsteer
+
+# Extensions built for the tests alone, with sanitizers, are imported rather than those installed.
+if "CORRSTEER_EXTENSIONS" in os.environ:
+    corrsteer.__path__.insert(0, os.environ["CORRSTEER_EXTENSIONS"])
 
 HERE = Path(__file__).parent
 
@@ -48,3 +53,11 @@ def poisoned():
 
     with poison():
         yield
+
+
+@pytest.fixture(autouse=True)
+def instruction_set(request, monkeypatch):
+    """At a place (see `parity.py`) that names an instruction set, that one is used."""
+    parameters = getattr(getattr(request.node, "callspec", None), "params", {})
+    if name := getattr(parameters.get("place"), "instruction_set", ""):
+        monkeypatch.setenv("CORRSTEER_INSTRUCTION_SET", name)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from corrsteer import Moments, SparseEncoder, backends, encode_pool, encode_update, reference
+from corrsteer import Moments, SparseEncoder, backends, encode_pool, encode_update, native_backend, reference
 from corrsteer.backends import Call
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -40,13 +41,14 @@ def tolerance_of_moments(case: Case) -> float:
 
 
 class Place(NamedTuple):
-    """A backend and the device it runs on."""
+    """A backend and the device it runs on; where it has code for several instruction sets, which of them."""
 
     backend: str
     device: str
+    instruction_set: str = ""
 
     def __str__(self):
-        return f"{self.backend}/{self.device}"
+        return "/".join(filter(None, self))
 
     def does(self, operation: str, dtype=F32, activation=None, precision=None) -> bool:
         """Whether its verifier says so; where there is no GPU to ask about, yes, as the test will be skipped."""
@@ -58,7 +60,9 @@ class Place(NamedTuple):
 
 REFERENCE = (Place("reference", "cpu"), Place("reference", "cuda"))
 TRITON = (Place("triton", "cpu"), Place("triton", "cuda"))
-NATIVE = (Place("native", "cpu"),)
+INSTRUCTION_SETS = native_backend._native.instruction_sets() if native_backend._native else ("none",)
+NATIVE = tuple(Place("native", "cpu", name) for name in INSTRUCTION_SETS)
+CUDA = (Place("cuda", "cuda"),)  # it steers, and does nothing else
 PLACES = REFERENCE + NATIVE + TRITON
 ON_GPU = (Place("reference", "cuda"), Place("triton", "cuda"))
 
@@ -69,7 +73,7 @@ def at(place: Place, *values, id: str = ""):
     if place.device == "cuda":
         marks = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")]
     elif not place.does("steer_add"):
-        marks = [pytest.mark.skip(reason=f"{place} runs nowhere without Triton, or beside a GPU")]
+        marks = [pytest.mark.skip(reason=f"{place} cannot run here; corrsteer doctor says why")]
     return pytest.param(place, *values, marks=marks, id=f"{place} {id}".strip())
 
 
@@ -310,7 +314,9 @@ def assert_same_state(one: Moments, other: Moments):
 
 # Memory that shows what is not written, and what is written or read beside it.
 
-MARGIN = 64  # elements on either side, so that the addresses stay multiples of what a GPU's copy engine wants
+# Elements on either side, so that the addresses stay multiples of what a GPU's copy engine wants; none where an address
+# sanitizer watches, which knows where memory ends better than any margin.
+MARGIN = 0 if "CORRSTEER_EXTENSIONS" in os.environ else 64
 NO_INDEX = -7  # what integers are born with: wrong wherever it is used, and near enough not to end the process
 _empty, _empty_like = torch.empty, torch.empty_like
 _watched: list[tuple[Tensor, Tensor]] = []  # what has been born within `poison`, and the memory around it

@@ -9,6 +9,16 @@ from corrsteer import BackendUnavailable, backends, reference, steer_add
 from corrsteer.backends import Backend, Call, Verdict
 
 
+@pytest.fixture(autouse=True)
+def those_of_every_machine(monkeypatch):
+    """The reference, and Triton's kernels, which need a GPU; what is compiled may be there or not."""
+    known = {b.name: b for b in backends.registered()}
+    monkeypatch.setattr(backends, "_registry", {name: known[name] for name in ("reference", "triton")})
+    backends._find.cache_clear()
+    yield
+    backends._find.cache_clear()
+
+
 @pytest.fixture
 def registered():
     """Registers backends for one test."""

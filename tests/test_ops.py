@@ -12,8 +12,10 @@ import torch
 from parity import (
     ACTIVATIONS,
     BF16,
+    CUDA,
     F16,
     F32,
+    NATIVE,
     PLACES,
     REFERENCE,
     Case,
@@ -707,7 +709,7 @@ def assert_steered(place, h, vectors, rows, positions=None):
     return expected
 
 
-@everywhere()
+@everywhere(PLACES + CUDA)
 @pytest.mark.parametrize("dtype", (F32, F16, BF16), ids=str)
 def test_steer_add_adds_each_rows_vector_at_its_positions_and_touches_nothing_else(place, dtype):
     g = torch.Generator().manual_seed(0)
@@ -725,7 +727,7 @@ def test_steer_add_adds_each_rows_vector_at_its_positions_and_touches_nothing_el
     assert assert_steered(place, h[:0], vectors, rows[:0]).shape == (0, 5, 9)
 
 
-@everywhere()
+@everywhere(PLACES + CUDA)
 @pytest.mark.parametrize("dtype", (F32, F16, BF16), ids=str)
 def test_steer_add_rounds_its_sum_once_for_residuals_of_any_size(place, dtype):
     g = torch.Generator().manual_seed(1)
@@ -734,7 +736,7 @@ def test_steer_add_rounds_its_sum_once_for_residuals_of_any_size(place, dtype):
     assert_steered(place, h, vectors, torch.tensor([2, 0], dtype=torch.int32))
 
 
-@everywhere()
+@everywhere(PLACES + CUDA)
 def test_steer_add_without_positions_steers_all_of_a_non_contiguous_residual(place):
     h = torch.zeros(6, 3, 2, device=place.device).permute(2, 1, 0)
     vectors, rows = torch.ones(1, 6, device=place.device), torch.zeros(2, dtype=torch.int32, device=place.device)
@@ -742,7 +744,7 @@ def test_steer_add_without_positions_steers_all_of_a_non_contiguous_residual(pla
     assert bool((h == 1).all())
 
 
-@everywhere()
+@everywhere(PLACES + CUDA)
 def test_steer_add_reads_and_writes_tensors_of_any_strides_and_nothing_between_them(place):
     g = torch.Generator().manual_seed(2)
     wide = torch.randn(4, 10, 18, generator=g)
@@ -813,12 +815,11 @@ def test_every_operation_compiles_without_a_graph_break_and_gives_the_same_resul
     assert first.n == 6
 
 
-@everywhere((ON_CPU, Place("triton", "cpu")))
+@everywhere((ON_CPU, NATIVE[0], Place("triton", "cpu")))
 def test_operators_pass_torchs_own_checks_of_their_schema_and_fake_implementation(place):
     from corrsteer.ops import _flatten
 
-    encoder, backend = make_encoder("gated"), None if place == ON_CPU else place.backend
-
+    encoder, backend = make_encoder("gated"), place.backend
     checks = ("test_schema", "test_faketensor")
     x, lengths, y = torch.randn(5, 19), cu([2, 3]), torch.ones(2, 1)
     operators = torch.ops.corrsteer

@@ -65,7 +65,7 @@ def test_the_extension_says_which_instruction_sets_this_processor_offers():
 
     sets = _native.instruction_sets()
     assert sets[-1] == "portable"
-    assert ", ".join(sets) in doctor.examine()["extension"]
+    assert ", ".join(sets) in doctor.examine()["extensions"]["native"]
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,8 @@ def _run(seed: int, say: Callable[[str], None], progress: bool) -> dict[str, Any
         f"reward."
     )
     run = collect(model, tokenizer, encoders, train, pool="max", decoding=decoding, progress=progress)
-    say(f"   The reward was {run.rewards.mean():.3f} on average.\n")
+    backends = run.provenance["backends"]
+    say(f"   The reward was {run.rewards.mean():.3f} on average. Activations: {', '.join(backends)} backend.\n")
 
     say(
         f"2. Select: the best feature of each layer, and by {len(validation)} unsigned sums, which of them help "
@@ -132,6 +133,7 @@ def _run(seed: int, say: Callable[[str], None], progress: bool) -> dict[str, Any
     return {
         "seed": seed,
         "seconds": seconds,
+        "backends": backends,
         "reward": float(run.rewards.mean()),
         "samples": {"train": len(train), "validation": len(validation), "test": len(test)},
         "features": {str(layer): vars(feature) for layer, feature in best.items()},

@@ -1,0 +1,425 @@
+"""What is only true of the C++ kernels for CPUs; `test_ops.py` has what is true of every backend."""
+
+import dataclasses
+import gc
+import logging
+import threading
+
+import pytest
+import torch
+from parity import (
+    BF16,
+    F16,
+    F32,
+    NATIVE,
+    Case,
+    Place,
+    assert_as_close_as_eager,
+    assert_moments,
+    assert_same_state,
+    cu,
+    decided,
+    everywhere,
+    for_each,
+    make,
+    make_encoder,
+    pooled,
+    pooled_bounds,
+    true_moments,
+    updated,
+)
+
+from corrsteer import BackendUnavailable, Moments, SparseEncoder, backends, encode, encode_pool
+from corrsteer import native_backend as native
+from corrsteer.native_backend import _native
+
+CPU = torch.device("cpu")
+REFERENCE = Place("reference", "cpu")
+BEST = NATIVE[0]
+
+# Tokens are taken 512 at a time, 256 where they are widened, and so are the samples that end among them.
+LONG = {
+    "cut": (700, 1, 0, 3, 900, 0, 2),
+    "cut more than once": (5, 1700, 1),
+    "ending where chunks do": (512, 0, 512, 256, 256, 1),
+    "one token each": (1,) * 1100,
+    "more samples than a chunk has room for": (0,) * 700 + (3, 1) + (0,) * 600 + (520,),
+}
+CHUNKED = {
+    f"{activation} {precision} of {str(dtype).removeprefix('torch.')}, {name}": Case(
+        activation, precision, dtype, lengths, d_in=20, d_sae=53, norm=norm, seed=3
+    )
+    for (activation, precision, dtype, norm) in (
+        ("jumprelu", "fp32", F32, "none"),
+        ("gated", "bf16", BF16, "none"),
+        ("relu", "bf16", F16, "layer_norm"),
+        ("topk", "fp32", F32, "none"),
+        ("abstopk", "bf16", BF16, "constant_norm_rescale"),
+    )
+    for name, lengths in LONG.items()
+}
+
+
+def problem_with_rewards(case, labels=1):
+    problem = make(case)
+    y = torch.randn(len(case.lengths), labels, generator=torch.Generator().manual_seed(1))
+    return problem, y
+
+
+# Chunks
+
+
+@pytest.mark.usefixtures("poisoned")
+@for_each(CHUNKED, places=NATIVE)
+def test_samples_longer_than_a_chunk_and_chunks_full_of_samples_are_pooled_right(place, case):
+    problem = make(case)
+    eager = pooled(problem, REFERENCE)
+    for how, mine, theirs in zip(case.pools, pooled(problem, place), eager):
+        assert_as_close_as_eager(mine, *pooled_bounds(problem, how), theirs, of=f"the {how}")
+
+
+@pytest.mark.usefixtures("poisoned")
+@for_each({name: case for name, case in CHUNKED.items() if "F32" in name or "float32" in name}, places=NATIVE)
+def test_moments_of_several_chunks_are_those_of_all_samples(place, case):
+    problem, y = problem_with_rewards(case, labels=3)
+    features = decided(problem)
+    assert features.any()
+    history = (true_moments(torch.rand(9, 53), torch.randn(9, 3)), true_moments(torch.rand(4, 53), torch.randn(4, 3)))
+    truth, eager = (updated(p, y, REFERENCE, history) for p in (problem.but(encoder=problem.exact), problem))
+    for got, true, theirs in zip(updated(problem, y, place, history), truth, eager):
+        assert_moments(got, true, theirs, features)
+
+
+@everywhere(NATIVE)
+def test_update_moments_of_several_chunks_is_that_of_all_samples(place):
+    z = torch.randn(1100, 67, generator=torch.Generator().manual_seed(0)).relu()
+    z[:, 3], z[:, 4] = 0.1, 0
+    y = torch.randn(1100, 2, generator=torch.Generator().manual_seed(1))
+    got = Moments(67, 2)
+    got.update(z, y, backend=place.backend)
+    assert_moments(got, true_moments(z, y))
+    assert not got.correlation()[:, 3:5].any()  # constant features correlate with nothing
+
+
+@everywhere(NATIVE)
+@pytest.mark.parametrize("d_sae", (1, 7, 8, 9, 47, 48, 49, 97))
+def test_sizes_around_those_of_panels_of_features(place, d_sae):
+    for activation in ("relu", "topk"):
+        problem, y = problem_with_rewards(Case(activation, lengths=(3, 9, 1), d_in=5, d_sae=d_sae, k=min(5, d_sae)))
+        (truth, _), (got, _) = (updated(p, y, w) for p, w in ((problem.but(encoder=problem.exact), REFERENCE),
+                                                              (problem, place)))  # fmt: skip
+        assert_moments(got, truth, updated(problem, y, REFERENCE)[0], decided(problem))
+
+
+# Threads
+
+
+@everywhere(NATIVE)
+@pytest.mark.parametrize("activation", ("jumprelu", "topk"))
+def test_any_number_of_threads_gives_the_same_bits(place, activation):
+    problem, y = problem_with_rewards(Case(activation, lengths=(700, 3, 40), d_sae=999))
+    one = updated(problem, y, place), encode(problem.x, problem.encoder, backend=place.backend)
+    try:
+        for threads in (2, 5):
+            torch.set_num_threads(threads)
+            several = updated(problem, y, place), encode(problem.x, problem.encoder, backend=place.backend)
+            assert torch.equal(several[1], one[1])
+            for a, b in zip(several[0], one[0]):
+                assert_same_state(a, b)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_calls_from_several_threads_of_python_do_not_disturb_each_other():
+    problems = [make(Case("jumprelu", lengths=(300, 5), d_sae=301, seed=seed)) for seed in range(4)]
+    expected = [pooled(p, BEST) for p in problems]
+    results = [[] for _ in problems]
+
+    def work(at):
+        torch.set_num_threads(2)
+        results[at] += [pooled(problems[at], BEST) for _ in range(10)]
+
+    workers = [threading.Thread(target=work, args=(at,)) for at in range(len(problems))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    torch.set_num_threads(1)
+    for mine, those in zip(expected, results):
+        assert len(those) == 10
+        assert all(torch.equal(a, b) for one in those for a, b in zip(mine, one))
+
+
+# Packed weights
+
+
+@pytest.fixture
+def packings(monkeypatch):
+    """The instruction sets of the packings so far, one for each."""
+    done = []
+    original = _native.pack
+
+    def pack(instruction_set, *rest):
+        done.append(instruction_set)
+        return original(instruction_set, *rest)
+
+    monkeypatch.setattr(native._native, "pack", pack)
+    return done
+
+
+def test_a_weight_is_packed_once_for_every_encoder_that_has_it(packings):
+    encoder, x = make_encoder("relu"), torch.randn(4, 19)
+    for other in (encoder, dataclasses.replace(encoder), encoder.to("cpu")):
+        encode(x, other, backend="native")
+    assert len(packings) == 1
+    run = torch.compile(lambda x: encode(x, encoder, backend="native"), fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        run(x)
+    assert len(packings) == 1
+
+
+def test_a_weight_that_is_changed_in_place_is_packed_again(packings):
+    encoder, x = make_encoder("relu"), torch.randn(4, 19)
+    before = encode(x, encoder, backend="native")
+    encoder.weight.mul_(2)
+    after = encode(x, encoder, backend="native")
+    assert len(packings) == 2 and not torch.equal(before, after)
+    torch.testing.assert_close(after, encode(x, encoder, backend="reference"))
+
+
+def test_the_packed_copy_of_a_weight_that_is_gone_goes_when_the_next_one_is_packed():
+    def use_another():
+        encoder = SparseEncoder(3, 5, "relu", weight=torch.randn(5, 3), bias=torch.zeros(5))
+        before = set(native._packed)
+        encode(torch.randn(4, 3), encoder, backend="native")
+        (key,) = set(native._packed) - before
+        return key, encoder
+
+    first, encoder = use_another()
+    second, other = use_another()
+    assert {first, second} <= set(native._packed)
+    del encoder
+    gc.collect()
+    use_another()
+    assert first not in native._packed and second in native._packed and other is not None
+
+
+@everywhere(NATIVE)
+@pytest.mark.parametrize("dtype", (F32, F16, BF16), ids=str)
+def test_a_weight_packed_for_one_instruction_set_serves_no_other(place, dtype, monkeypatch):
+    encoder, x = make_encoder("relu", precision={F32: "fp32", F16: "fp16", BF16: "bf16"}[dtype]), torch.randn(9, 19)
+    expected = encode(x, encoder, backend="reference")
+    for other in (*NATIVE, place):
+        monkeypatch.setenv(native.INSTRUCTION_SET, other.instruction_set)
+        torch.testing.assert_close(encode(x, encoder, backend="native"), expected)
+
+
+# What is chosen, and what is said where it cannot be
+
+
+def test_on_a_cpu_it_is_chosen_by_itself_but_for_what_it_does_not_do():
+    def chosen(operation, dtype=F32, activation="relu", precision="fp32"):
+        return backends.choose(backends.Call(operation, CPU, dtype, activation, precision)).name
+
+    assert {chosen(operation, dtype) for operation in backends.OPERATIONS for dtype in (F32, F16, BF16)} == {"native"}
+    assert chosen("encode", activation="identity") == "reference"
+    assert chosen("encode", dtype=torch.float64) == chosen("encode", precision="fp64") == "reference"
+    with pytest.raises(BackendUnavailable, match="on cuda .*: its kernels run on CPUs"):
+        backends.choose(backends.Call("encode", torch.device("cuda"), F32), "native")
+
+
+def test_an_instruction_set_that_the_processor_lacks_is_refused(monkeypatch):
+    monkeypatch.setenv(native.INSTRUCTION_SET, "amx")
+    with pytest.raises(BackendUnavailable, match="must be one that this processor offers, .*portable, got 'amx'"):
+        encode(torch.zeros(1, 19), make_encoder("relu"))
+
+
+def test_without_the_extension_a_slower_backend_runs_and_a_warning_says_once_how_to_get_it(monkeypatch, caplog):
+    monkeypatch.setattr(native, "_native", None)
+    monkeypatch.setattr(native, "MISSING", "No module named 'corrsteer._native'", raising=False)
+    for cached in (backends._find, backends._log_once):
+        cached.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING, "corrsteer.backends"):
+            for _ in range(2):
+                encode(torch.zeros(1, 19), make_encoder("relu"))
+                encode(torch.zeros(1, 19, dtype=BF16), make_encoder("gated"))
+        (record,) = caplog.records
+        assert "native is missing" in record.getMessage() and "pip install --force-reinstall" in record.getMessage()
+        with pytest.raises(
+            BackendUnavailable, match="'native' cannot run .* was not built .*; install a C\\+\\+ compiler"
+        ):
+            encode(torch.zeros(1, 19), make_encoder("relu"), backend="native")
+    finally:
+        backends._find.cache_clear()
+
+
+# The boundary: whatever it is given, it raises rather than reading what is not there
+
+
+def array(tensor):
+    return native._array(tensor)
+
+
+def forged(tensor, *, address=None, shape=None, strides=None, dtype=None):
+    return _native.Array(
+        tensor.data_ptr() if address is None else address,
+        tensor.shape if shape is None else shape,
+        tensor.stride() if strides is None else strides,
+        dtype or str(tensor.dtype).removeprefix("torch."),
+    )
+
+
+KEPT = []
+UNDEFINED = torch.tensor([0.0] * 66 + [torch.nan])
+X, CU, Y = torch.zeros(5, 19), cu([2, 3]), torch.zeros(2, 1, dtype=torch.float64)
+STATE = native._state(EMPTY := Moments(67))
+POOLED, DENSE = torch.zeros(2, 67), torch.zeros(5, 67)
+
+
+def an_encoder(form="relu", /, **changes):
+    """The extension's own encoder, some of its arguments changed."""
+    encoder = make_encoder(form)
+    isa = native.instruction_set()
+    given = dict(
+        instruction_set=isa, d_in=19, d_sae=67, activation=form, input_norm="none", k=encoder.k,
+        weight=array(native.packed_weight(encoder, isa)), bias=array(encoder.bias),
+    )  # fmt: skip
+    given |= {n: array(v) for n in ("threshold",) if (v := getattr(encoder, n)) is not None}
+    KEPT.append(encoder)  # addresses alone keep nothing
+    return _native.Encoder(**given | changes)
+
+
+def pool_of(x=X, lengths=CU, out=POOLED, encoder=None, threads=1):
+    x, lengths, out = (a if isinstance(a, _native.Array) else array(a) for a in (x, lengths, out))
+    _native.encode_pool(encoder or an_encoder(), x, lengths, out, None, threads)
+
+
+def steer(h=(1, 2, 4), vectors=(3, 4), rows=(0,), positions=None, dtype=F32):
+    tensors = torch.zeros(h, dtype=dtype), torch.zeros(vectors), torch.tensor(rows, dtype=torch.int32), positions
+    _native.steer_add(*(None if tensor is None else array(tensor) for tensor in tensors))
+
+
+HOSTILE = {
+    "x of float64": (lambda: pool_of(X.double()), "x must be .* float32 or bfloat16 or float16.* got .* float64"),
+    "x of integers": (lambda: pool_of(X.int()), "x must be .* got .* int32"),
+    "x of another width": (lambda: pool_of(X[:, :18].contiguous()), r"x must be \[-1, 19\]"),
+    "x with gaps in its rows": (lambda: pool_of(torch.zeros(5, 38)[:, ::2]), "x must be contiguous"),
+    "x of one dimension": (lambda: pool_of(X[0]), r"x must be \[-1, 19\]"),
+    "x without memory": (lambda: pool_of(forged(X, address=0)), "address must be that of a tensor's memory"),
+    "x between two numbers": (lambda: pool_of(forged(X, address=X.data_ptr() + 2)), "multiple of the size"),
+    "x of negative strides": (lambda: pool_of(forged(X, strides=(-19, 1))), "strides must not be negative"),
+    "x of negative size": (lambda: pool_of(forged(X, shape=(-1, 19))), "shape must be that of a tensor"),
+    "x of more than all memory": (lambda: pool_of(forged(X, shape=(2**62, 19))), "shape must be that of a tensor"),
+    "x of too few strides": (lambda: pool_of(forged(X, strides=(19,))), "as many as there are dimensions"),
+    "x of an unknown dtype": (lambda: pool_of(forged(X, dtype="complex64")), "dtype must be .* got complex64"),
+    "cu_seqlens that decrease": (lambda: pool_of(lengths=cu([3, -1, 3]), out=torch.zeros(3, 67)), "never decrease"),
+    "cu_seqlens that overrun": (lambda: pool_of(lengths=cu([2, 4])), "end at T=5"),
+    "cu_seqlens that start late": (lambda: pool_of(lengths=CU + 1), "must start at 0"),
+    "negative cu_seqlens": (lambda: pool_of(lengths=CU - 5), "must start at 0"),
+    "no cu_seqlens": (lambda: pool_of(lengths=CU[:0]), "must start at 0"),
+    "cu_seqlens of int64": (lambda: pool_of(lengths=CU.double()), r"cu_seqlens must be \[-1\] int32"),
+    "cu_seqlens with gaps": (lambda: pool_of(lengths=CU.repeat_interleave(2)[::2]), "cu_seqlens must be contiguous"),
+    "room for other samples": (lambda: pool_of(out=torch.zeros(1, 67)), r"mean must be \[2, 67\]"),
+    "room with gaps": (lambda: pool_of(out=torch.zeros(2, 134)[:, :67]), "mean must be contiguous"),
+    "nothing wanted": (
+        lambda: _native.encode_pool(an_encoder(), array(X), array(CU), None, None, 1),
+        "mean or maximum must be given",
+    ),
+    "no threads": (lambda: pool_of(threads=0), "threads must be at least 1, got 0"),
+    "dense activations elsewhere": (
+        lambda: _native.encode(an_encoder(), array(X), array(DENSE[:4]), 1),
+        r"out must be \[5, 67\]",
+    ),
+    "rewards of float32": (
+        lambda: _native.encode_update(an_encoder(), array(X), array(CU), array(Y.float()), [], None, 1),
+        "y must be .* float64",
+    ),
+    "rewards of other samples": (
+        lambda: _native.encode_update(an_encoder(), array(X), array(CU), array(Y[:1]), [], None, 1),
+        r"y must be \[2, -1\]",
+    ),
+    "half a state": (
+        lambda: _native.encode_update(an_encoder(), array(X), array(CU), array(Y), STATE[:5], None, 1),
+        "moments must be 11 arrays, got 5",
+    ),
+    "another SAE's state": (
+        lambda: _native.encode_update(an_encoder(), array(X), array(CU), array(Y), native._state(Moments(66)), None, 1),
+        r"moments must be \[67\] float64",
+    ),
+    "another state's labels": (
+        lambda: _native.update_moments("portable", array(POOLED), array(Y), native._state(Moments(67, 2)), 1),
+        r"moments must be \[1\] float64",
+    ),
+    "pooled of another width": (
+        lambda: _native.update_moments("portable", array(POOLED), array(Y), native._state(Moments(66)), 1),
+        r"pooled must be \[-1, 66\]",
+    ),
+    "a NaN threshold": (
+        lambda: an_encoder("jumprelu", threshold=array(UNDEFINED)),
+        "threshold must not be NaN, got NaN for feature 66",
+    ),
+    "a threshold too short": (
+        lambda: an_encoder("jumprelu", threshold=array(torch.zeros(66))), r"threshold must be \[67\]"
+    ),
+    "no threshold": (lambda: an_encoder("relu", activation="jumprelu"), "threshold must be given"),
+    "no gate": (lambda: an_encoder("relu", activation="gated"), "magnitude_scale must be given"),
+    "no sums for a layer norm": (lambda: an_encoder("relu", input_norm="layer_norm"), "weight_sum must be given"),
+    "k of 0": (lambda: an_encoder("topk", k=0), r"k must lie in 1..d_sae=67, got 0"),
+    "k beyond d_sae": (lambda: an_encoder("topk", k=68), r"k must lie in 1..d_sae=67, got 68"),
+    "an unknown activation": (lambda: an_encoder("relu", activation="identity"), "activation must be .* got identity"),
+    "an unknown norm": (lambda: an_encoder("relu", input_norm="batch"), "input_norm must be .* got batch"),
+    "an unknown instruction set": (lambda: an_encoder("relu", instruction_set="amx"), "processor offers .* got amx"),
+    "a weight that is not packed": (lambda: an_encoder("relu", weight=array(torch.zeros(67 * 19))), "weight must be"),
+    "no features": (lambda: an_encoder("relu", d_sae=0), "d_in and d_sae must be sizes"),
+    "a negative width": (lambda: an_encoder("relu", d_in=-1), "d_in and d_sae must be sizes"),
+    "a weight of integers to pack": (
+        lambda: _native.pack("portable", array(torch.zeros(3, 4).int()), array(torch.zeros(99)), 1), "weight must be"
+    ),
+    "a weight to pack into too little": (
+        lambda: _native.pack("portable", array(torch.zeros(67, 19)), array(torch.zeros(99)), 1), "packed must be"
+    ),
+    "a row's vector that does not exist": (lambda: steer(rows=(3,)), r"row_vector must lie in -1..2, got 3"),
+    "a row's vector before the first": (lambda: steer(rows=(-2,)), r"row_vector must lie in -1..2, got -2"),
+    "vectors of another width": (lambda: steer(vectors=(3, 5)), r"vectors must be \[-1, 4\]"),
+    "residuals of two dimensions": (lambda: steer(h=(2, 4)), r"h must be \[-1, -1, -1\]"),
+    "residuals of float64": (lambda: steer(dtype=torch.float64), "h must be .* got .* float64"),
+    "rows of other samples": (lambda: steer(rows=(0, 0)), r"row_vector must be \[1\]"),
+    "positions of other samples": (
+        lambda: steer(positions=torch.ones(2, 2, dtype=torch.bool)), r"positions must be \[1, 2\]"
+    ),
+    "positions of numbers": (lambda: steer(positions=torch.ones(1, 2)), "positions must be .* bool"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_argument_is_refused_with_what_it_was_and_must_be(name):
+    call, message = HOSTILE[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@everywhere(NATIVE)
+def test_no_tokens_are_no_reason_to_fail(place):
+    encoder, x = make_encoder("gated"), torch.zeros(0, 19)
+    assert encode_pool(x, cu([0, 0]), encoder, backend="native").tolist() == [[0.0] * 67] * 2
+    assert encode_pool(x, cu([]), encoder, backend="native").shape == (0, 67)
+    assert encode(x, encoder, backend="native").shape == (0, 67)
+    moments = Moments(67)
+    moments.update(torch.zeros(0, 67), torch.zeros(0), backend="native")
+    assert moments.n == 0
+
+
+def test_a_threshold_that_is_nan_is_refused_wherever_it_comes_from():
+    encoder = make_encoder("jumprelu")
+    encoder.threshold[3] = torch.nan
+    with pytest.raises(ValueError, match="threshold must not be NaN, got NaN for feature 3"):
+        encode(torch.zeros(1, 19), encoder, backend="native")
+
+
+def test_a_state_that_is_not_contiguous_is_refused_before_anything_is_changed():
+    moments = Moments(67)
+    moments.z_mean = torch.zeros(134, dtype=torch.float64)[::2]
+    with pytest.raises(ValueError, match="moments must be contiguous"):
+        moments.update(torch.ones(2, 67), torch.ones(2), backend="native")
+    assert moments.n == 0
