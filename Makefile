@@ -2,6 +2,7 @@
 #   make demo   the main job on the model that ships with the package
 #   make test   the test suite
 #   make bench  the microbenchmarks
+#   make test-sanitize   the C++ kernels' tests under the address and undefined-behaviour sanitizers
 # On a GPU machine: make demo TORCH="torch"    (or any other requirement that pip can resolve)
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 QUIET := --quiet --disable-pip-version-check
 
-.PHONY: demo test bench clean
+.PHONY: demo test test-sanitize bench clean
 
 demo: $(STAMP)
 	$(BIN)/corrsteer demo
@@ -22,10 +23,21 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
+# The extension is built apart, and the tests import it from there. Leaks are not looked for: Python's own are many.
+SANITIZED := build/sanitized
+test-sanitize: $(STAMP)
+	CORRSTEER_SANITIZE=1 CORRSTEER_CUDA=0 $(BIN)/python setup.py --quiet build_ext \
+		--build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
+	nm -D $(SANITIZED)/corrsteer/*.so | grep -q __asan_init
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 \
+		CORRSTEER_EXTENSIONS=$(SANITIZED)/corrsteer \
+		$(BIN)/python -m pytest tests/test_ops.py tests/test_native.py -k native
+
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench --benchmark-only
 
-$(STAMP): pyproject.toml setup.py csrc/native.cpp Makefile
+$(STAMP): pyproject.toml setup.py Makefile $(wildcard csrc/*/*)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed, this is " + sys.version) if sys.version_info < (3, 10) else None'
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); the first time this takes a few minutes ..."
@@ -34,4 +46,4 @@ $(STAMP): pyproject.toml setup.py csrc/native.cpp Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info corrsteer/_native*.so
+	rm -rf $(VENV) build dist *.egg-info corrsteer/*.so

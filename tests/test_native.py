@@ -257,7 +257,11 @@ def test_without_the_extension_a_slower_backend_runs_and_a_warning_says_once_how
 # The boundary: whatever it is given, it raises rather than reading what is not there
 
 
+KEPT = []  # addresses alone keep nothing
+
+
 def array(tensor):
+    KEPT.append(tensor)
     return native._array(tensor)
 
 
@@ -270,7 +274,6 @@ def forged(tensor, *, address=None, shape=None, strides=None, dtype=None):
     )
 
 
-KEPT = []
 UNDEFINED = torch.tensor([0.0] * 66 + [torch.nan])
 X, CU, Y = torch.zeros(5, 19), cu([2, 3]), torch.zeros(2, 1, dtype=torch.float64)
 STATE = native._state(EMPTY := Moments(67))
@@ -286,7 +289,7 @@ def an_encoder(form="relu", /, **changes):
         weight=array(native.packed_weight(encoder, isa)), bias=array(encoder.bias),
     )  # fmt: skip
     given |= {n: array(v) for n in ("threshold",) if (v := getattr(encoder, n)) is not None}
-    KEPT.append(encoder)  # addresses alone keep nothing
+    KEPT.append(encoder)
     return _native.Encoder(**given | changes)
 
 
