@@ -40,8 +40,7 @@ def verify(call: Call) -> Verdict:
 
 
 def steer_add(h: Tensor, vectors: Tensor, row_vector: Tensor, positions: Tensor | None) -> None:
-    vectors = vectors.float()
-    device = h.device.index
+    vectors, device = vectors.float(), h.get_device()
     _cuda.steer_add(
         NUMBERS[h.dtype], h.data_ptr(), h.shape, h.stride(),
         vectors.data_ptr(), vectors.shape, vectors.stride(),

@@ -5,12 +5,10 @@
 namespace corrsteer {
 namespace {
 
-constexpr int THREADS = 128;
-
 template <class T, int N>
 void launch_pack(const Steering& a, cudaStream_t stream) {
-    const int64_t blocks = (a.d / N + (a.d % N != 0) + THREADS - 1) / THREADS;
-    steer_add_kernel<T, N><<<dim3(unsigned(a.B * a.S), unsigned(blocks)), THREADS, 0, stream>>>(a);
+    const Blocks blocks = blocks_of(a, N);
+    steer_add_kernel<T, N><<<dim3(blocks.x, blocks.y), THREADS, 0, stream>>>(a);
 }
 
 template <class T>

@@ -52,20 +52,25 @@ __global__ void steer_add_kernel(const Steering a) {
     *reinterpret_cast<Pack<T, N>*>(h) = sum;
 }
 
-// Whether every row begins where a pack of `bytes` may.
-inline bool aligned(const void* address, int64_t row_bytes, int64_t position_bytes, int64_t bytes) {
-    return (reinterpret_cast<uintptr_t>(address) | uintptr_t(row_bytes) | uintptr_t(position_bytes)) % bytes == 0;
-}
-
-// How many dimensions of T a thread can take: as many as 16 bytes hold, or 1.
+// How many dimensions of T a thread takes: as many as 16 bytes hold where all rows allow it, or 1.
 template <class T>
 int pack_of(const Steering& a) {
-    constexpr int N = 16 / sizeof(T), size = sizeof(T);
-    const bool together = a.h_dimension == 1 && a.vectors_dimension == 1 && a.d % N == 0;
-    return together && aligned(a.h, a.h_row * size, a.h_position * size, 16) &&
-                   aligned(a.vectors, a.vectors_row * 4, 0, 16)
-               ? N
-               : 1;
+    constexpr int N = 16 / sizeof(T);
+    const int64_t begins = int64_t(reinterpret_cast<uintptr_t>(a.h)) | ((a.h_row | a.h_position) * int64_t(sizeof(T))) |
+                           int64_t(reinterpret_cast<uintptr_t>(a.vectors)) | (a.vectors_row * 4);
+    return a.h_dimension == 1 && a.vectors_dimension == 1 && a.d % N == 0 && begins % 16 == 0 ? N : 1;
+}
+
+constexpr int THREADS = 128;
+
+// Blocks in each direction, where threads take N dimensions each.
+struct Blocks {
+    unsigned x, y;
+};
+
+inline Blocks blocks_of(const Steering& a, int N) {
+    const int64_t threads = (a.d + N - 1) / N;
+    return {unsigned(a.B * a.S), unsigned((threads + THREADS - 1) / THREADS)};
 }
 
 }  // namespace corrsteer
