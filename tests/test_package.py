@@ -1,12 +1,15 @@
 """The package as installed: what importing costs, and that a wheel is all it takes."""
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -84,6 +87,7 @@ def test_a_wheel_holds_the_package_the_kernels_the_extension_and_the_demo_and_no
     assert {"corrsteer/kernels/__init__.py", "corrsteer/demo/model/model.safetensors"} <= set(names)
     assert sum(name.endswith("sae_weights.safetensors") for name in names) == 4
     assert any(name.startswith("corrsteer/_native.") for name in names)
+    assert any(name.startswith("corrsteer/_cuda.") for name in names) == (shutil.which("nvcc") is not None)
 
 
 def test_a_wheel_installs_and_its_command_runs_the_demo_from_another_directory(wheel, tmp_path):
@@ -91,9 +95,96 @@ def test_a_wheel_installs_and_its_command_runs_the_demo_from_another_directory(w
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
     environment = os.environ | {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
-    where = python("import corrsteer; print(corrsteer.__file__)", cwd=tmp_path, env=environment)
+    where = python("import corrsteer._native as it; print(it.__file__)", cwd=tmp_path, env=environment)
     assert where.startswith(str(site))
     command = [sys.executable, str(site / "bin" / "corrsteer"), "demo", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
-    assert set(json.loads(done.stdout)["strategies"]) == {"single", "all", "pruned"}
+    result = json.loads(done.stdout)
+    assert set(result["strategies"]) == {"single", "all", "pruned"} and result["backends"] == ["native"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files")
+def test_the_extensions_link_nothing_of_torchs_and_export_their_init_function_alone(wheel, tmp_path):
+    system = r"lib(c|m|dl|rt|pthread|gcc_s|stdc\+\+|gomp)\.so\.\d+|ld-linux.*"
+    extensions = [name for name in zipfile.ZipFile(wheel).namelist() if ".so" in name]
+    assert extensions
+    for name in extensions:
+        path = zipfile.ZipFile(wheel).extract(name, tmp_path)
+        module = name.split("/")[-1].split(".")[0]
+        linked = re.findall(r"NEEDED.*\[(.+)\]", output_of("readelf", "--dynamic", "--wide", path))
+        assert linked and all(re.fullmatch(system, library) for library in linked), linked
+        exported = [line.split()[-1] for line in output_of("nm", "--dynamic", "--defined-only", path).splitlines()]
+        assert exported == [f"PyInit_{module}"]
+
+
+# Building
+
+
+def output_of(*command, **options):
+    return subprocess.run(command, capture_output=True, text=True, check=True, **options).stdout
+
+
+def build(request, out, interpreter=sys.executable, **environment):
+    """Build the extensions of this source into a folder."""
+    command = [
+        interpreter,
+        "setup.py",
+        "--quiet",
+        "build_ext",
+        "--build-lib",
+        str(out),
+        "--build-temp",
+        str(out / "temp"),
+    ]
+    environment = os.environ | {"CORRSTEER_CUDA": "0"} | environment
+    return subprocess.run(command, cwd=request.config.rootpath, env=environment, capture_output=True, text=True)
+
+
+def interpreters():
+    """Other supported versions of Python on this machine, by version."""
+    found = {}
+    for minor in range(10, 14):
+        names = [shutil.which(f"python3.{minor}"), *Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/python")]
+        for name in filter(None, names):
+            code = (
+                "import sys, sysconfig, os; print(sys.version_info[1], os.path.isdir(sysconfig.get_paths()['include']))"
+            )
+            answer = subprocess.run([name, "-c", code], capture_output=True, text=True).stdout.split()
+            if answer == [str(minor), "True"] and minor != sys.version_info.minor:
+                found[f"3.{minor}"] = str(name)
+    return found
+
+
+@pytest.mark.parametrize(("version", "interpreter"), interpreters().items())
+def test_the_extension_builds_and_runs_under_every_python_that_is_here(version, interpreter, tmp_path, request):
+    tools = tmp_path / "tools"  # of this environment, but for what was compiled for this Python
+    tools.mkdir()
+    for package in ("setuptools", "_distutils_hack", "pkg_resources", "pybind11"):
+        if spec := importlib.util.find_spec(package):
+            (tools / package).symlink_to(Path(spec.origin).parent)
+    environment = {"PYTHONPATH": str(tools), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = build(request, tmp_path, interpreter, **environment)
+    assert done.returncode == 0, done.stderr
+    (extension,) = (tmp_path / "corrsteer").glob("_native*.so")
+    code = (
+        "import importlib.util as u, sys; spec = u.spec_from_file_location('corrsteer._native', sys.argv[1]); "
+        "m = u.module_from_spec(spec); spec.loader.exec_module(m); print(m.instruction_sets())"
+    )
+    assert "portable" in output_of(interpreter, "-c", code, str(extension))
+
+
+def test_without_a_compiler_the_build_succeeds_without_the_extension(tmp_path, request):
+    done = build(request, tmp_path, CC="false", CXX="false")
+    assert done.returncode == 0, done.stderr
+    assert 'building extension "corrsteer._native" failed' in done.stdout + done.stderr
+    assert not list(tmp_path.glob("**/*.so"))
+
+
+def test_cuda_kernels_that_are_insisted_on_without_nvcc_are_an_error_that_says_what_to_install(tmp_path, request):
+    done = build(request, tmp_path, CORRSTEER_CUDA="1", PATH=str(tmp_path), CUDA_HOME=str(tmp_path))
+    assert (
+        done.returncode != 0 and "CORRSTEER_CUDA=1 needs nvcc" in done.stderr and "Install the toolkit" in done.stderr
+    )
+    done = build(request, tmp_path, CORRSTEER_CUDA="yes")
+    assert done.returncode != 0 and "CORRSTEER_CUDA must be 0, 1 or auto, got 'yes'" in done.stderr
