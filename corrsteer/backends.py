@@ -11,42 +11,14 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import torch
-
-from corrsteer import reference
+from corrsteer import cuda_backend, native_backend, reference, triton_backend
+from corrsteer.calls import OPERATIONS, Call, Verdict
 from corrsteer.errors import BackendUnavailable
 
 log = logging.getLogger(__name__)
 
-OPERATIONS = ("encode", "encode_pool", "update_moments", "encode_update", "steer_add")
 ENVIRONMENT = "CORRSTEER_BACKEND"
-
-
-class Call(NamedTuple):
-    """What a verifier judges: an operation on tensors of a device and dtype, and an encoder's form if there is one."""
-
-    operation: str
-    device: torch.device
-    dtype: torch.dtype
-    activation: str | None = None
-    precision: str | None = None
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A verifier's answer: yes, or no with the reason and what to do about it.
-
-    A backend that is no user's choice for speed, such as an interpreter, is not `automatic`: it runs when asked for
-    by name. One that should run on this machine and does not is `missed`: that it is passed over is a warning.
-    """
-
-    ok: bool
-    reason: str = ""
-    fix: str = ""
-    automatic: bool = True
-    missed: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,9 +109,5 @@ register(
         verify=lambda call: Verdict(True),
     )
 )
-
-from corrsteer import cuda_backend, native_backend, triton_backend  # noqa: E402 (they are written in terms of this module)
-
-register(Backend("native", native_backend.OPERATIONS, native_backend.verify))
-register(Backend("triton", triton_backend.OPERATIONS, triton_backend.verify))
-register(Backend("cuda", cuda_backend.OPERATIONS, cuda_backend.verify))
+for _name, _module in (("native", native_backend), ("triton", triton_backend), ("cuda", cuda_backend)):
+    register(Backend(_name, _module.OPERATIONS, _module.verify))

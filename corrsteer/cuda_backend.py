@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from corrsteer.backends import Call, Verdict
+from corrsteer.calls import Call, Verdict
 
 try:
     from corrsteer import _cuda

@@ -113,6 +113,10 @@ class SparseEncoder:
         for name in TENSORS:  # views would be read wrongly by kernels, which take pointers
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, getattr(self, name).contiguous())
+        if self.weight.dtype != torch.float64:
+            for name in TENSORS[TENSORS.index("weight_sum") :]:  # vectors, of whatever dtype they were given
+                if getattr(self, name) is not None:
+                    object.__setattr__(self, name, getattr(self, name).float())
         if self.input_norm == "layer_norm" and self.weight_sum is None:
             object.__setattr__(self, "weight_sum", _row_sums(self.weight, self.weight_low))
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from corrsteer.backends import Call, Verdict
+from corrsteer.calls import Call, Verdict
 from corrsteer.errors import BackendUnavailable
 
 if TYPE_CHECKING:
@@ -67,12 +67,9 @@ def instruction_set() -> str:
 
 
 class _Packed(NamedTuple):
-    storages: list[StorageWeakRef]
-    versions: tuple[int, ...]
+    storages: tuple[StorageWeakRef, ...]  # of what was packed
+    versions: tuple
     weight: Tensor
-
-    def outlived(self) -> bool:
-        return any(storage.expired() for storage in self.storages)
 
 
 _packed: dict[tuple, _Packed] = {}
@@ -82,36 +79,41 @@ _packing = threading.Lock()
 def packed_weight(encoder: SparseEncoder, isa: str) -> Tensor:
     """The encoder's weight as the kernels read it; packed when first asked for, and again if it has been changed.
 
-    It takes as much memory as the weight (twice that for fp16, which is packed as float32), for as long as the weight
-    exists. It belongs to the weight's memory and not to the encoder, as under `torch.compile` an encoder is put
-    together anew at every call.
+    It takes as much memory as the weight (twice that for fp16, which is packed as float32) until the first call after
+    the weight is gone. It belongs to the weight's memory and not to the encoder, as under `torch.compile` an encoder is
+    put together anew at every call. Changes are seen that torch counts: not those through `.data` or NumPy.
     """
     parts = [part for part in (encoder.weight, encoder.weight_low) if part is not None]
+    storages = tuple(StorageWeakRef(part.untyped_storage()) for part in parts)
     key = (isa, *((part.data_ptr(), part.dtype, part.shape) for part in parts))
-    # tensors made in inference mode do not count their changes
-    versions = tuple(0 if part.is_inference() else part._version for part in parts)
+    versions = tuple(_version(part) for part in parts)
     with _packing:
-        found = _packed.get(key)
-        if found is not None and found.versions == versions and not found.outlived():
-            return found.weight
-        for old in [old for old, entry in _packed.items() if entry.outlived()]:
+        for old in [old for old, entry in _packed.items() if any(s.expired() for s in entry.storages)]:
             del _packed[old]
+        found = _packed.get(key)
+        if found is not None and found.versions == versions and found.storages == storages:
+            return found.weight
         _packed.pop(key, None)
         # bf16x2: hi + lo is exact in float32, where it costs no more than two products of bfloat16
         weight = encoder.weight if encoder.weight_low is None else encoder.full_weight()
         dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
         size = _native.packed_size(isa, encoder.d_sae, encoder.d_in, _name(dtype))
-        packed = torch.empty(size, dtype=dtype)
+        packed = torch.empty(size, dtype=dtype, device="cpu")
         _native.pack(isa, _array(weight), _array(packed), torch.get_num_threads())
-        _packed[key] = _Packed([StorageWeakRef(part.untyped_storage()) for part in parts], versions, packed)
+        _packed[key] = _Packed(storages, versions, packed)
         return packed
+
+
+def _version(weight: Tensor):
+    """What changes when the weight does. Tensors made in inference mode do not count; of them a column is added up."""
+    return float(weight[:, 0].double().sum()) if weight.is_inference() else weight._version
 
 
 def _encoder(encoder: SparseEncoder):
     """The extension's own encoder, and the packed weight, which is to be kept until the call is over."""
     isa = instruction_set()
     packed = packed_weight(encoder, isa)
-    vectors = ("bias", "threshold", "magnitude_scale", "magnitude_bias", "weight_sum")
+    vectors = ("bias", "threshold", "magnitude_scale", "magnitude_bias")
     given = {name: getattr(encoder, name) for name in vectors}
     return _native.Encoder(
         instruction_set=isa,
@@ -146,14 +148,14 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def encode(x: Tensor, encoder: SparseEncoder) -> Tensor:
     x, (packed_encoder, _kept) = _rows(x), _encoder(encoder)
-    out = torch.empty(len(x), encoder.d_sae, dtype=torch.float32)
+    out = torch.empty(len(x), encoder.d_sae, dtype=torch.float32, device="cpu")
     _native.encode(packed_encoder, _array(x), _array(out), torch.get_num_threads())
     return out
 
 
 def encode_pool(x: Tensor, cu_seqlens: Tensor, encoder: SparseEncoder, pools: tuple[str, ...]) -> Tensor:
     x, cu_seqlens, (packed_encoder, _kept) = _rows(x), cu_seqlens.contiguous(), _encoder(encoder)
-    out = torch.empty(len(pools), len(cu_seqlens) - 1, encoder.d_sae, dtype=torch.float32)
+    out = torch.empty(len(pools), len(cu_seqlens) - 1, encoder.d_sae, dtype=torch.float32, device="cpu")
     into = dict(zip(pools, map(_array, out)))
     _native.encode_pool(
         packed_encoder, _array(x), _array(cu_seqlens), into.get("mean"), into.get("max"), torch.get_num_threads()

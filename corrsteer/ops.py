@@ -107,6 +107,8 @@ def encode_update(
     states = (moments,) if pool != "both" else tuple(moments)
     if len(states) != len(pools):
         raise CorrSteerError(f"moments must be a pair (of the means, of the maxima) for pool='both', got {len(states)}")
+    if len(states) == 2 and states[0] is states[1]:
+        raise CorrSteerError("moments must be two for pool='both', got the same one twice; make one for each pooling")
     for state in states:
         if state.d_sae != encoder.d_sae:
             raise CorrSteerError(f"moments must have the encoder's d_sae={encoder.d_sae}, got d_sae={state.d_sae}")
@@ -158,6 +160,8 @@ def steer_add(
     if h.device.type == "cpu" and len(h) and not -1 <= int(row_vector.min()) <= int(row_vector.max()) < len(vectors):
         raise CorrSteerError(f"row_vector must lie in -1..{len(vectors) - 1}, got {row_vector.tolist()}")
     _chosen("steer_add", h, backend)(h, vectors, row_vector, positions)
+    if not h.is_inference():  # kernels change it behind autograd's back
+        torch.autograd.graph.increment_version(h)
     return h
 
 

@@ -9,8 +9,8 @@ import os
 
 import torch
 
-from corrsteer import backends
-from corrsteer.backends import Call, Verdict
+from corrsteer import calls
+from corrsteer.calls import Call, Verdict
 
 ENCODED = ("relu", "jumprelu", "gated", "topk", "abstopk")
 
@@ -43,4 +43,4 @@ def _run(operation: str, *args):
         return getattr(importlib.import_module("corrsteer.kernels.operations"), operation)(*args)
 
 
-OPERATIONS = {operation: functools.partial(_run, operation) for operation in backends.OPERATIONS}
+OPERATIONS = {operation: functools.partial(_run, operation) for operation in calls.OPERATIONS}

@@ -118,6 +118,7 @@ HOSTILE = {
     "an unknown dtype": (dict(number=3), "number must be"),
     "a negative size": (dict(shape=(2, -3, 4)), "must not be negative"),
     "a negative stride": (dict(strides=(12, 4, -1)), "must not be negative"),
+    "the same number twice": (dict(strides=(0, 4, 1)), "must not hold the same number twice"),
     "vectors of another width": (dict(vectors_shape=(1, 5)), r"vectors must be \[V, d=4\], got a width of 5"),
     "no memory": (dict(h=0), "must have memory"),
     "no rows": (dict(rows=0), "must have memory"),

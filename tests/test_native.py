@@ -214,6 +214,73 @@ def test_a_weight_packed_for_one_instruction_set_serves_no_other(place, dtype, m
         torch.testing.assert_close(encode(x, encoder, backend="native"), expected)
 
 
+def test_a_weight_made_in_inference_mode_is_packed_once_and_again_if_it_is_changed(packings):
+    with torch.inference_mode():
+        encoder = SparseEncoder(3, 5, "relu", weight=torch.randn(5, 3), bias=torch.zeros(5))
+        x = torch.randn(4, 3)
+        for factor in (1, 2):
+            encoder.weight.mul_(factor)
+            for _ in range(2):
+                torch.testing.assert_close(
+                    encode(x, encoder, backend="native"), encode(x, encoder, backend="reference")
+                )
+    assert len(packings) == 2
+
+
+def test_a_weight_at_the_address_of_another_one_is_not_taken_for_it(packings):
+    array, x = torch.randn(5, 3).numpy(), torch.randn(4, 3)
+    for factor in (1, 2):  # two tensors, of which torch does not know that they share memory
+        array *= factor
+        encoder = SparseEncoder(3, 5, "relu", weight=torch.from_numpy(array), bias=torch.zeros(5))
+        torch.testing.assert_close(encode(x, encoder, backend="native"), encode(x, encoder, backend="reference"))
+    assert len(packings) == 2
+
+
+def test_results_are_on_the_cpu_whatever_torchs_default_device_is():
+    encoder, x = make_encoder("relu"), torch.randn(4, 19)
+    expected = pooled_of = None
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            dense = encode(x, encoder, backend="native")
+            pooled_of = encode_pool(x, LENGTHS, encoder, backend="native")
+        expected = expected or (dense, pooled_of)
+        assert torch.equal(dense, expected[0]) and torch.equal(pooled_of, expected[1])
+
+
+def test_vectors_of_half_precision_are_widened():
+    form = {
+        "weight": torch.randn(5, 3).bfloat16(),
+        "bias": torch.randn(5).bfloat16(),
+        "threshold": torch.rand(5).half(),
+    }
+    encoder, x = SparseEncoder(3, 5, "jumprelu", **form), torch.randn(9, 3)
+    assert encoder.bias.dtype == encoder.threshold.dtype == F32
+    torch.testing.assert_close(encode(x, encoder, backend="native"), encode(x, encoder, backend="reference"))
+
+
+@everywhere(NATIVE)
+@pytest.mark.parametrize(("precision", "dtype"), (("fp32", F32), ("bf16", BF16)), ids=("fp32", "bf16"))
+def test_layer_norm_is_as_good_as_eager_for_tokens_that_hardly_vary(place, precision, dtype):
+    problem = make(Case("relu", precision, dtype, (3, 5, 2), d_in=256, norm="layer_norm"))
+    for spread in (1e-1, 1e-2, 0.0):
+        problem.x.copy_(1 + spread * make(problem.case).x)
+        problem.x[4] = 1
+        for how, mine, theirs in zip(("mean", "max"), pooled(problem, place), pooled(problem, REFERENCE)):
+            assert_as_close_as_eager(mine, *pooled_bounds(problem, how), theirs, of=f"the {how}, spread {spread},")
+
+
+@everywhere(NATIVE)
+def test_subnormal_halves_survive_when_torch_flushes_subnormal_numbers(place):
+    h = torch.tensor([[[3e-6, 6e-8, 1.0]]], dtype=F16)
+    expected = h.clone()
+    torch.set_flush_denormal(True)
+    try:
+        native.steer_add(h, torch.zeros(1, 3), torch.zeros(1, dtype=torch.int32), None)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(h, expected)
+
+
 # What is chosen, and what is said where it cannot be
 
 
@@ -275,6 +342,7 @@ def forged(tensor, *, address=None, shape=None, strides=None, dtype=None):
 
 
 UNDEFINED = torch.tensor([0.0] * 66 + [torch.nan])
+LENGTHS = cu([2, 2])
 X, CU, Y = torch.zeros(5, 19), cu([2, 3]), torch.zeros(2, 1, dtype=torch.float64)
 STATE = native._state(EMPTY := Moments(67))
 POOLED, DENSE = torch.zeros(2, 67), torch.zeros(5, 67)
@@ -367,7 +435,6 @@ HOSTILE = {
     ),
     "no threshold": (lambda: an_encoder("relu", activation="jumprelu"), "threshold must be given"),
     "no gate": (lambda: an_encoder("relu", activation="gated"), "magnitude_scale must be given"),
-    "no sums for a layer norm": (lambda: an_encoder("relu", input_norm="layer_norm"), "weight_sum must be given"),
     "k of 0": (lambda: an_encoder("topk", k=0), r"k must lie in 1..d_sae=67, got 0"),
     "k beyond d_sae": (lambda: an_encoder("topk", k=68), r"k must lie in 1..d_sae=67, got 68"),
     "an unknown activation": (lambda: an_encoder("relu", activation="identity"), "activation must be .* got identity"),
@@ -386,6 +453,12 @@ HOSTILE = {
     "a row's vector before the first": (lambda: steer(rows=(-2,)), r"row_vector must lie in -1..2, got -2"),
     "vectors of another width": (lambda: steer(vectors=(3, 5)), r"vectors must be \[-1, 4\]"),
     "residuals of two dimensions": (lambda: steer(h=(2, 4)), r"h must be \[-1, -1, -1\]"),
+    "residuals that are the same number twice": (
+        lambda: _native.steer_add(
+            array(torch.zeros(1, 1, 4).expand(2, 1, 4)), array(torch.zeros(3, 4)), array(torch.zeros(2).int()), None
+        ),
+        "h must not hold the same number twice",
+    ),
     "residuals of float64": (lambda: steer(dtype=torch.float64), "h must be .* got .* float64"),
     "rows of other samples": (lambda: steer(rows=(0, 0)), r"row_vector must be \[1\]"),
     "positions of other samples": (

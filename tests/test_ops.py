@@ -672,6 +672,17 @@ def test_update_moments_leaves_the_moments_of_all_samples_so_far(place, n, label
 
 
 @everywhere()
+@pytest.mark.parametrize("value", (0.157, 0.622))
+def test_a_reward_that_is_always_the_same_varies_in_no_number_of_samples(place, value):
+    got = Moments(3, device=place.device)
+    for n in (512, 300, 411):
+        z = torch.rand(n, 3, generator=torch.Generator().manual_seed(n))
+        y = torch.full((n,), value, dtype=torch.float64)
+        update_moments(z.to(place.device), y.to(place.device), got, backend=place.backend)
+    assert not got.label_varies().any() and not got.correlation().any()
+
+
+@everywhere()
 @pytest.mark.parametrize("dtype", (F16, BF16), ids=str)
 def test_update_moments_takes_pooled_activations_of_half_precision(place, dtype):
     z, y = torch.randn(40, 67, generator=torch.Generator().manual_seed(0)).to(dtype), rewards(40, 2)
@@ -734,6 +745,17 @@ def test_steer_add_rounds_its_sum_once_for_residuals_of_any_size(place, dtype):
     h = (torch.randn(2, 1, 2500, generator=g) * torch.logspace(-4, 4, 2500)).to(dtype)
     vectors = torch.randn(3, 2500, generator=g) * torch.logspace(4, -4, 2500)
     assert_steered(place, h, vectors, torch.tensor([2, 0], dtype=torch.int32))
+
+
+@everywhere(PLACES + CUDA)
+def test_autograd_is_told_that_steer_add_has_changed_the_residual(place):
+    h = torch.zeros(1, 1, 3, device=place.device)
+    leaf = torch.ones(3, device=place.device, requires_grad=True)
+    product = (leaf * h).sum()  # whose gradient needs h
+    steer_add(h, torch.ones(1, 3, device=h.device), torch.zeros(1, dtype=torch.int32, device=h.device),
+              backend=place.backend)  # fmt: skip
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
 
 
 @everywhere(PLACES + CUDA)
@@ -879,6 +901,10 @@ BAD_CALLS = {
     "one moments for both": (
         lambda e, x, c: encode_update(x, c, torch.ones(2), e, (Moments(67),), "both"),
         "moments must be a pair",
+    ),
+    "the same moments for both": (
+        lambda e, x, c: encode_update(x, c, torch.ones(2), e, (m := Moments(67), m), "both"),
+        "moments must be two for pool='both', got the same one twice",
     ),
     "pooled of another width": (
         lambda e, x, c: update_moments(torch.ones(2, 3), torch.ones(2), Moments(67)),

@@ -35,6 +35,8 @@ void steer_add(int number, uintptr_t h, std::array<int64_t, 3> shape, std::array
     if (!sizes(shape) || !sizes(strides) || !sizes(vectors_shape) || !sizes(vectors_strides) || row_vector_stride < 0 ||
         !sizes(positions_strides))
         refuse("shapes and strides must not be negative");
+    for (size_t i = 0; i < 3; i++)
+        if (strides[i] == 0 && shape[i] > 1) refuse("h must not hold the same number twice; use .contiguous()");
     if (vectors_shape[1] != d)
         refuse("vectors must be [V, d=" + std::to_string(d) + "], got a width of " + std::to_string(vectors_shape[1]));
     if (B == 0 || S == 0 || d == 0) return;

@@ -1,8 +1,8 @@
 // As avx512, with the instruction that multiplies pairs of bfloat16 and adds them to float32.
-#if defined(__x86_64__)
-#include <immintrin.h>
-
 #include "kernels.h"
+
+#if defined(WITH_AVX512_BF16)
+#include <immintrin.h>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"))), apply_to = function)

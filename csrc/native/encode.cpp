@@ -17,8 +17,8 @@ namespace corrsteer {
 namespace {
 
 // Tokens in a chunk: enough that reading the weights once for each takes no time beside the product, few enough that
-// their residuals stay in a cache that all processors share. Fewer where residuals are widened, which takes memory.
-constexpr int64_t CHUNK = 512, WIDENED_CHUNK = 256;
+// their residuals stay in a cache that all processors share. Fewer where they are copied, which takes memory.
+constexpr int64_t CHUNK = 512, COPIED_CHUNK = 256;
 constexpr double LAYER_NORM_EPS = 1e-5;  // SAELens' own, added to the standard deviation
 
 int64_t panels_of(const Kernels& kernels, int64_t features) { return (features + kernels.panel - 1) / kernels.panel; }
@@ -46,21 +46,21 @@ Features features_of(const Encoder& encoder, int64_t feature, int64_t width) {
         for (int64_t i = 0; i < width; i++) out.threshold[i] = std::max(0.0f, encoder.threshold[feature + i]);
     if (encoder.magnitude_scale) std::copy_n(encoder.magnitude_scale + feature, width, out.magnitude_scale);
     if (encoder.magnitude_bias) std::copy_n(encoder.magnitude_bias + feature, width, out.magnitude_bias);
-    if (encoder.weight_sum) std::copy_n(encoder.weight_sum + feature, width, out.weight_sum);
     return out;
 }
 
-// What SAELens' input norm subtracts from a token, and what it multiplies the rest by, as
-// `reference.normalised` does.
-void norm_of(InputNorm norm, const float* x, int64_t d_in, float& mean, float& scale) {
-    double sum = 0, squares = 0;
-    if (norm == InputNorm::layer_norm)
-        for (int64_t i = 0; i < d_in; i++) sum += x[i];
-    const double centre = sum / double(d_in);
-    for (int64_t i = 0; i < d_in; i++) squares += (x[i] - centre) * (x[i] - centre);
-    mean = float(centre);
-    scale = norm == InputNorm::layer_norm ? float(1 / (std::sqrt(squares / double(d_in - 1)) + LAYER_NORM_EPS))
-                                          : float(std::sqrt(double(d_in) / squares));
+// SAELens' input norm of a token, in place, as `reference.normalised` does it. Before the product rather than after,
+// where a mean that is much larger than what is left without it would have cost digits.
+void normalise(InputNorm norm, float* x, int64_t d_in) {
+    double mean = 0, squares = 0;
+    if (norm == InputNorm::layer_norm) {
+        for (int64_t i = 0; i < d_in; i++) mean += x[i];
+        mean /= double(d_in);
+    }
+    for (int64_t i = 0; i < d_in; i++) squares += (x[i] - mean) * (x[i] - mean);
+    const double scale = norm == InputNorm::layer_norm ? 1 / (std::sqrt(squares / double(d_in - 1)) + LAYER_NORM_EPS)
+                                                       : std::sqrt(double(d_in) / squares);
+    for (int64_t i = 0; i < d_in; i++) x[i] = float((x[i] - mean) * scale);
 }
 
 // One call of `encode`.
@@ -70,18 +70,16 @@ public:
              int threads)
         : encoder_(encoder), kernels_(*encoder.kernels), x_(x), cu_seqlens_(cu_seqlens), samples_(samples),
           wanted_(wanted), threads_(threads), panels_(panels_of(kernels_, encoder.d_sae)), block_(block_of(encoder)) {
-        const bool pairs = encoder.bf16 && x.dtype == Dtype::bf16 && kernels_.bf16_by_bf16;
+        const bool normed = encoder.input_norm != InputNorm::none;
+        const bool pairs = encoder.bf16 && x.dtype == Dtype::bf16 && kernels_.bf16_by_bf16 && !normed;
         operands_ = pairs          ? Operands::bf16_by_bf16
                     : encoder.bf16 ? Operands::bf16_by_f32
                                    : Operands::f32_by_f32;
-        widen_ = !pairs && x.dtype != Dtype::f32;
-        const int64_t most = widen_ ? WIDENED_CHUNK : CHUNK, tokens = std::min(most, std::max<int64_t>(x.n, 1));
+        copied_ = !pairs && (x.dtype != Dtype::f32 || normed);
+        const int64_t most = copied_ ? COPIED_CHUNK : CHUNK, tokens = std::min(most, std::max<int64_t>(x.n, 1));
         const int64_t rows = std::min(most, samples);  // pooled in a chunk
         chunk_tokens_ = tokens, chunk_samples_ = rows;
-        if (widen_) widened_ = scratch<float>(tokens * encoder.d_in);
-        if (encoder.input_norm != InputNorm::none)
-            scale_ = scratch<float>(tokens), mean_ = scratch<float>(tokens),
-            normed_ = scratch<float>(threads * encoder.d_in);
+        if (copied_) copy_ = scratch<float>(tokens * encoder.d_in);
         if (encoder.activation == Activation::topk || encoder.activation == Activation::abstopk)
             top_ = std::make_unique<TopK>(encoder.k, encoder.activation == Activation::abstopk, tokens, threads);
         tiles_ = scratch<float>(threads * tokens * kernels_.panel);
@@ -141,16 +139,15 @@ private:
         if (wanted_.maximum_state) finish(*y, *wanted_.maximum_state);
     }
 
-    // The chunk's residuals as `operands_` takes them, and their norms.
+    // The chunk's residuals as the product takes them.
     void prepare(const Chunk& chunk) {
         current_ = {x_.row(chunk.first_token), x_.dtype, chunk.last_token - chunk.first_token, x_.stride};
-        if (widen_) current_ = {widened_.get(), Dtype::f32, current_.n, encoder_.d_in};
-        if (!widen_ && !scale_) return;
-        share(threads_, current_.n, [&](int64_t t, int worker) {
-            const void* row = x_.row(chunk.first_token + t);
-            float* wide = widen_ ? &widened_[t * encoder_.d_in] : &normed_[worker * encoder_.d_in];
-            widen(x_.dtype, row, encoder_.d_in, wide);
-            if (scale_) norm_of(encoder_.input_norm, wide, encoder_.d_in, mean_[t], scale_[t]);
+        if (!copied_) return;
+        current_ = {copy_.get(), Dtype::f32, current_.n, encoder_.d_in};
+        share(threads_, current_.n, [&](int64_t t, int) {
+            float* row = &copy_[t * encoder_.d_in];
+            widen(x_.dtype, x_.row(chunk.first_token + t), encoder_.d_in, row);
+            if (encoder_.input_norm != InputNorm::none) normalise(encoder_.input_norm, row, encoder_.d_in);
         });
     }
 
@@ -163,7 +160,7 @@ private:
                               static_cast<const char*>(current_.data) + k * size_of(current_.dtype), current_.stride,
                               tokens, std::min(block_, encoder_.d_in - k), tile, k == 0);
         kernels_.activate(encoder_.activation, features_of(encoder_, panel * kernels_.panel, width_of(panel)),
-                          scale_.get(), mean_.get(), tokens, tile);
+                          tokens, tile);
     }
 
     void reduce(const Chunk& chunk, const float* tile, int64_t panel, int worker, const Rewards* y) {
@@ -202,16 +199,14 @@ private:
     const int threads_;
     const int64_t panels_, block_;
     Operands operands_;
-    bool widen_;
+    bool copied_;  // whether residuals are widened or normalised first
     int64_t chunk_tokens_, chunk_samples_;  // the most there are in a chunk
     Rows current_{};                        // the chunk's residuals
 
     std::unique_ptr<TopK> top_;
     Scratch<float> tiles_, means_, maxima_;  // [workers, chunk's tokens or samples, panel]
     Scratch<int32_t> rows_;                  // [workers, chunk's samples + 1]
-    Scratch<float> widened_;                 // [chunk's tokens, d_in]
-    Scratch<float> scale_, mean_;            // [chunk's tokens], null without an input norm
-    Scratch<float> normed_;                  // [threads, d_in]
+    Scratch<float> copy_;                    // [chunk's tokens, d_in], of residuals
     Scratch<double> carried_sum_;            // [panels, panel], of a sample that a chunk has cut
     Scratch<float> carried_maximum_;
 };

@@ -19,7 +19,7 @@ struct Encoder {
     InputNorm input_norm;
     bool bf16;  // what the weight is packed as, float32 otherwise
     const void* weight;
-    const float *bias, *threshold, *magnitude_scale, *magnitude_bias, *weight_sum;  // [d_sae], null where not used
+    const float *bias, *threshold, *magnitude_scale, *magnitude_bias;  // [d_sae], null where not used
 };
 
 // Rows [n, d] float32, float16 or bfloat16, `stride` numbers apart.

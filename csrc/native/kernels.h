@@ -9,6 +9,10 @@
 
 namespace corrsteer {
 
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
+#define WITH_AVX512_BF16  // what the compiler knows
+#endif
+
 constexpr int64_t WIDEST_PANEL = 48;
 
 enum class Activation { relu, jumprelu, gated, topk, abstopk };
@@ -21,7 +25,6 @@ enum class Operands { f32_by_f32, bf16_by_f32, bf16_by_bf16 };  // weight by x
 struct Features {
     float bias[WIDEST_PANEL], threshold[WIDEST_PANEL];
     float magnitude_scale[WIDEST_PANEL], magnitude_bias[WIDEST_PANEL];
-    float weight_sum[WIDEST_PANEL];
 };
 
 // The samples that end within a chunk of tokens [first_token, last_token), [first, last), and the one that goes on
@@ -39,12 +42,12 @@ struct Carry {
 // Moments of a panel's pooled activations of a chunk's samples, in float64 as in `Moments`.
 struct PanelMoments {
     double mean[WIDEST_PANEL], m2[WIDEST_PANEL], active[WIDEST_PANEL];
-    double sum[WIDEST_PANEL], active_sum[WIDEST_PANEL];
 };
 
-// The same with one label; the sums are over samples with y > 0.
+// The same with one label: sums over samples with y > 0, and over the others.
 struct LabelMoments {
-    double cross[WIDEST_PANEL], sum[WIDEST_PANEL], active_sum[WIDEST_PANEL], active[WIDEST_PANEL];
+    double cross[WIDEST_PANEL], active[WIDEST_PANEL];
+    double sum[WIDEST_PANEL], active_sum[WIDEST_PANEL], others_sum[WIDEST_PANEL], others_active_sum[WIDEST_PANEL];
 };
 
 struct Kernels {
@@ -56,9 +59,8 @@ struct Kernels {
     // begins, `tile` is written where `first`, and added to otherwise.
     void (*multiply)(Operands, const void* weight, const void* x, int64_t x_stride, int64_t tokens, int64_t k,
                      float* tile, bool first);
-    // W x, in place, to activations; to W x + b for topk and abstopk. A token's scale and mean are those of its input
-    // norm, null where there is none.
-    void (*activate)(Activation, const Features&, const float* scale, const float* mean, int64_t tokens, float* tile);
+    // W x, in place, to activations; to W x + b for topk and abstopk.
+    void (*activate)(Activation, const Features&, int64_t tokens, float* tile);
     // Whether any of a token's features reaches `least`, or is NaN; for abstopk whether its size does.
     bool (*reaches)(const float* row, float least, bool absolute);
     // Means and maxima over each sample's tokens, [samples, panel] each, null if not wanted.
@@ -73,7 +75,10 @@ struct Kernels {
 
 extern const Kernels portable;
 #if defined(__x86_64__)
-extern const Kernels avx2, avx512, avx512_bf16;
+extern const Kernels avx2, avx512;
+#endif
+#if defined(WITH_AVX512_BF16)
+extern const Kernels avx512_bf16;
 #endif
 
 }  // namespace corrsteer

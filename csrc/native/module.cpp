@@ -29,7 +29,9 @@ std::vector<const Kernels*> offered() {
     __builtin_cpu_init();
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if defined(WITH_AVX512_BF16)
     if (wide && __builtin_cpu_supports("avx512bf16")) out.push_back(&avx512_bf16);
+#endif
     if (wide) out.push_back(&avx512);
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) out.push_back(&avx2);
 #endif
@@ -59,7 +61,7 @@ int checked_threads(int threads) {
 
 const float* vector_of(const char* name, const std::optional<Array>& array, int64_t d_sae, bool wanted) {
     if (!wanted) return nullptr;
-    if (!array) refuse(std::string(name) + " must be given for this activation or input norm");
+    if (!array) refuse(std::string(name) + " must be given for this activation");
     return array->expect(name, F32, {d_sae}).packed(name).data<float>();
 }
 
@@ -71,7 +73,7 @@ bool packed_as_bf16(const std::string& dtype) {
 Encoder make_encoder(const std::string& instruction_set, int64_t d_in, int64_t d_sae, const std::string& activation,
                      const std::string& input_norm, int64_t k, const Array& weight, const Array& bias,
                      const std::optional<Array>& threshold, const std::optional<Array>& magnitude_scale,
-                     const std::optional<Array>& magnitude_bias, const std::optional<Array>& weight_sum) {
+                     const std::optional<Array>& magnitude_bias) {
     Encoder out{};
     out.kernels = &kernels_named(instruction_set);
     if (d_in < 1 || d_sae < 1 || d_in > INT32_MAX || d_sae > INT32_MAX)
@@ -101,7 +103,6 @@ Encoder make_encoder(const std::string& instruction_set, int64_t d_in, int64_t d
     out.threshold = vector_of("threshold", threshold, d_sae, out.activation == Activation::jumprelu);
     out.magnitude_scale = vector_of("magnitude_scale", magnitude_scale, d_sae, gated);
     out.magnitude_bias = vector_of("magnitude_bias", magnitude_bias, d_sae, gated);
-    out.weight_sum = vector_of("weight_sum", weight_sum, d_sae, out.input_norm == InputNorm::layer_norm);
     for (int64_t i = 0; out.threshold && i < d_sae; i++)
         if (std::isnan(out.threshold[i]))
             refuse("threshold must not be NaN, got NaN for feature " + std::to_string(i) + "; load the SAE again");
@@ -213,6 +214,9 @@ Strided strided(const Array& array) {
 
 void run_steer_add(const Array& h, const Array& vectors, const Array& row_vector, const std::optional<Array>& positions) {
     h.expect("h", RESIDUALS, {-1, -1, -1});
+    for (size_t i = 0; i < 3; i++)
+        if (h.strides[i] == 0 && h.shape[i] > 1)
+            refuse("h must not hold the same number twice, got strides " + text(h.strides) + "; use .contiguous()");
     vectors.expect("vectors", F32, {-1, h.shape[2]});
     const Strided rows = strided(row_vector.expect("row_vector", I32, {h.shape[0]}));
     for (int64_t b = 0; b < h.shape[0]; b++) {
@@ -241,7 +245,7 @@ PYBIND11_MODULE(_native, module) {
     py::class_<Encoder>(module, "Encoder", "An encoder with its weight packed; it holds addresses, not tensors.")
         .def(py::init(&make_encoder), py::kw_only(), arg("instruction_set"), arg("d_in"), arg("d_sae"),
              arg("activation"), arg("input_norm"), arg("k"), arg("weight"), arg("bias"), arg("threshold") = py::none(),
-             arg("magnitude_scale") = py::none(), arg("magnitude_bias") = py::none(), arg("weight_sum") = py::none());
+             arg("magnitude_scale") = py::none(), arg("magnitude_bias") = py::none());
     module.def("packed_size",
                [](const std::string& instruction_set, int64_t d_sae, int64_t d_in, const std::string& dtype) {
                    return packed_size(kernels_named(instruction_set), d_sae, d_in, packed_as_bf16(dtype));

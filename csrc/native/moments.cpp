@@ -6,8 +6,9 @@ Rewards::Rewards(const double* y, int64_t samples, int64_t labels)
     : samples(samples), labels(labels), mean(labels), m2(labels), n_positive(labels),
       deviation(labels * samples), positive(labels * samples) {
     for (int64_t r = 0; r < labels; r++) {
-        for (int64_t j = 0; j < samples; j++) mean[r] += y[j * labels + r];
-        if (samples) mean[r] /= double(samples);
+        // about the first reward, so that the mean of a reward that is always the same is that reward, to the last bit
+        for (int64_t j = 0; j < samples; j++) mean[r] += y[j * labels + r] - y[r];
+        if (samples) mean[r] = y[r] + mean[r] / double(samples);
         for (int64_t j = 0; j < samples; j++) {
             const double apart = y[j * labels + r] - mean[r];
             deviation[r * samples + j] = apart;
@@ -43,9 +44,9 @@ void fold(const Kernels& kernels, const float* pooled, const Rewards& y, int64_t
         for (int64_t i = 0; i < width; i++) {
             state.cross[with + i] += label.cross[i] + apart * delta[i];
             state.group_sum[with + i] += label.sum[i];
-            state.group_sum[others + i] += panel.sum[i] - label.sum[i];
+            state.group_sum[others + i] += label.others_sum[i];
             state.group_active_sum[with + i] += label.active_sum[i];
-            state.group_active_sum[others + i] += panel.active_sum[i] - label.active_sum[i];
+            state.group_active_sum[others + i] += label.others_active_sum[i];
             state.group_active_count[with + i] += label.active[i];
             state.group_active_count[others + i] += panel.active[i] - label.active[i];
         }

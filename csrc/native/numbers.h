@@ -39,11 +39,12 @@ inline uint16_t to_bf16(float value) {  // to nearest, ties to even
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Scaling by a power of two moves the exponent into place, subnormal numbers and all (they are exact in float32).
 inline float from_f16(uint16_t bits) {
     const uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = uint32_t(bits & 0x7fff) << 13;
-    const float size = rest >= 0x0f800000 ? float_of(rest + 0x70000000) : float_of(rest) * 0x1p112f;
-    return float_of(bits_of(size) | sign);
+    uint32_t size = rest + 0x38000000;                                                 // the exponents' difference
+    if (rest >= 0x0f800000) size += 0x38000000;                                        // infinity and NaN
+    if (rest < 0x00800000) size = bits_of(float(bits & 0x3ff) * 0x1p-24f);             // subnormal, exact in float32
+    return float_of(size | sign);
 }
 
 inline uint16_t to_f16(float value) {  // to nearest, ties to even

@@ -11,8 +11,8 @@ namespace corrsteer {
 // Candidates of a chunk's tokens, gathered by each worker for itself and put together at the end.
 //
 // A candidate is one number: the rank of an activation in its upper half, as an integer that orders as the rank does
-// with NaN above everything, and in the lower half the feature, turned around, so that of equal ranks the first
-// feature is kept. All candidates differ, so that the k largest do not depend on who found them, or when.
+// with NaN above everything, and in the lower half the feature, turned around, so that of equal activations the first
+// is kept. All candidates differ, so that the k largest do not depend on who found them, or when.
 class TopK {
 public:
     TopK(int64_t k, bool absolute, int64_t tokens, int workers);
