@@ -35,7 +35,7 @@ Factories = dict[str, Callable[[], Contestant]]  # made one after the other, as 
 
 def contestants(case: Case, device: torch.device, backends: Iterable[str]) -> Factories:
     """The contestants of a case by name; ours have the name of their backend."""
-    makers = {"update_moments": _update_moments, "steer_add": _steer_add}
+    makers = {"update_moments": _update_moments, "steer_add": _steer_add, "steer_host": _steer_add}
     return makers.get(case.kind, _encode_update)(case, device, tuple(backends))
 
 
@@ -123,6 +123,12 @@ def _encode_update(case: Case, device: torch.device, backends: tuple[str, ...]) 
 
         return Contestant(call, holds=out.nbytes)
 
+    def prepacked() -> Contestant:
+        """oneDNN's product with its weight in the layout it likes best, as torch.compile calls it."""
+        weights = [torch.ops.mkldnn._reorder_linear_weight(s.weight.to(dtype), case.tokens) for s in sets]
+        product = torch.ops.mkldnn._linear_pointwise
+        return Contestant(lambda at: product(sets[at % len(sets)].x, weights[at % len(sets)], None, "none", [], ""))
+
     def torch_alone(weight_dtype: torch.dtype) -> Contestant:
         encoders = [eager.encoder(s.weight.T.to(weight_dtype).contiguous(), bias, threshold, case.k) for s in sets]
         sums = _sums(case, device)
@@ -148,6 +154,8 @@ def _encode_update(case: Case, device: torch.device, backends: tuple[str, ...]) 
     if case.kind == "graph":
         return factories | {f"{b}, replayed": lambda b=b: replayed(b) for b in backends}
     factories["matmul"] = matmul
+    if device.type == "cpu":
+        factories["oneDNN, prepacked"] = prepacked
     factories["eager fp32"] = lambda: torch_alone(torch.float32)
     if dtype != torch.float32:  # whose residuals it would round
         factories["eager bf16"] = lambda: torch_alone(torch.bfloat16)

@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 import torch
 
 from bench import measure, record, shapes, table
+from corrsteer import backends, cuda_backend
 
 SECONDS = 2.0  # of timing a case
 TESTS_SHARE = 0.5  # of the time, at most
@@ -56,13 +57,20 @@ def run(
         return record.write(result, options.out)
 
     if tests_passed(tests) or options.force:
-        measure.all_cases(result, cases, device, lambda case: [backend], deadline, save, SECONDS)
+        measure.all_cases(result, cases, device, lambda case: backends_of(case, backend), deadline, save, SECONDS)
     else:
         reason = "the GPU tests did not pass"
-        result["cases"] = [measure.not_measured(case, [backend], reason) for case in cases]
+        result["cases"] = [measure.not_measured(case, backends_of(case, backend), reason) for case in cases]
         print(f"{reason}: nothing is timed, unless with --force", file=sys.stderr)
     print(f"\n{table.text(result)}\n\n{save()}")
     return 0 if tests_passed(tests) and all(c["status"] in measure.USUAL for c in result["cases"]) else 1
+
+
+def backends_of(case: shapes.Case, backend: str) -> list[str]:
+    """The backend that everything is about, and for steering the compiled one, where it has been built."""
+    call = backends.Call("steer_add", torch.device("cuda"), torch.bfloat16)
+    steers = case.kind.startswith("steer") and cuda_backend.verify(call).ok
+    return [backend, "cuda"] if steers else [backend]
 
 
 def run_tests(seconds: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench import eager, timing
+from bench import eager, resident, timing
 from bench.contestants import Contestant, contestants
 from bench.shapes import Case
 
@@ -156,10 +156,10 @@ def _prepare(name: str, make: Callable, running: dict[str, Contestant], device: 
 
 
 def _peak(contestant: Contestant, device: torch.device) -> int | None:
-    """Bytes that a call needs beyond what was allocated before; not known on a CPU."""
+    """Bytes that a call needs beyond what was allocated before; None where that cannot be known."""
     if device.type != "cuda":
-        contestant.call(0)
-        return None
+        used = resident.peak(lambda: contestant.call(0))
+        return None if used is None else used + contestant.holds
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -171,7 +171,7 @@ def _peak(contestant: Contestant, device: torch.device) -> int | None:
 def _timer(case: Case, device: torch.device):
     if device.type != "cuda":
         return timing.WallTimer()
-    return timing.HostTimer() if case.kind == "host" else timing.CudaTimer()
+    return timing.HostTimer() if case.kind in ("host", "steer_host") else timing.CudaTimer()
 
 
 def _words(error: Exception) -> str:

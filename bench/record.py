@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import corrsteer
+from corrsteer import native_backend
 
 SCHEMA, VERSION = "corrsteer.bench", 1
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,6 +91,6 @@ def _cpu() -> dict[str, Any]:
     return {
         "type": "cpu",
         "name": named[1].strip() if named else platform.processor() or platform.machine(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": native_backend.instruction_set() if native_backend._native else "native backend not built",
         "threads": torch.get_num_threads(),
     }

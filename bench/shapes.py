@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GEMMA_16K, GEMMA_65K = (2304, 16384), (2304, 65536)  # Gemma 2 2B with Gemma Scope
 LLAMA_32K, LLAMA_131K = (4096, 32768), (4096, 131072)  # Llama 3.1 8B with Llama Scope
@@ -17,7 +17,8 @@ class Case:
 
     Attributes
     ----------
-    kind : `encode_update`, `update_moments`, `steer_add`, `host` (a call's time on the host) or `graph` (a replay).
+    kind : `encode_update`, `update_moments`, `steer_add`, `host` and `steer_host` (a call's time on the host, of
+        `encode_update` and `steer_add`) or `graph` (a replay).
     d_in, d_sae : width of the residual stream and number of features.
     tokens : T, kept tokens in the batch; samples for `update_moments`, rows for `steer_add`.
     steps : mean number of kept tokens a sample.
@@ -42,8 +43,9 @@ class Case:
     @property
     def name(self) -> str:
         """One line for tables and logs."""
-        if self.kind == "steer_add":
-            return f"steer_add [{self.tokens}, 1, {self.d_in}] {self.precision}"
+        if self.kind in ("steer_add", "steer_host"):
+            where = ", on the host" if self.kind == "steer_host" else ""
+            return f"steer_add [{self.tokens}, 1, {self.d_in}] {self.precision}{where}"
         if self.kind == "update_moments":
             return f"update_moments {self.tokens} samples, {self.d_sae} features, R={self.labels}"
         shape = f"{self.d_in} x {self.d_sae}, {self.tokens} tokens"
@@ -86,6 +88,7 @@ def gpu_cases() -> list[Case]:
         *encode([GEMMA_16K, LLAMA_32K], 4096, 8, precision="bf16x2"),
         *encode(SAES, 512, 8),
         Case("steer_add", 4096, 1, 32),
+        Case("steer_host", 4096, 1, 32),
         Case("host", 2304, 1024, 32),
         Case("graph", 2304, 1024, 32),
         *[Case("update_moments", 1, 16384, 4096, labels=labels) for labels in (1, 64, 1024)],
@@ -97,11 +100,19 @@ def gpu_cases() -> list[Case]:
     ]
 
 
-def cpu_cases(large: bool = False, compiled: bool = False) -> list[Case]:
-    """The CPU's cases: small enough for any machine, and with `large` one SAE of a real model's size."""
-    small = (512, 4096, 512)
-    cases = [Case("encode_update", *small, steps, "fp32", compiled=compiled and steps == 8) for steps in (8, 1, 64)]
-    cases += [Case("encode_update", 512, 4096, 128, 8, "bf16")]  # fewer, as not every CPU multiplies bfloat16 itself
-    cases += [Case("encode_update", *GEMMA_16K, 512, 8, "fp32")] if large else []
-    cases += [Case("update_moments", 1, 4096, 64, labels=labels) for labels in (1, 64)]
-    return [*cases, Case("steer_add", 4096, 1, 32, precision="fp32")]
+def cpu_cases(full: bool = False, compiled: bool = False) -> list[Case]:
+    """The CPU's cases: small enough for any machine, or if `full` SAEs of real models' sizes."""
+    saes, tokens, features = (
+        ((GEMMA_16K, LLAMA_32K), (512, 64, 4096), 16384) if full else (((512, 4096),), (512,), 4096)
+    )
+    cases = [
+        Case("encode_update", *sae, T, steps, precision, compiled=compiled and steps == 8)
+        for steps in (8, 1, 64)
+        for T in tokens
+        for sae in saes
+        for precision in ("fp32", "bf16")
+    ]
+    some = Case("encode_update", *saes[0], 512, 8, "fp32")
+    cases += [replace(some, activation="topk"), replace(some, pool="both")]
+    cases += [Case("update_moments", 1, features, 64, labels=labels) for labels in (1, 64)]
+    return [*cases, *[Case("steer_add", 4096, 1, 32, precision=precision) for precision in ("fp32", "bf16")]]

@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 import torch
 
-from bench import contestants, cpu, eager, gpu, measure, record, shapes, table, timing, truth
+from bench import contestants, cpu, eager, gpu, measure, record, resident, shapes, table, timing, truth
 from bench.shapes import Case
-from corrsteer import Moments, SparseEncoder, backends, encode_update, reference
+from corrsteer import Moments, SparseEncoder, backends, cuda_backend, encode_update, reference
 
 CPU = torch.device("cpu")
 TINY = Case("encode_update", d_in=16, d_sae=64, tokens=64, steps=4, precision="fp32", k=5)
@@ -83,7 +83,7 @@ def test_the_gpu_cases_cover_every_sae_tokens_and_steps_once_each():
     plain = [c for c in cases if (c.kind, c.precision, c.activation, c.pool) == TINY_BF16]
     assert len(plain) == len(shapes.SAES) * 3 * 3
     assert {"fp32", "bf16x2", "fp16"} < {c.precision for c in cases} and {"max", "both"} < {c.pool for c in cases}
-    assert {c.kind for c in cases} == {"encode_update", "update_moments", "steer_add", "host", "graph"}
+    assert {c.kind for c in cases} == {"encode_update", "update_moments", "steer_add", "host", "steer_host", "graph"}
 
 
 TINY_BF16 = ("encode_update", "bf16", "jumprelu", "mean")
@@ -161,6 +161,7 @@ def test_a_case_is_checked_timed_and_compared(change):
         assert found["contestants"][name].keys() >= {"median_ms", "p20_ms", "p80_ms", "rounds", "peak_bytes"}
     if case.kind == "encode_update":
         assert {"matmul", "eager fp32"} <= others
+        assert ours["peak_share"] is None or ours["peak_share"] >= 0
         assert ours["tflops"] > 0 and found["dense_bytes"] == 4 * 64 * 64 and found["eager_encode"]
         assert found["contestants"]["compiled"]["status"] == "not measured"
 
@@ -231,7 +232,7 @@ def test_a_contestant_without_memory_leaves_the_others_their_times(monkeypatch):
     monkeypatch.setattr(eager, "collect", collect)
     found = one(TINY)
     assert found["contestants"]["eager fp32"] == {"status": "out of memory"}
-    assert found["status"] == "measured" and set(found["ratios"]["reference"]) == {"matmul"}
+    assert found["status"] == "measured" and set(found["ratios"]["reference"]) == {"matmul", "oneDNN, prepacked"}
 
 
 def test_an_error_of_ours_fails_the_case_and_names_no_path(broken):
@@ -297,7 +298,7 @@ def test_without_a_gpu_the_command_says_what_it_needs(tmp_path, capsys):
 def test_a_row_has_the_ratios_as_they_are_read():
     result = gpu_result(measured=TINY)
     (row,) = table.encode_rows(result["cases"])
-    assert row == (TINY.name, "triton", "2", "500", "1.05", "1.60", "-", "20.00", "1.00%")
+    assert row == (TINY.name, "triton", "2", "500", "1.05", "-", "1.60", "-", "20.00", "1.00%")
     assert table.targets(result) == [
         "at most 1.00 of the bare product's time (not bf16x2): in 0 of 1 cases, worst 1.05",
         "at least 1.3 times as fast as torch.compile: in 1 of 1 cases",
@@ -346,5 +347,47 @@ def test_a_result_names_its_device_and_nothing_of_the_host(tmp_path):
 
 
 def test_only_backends_that_run_on_a_cpu_for_speed_are_timed_there():
-    assert "reference" in cpu.backends_of(TINY) and "triton" not in cpu.backends_of(TINY)
-    assert contestants.contestants(TINY, CPU, ["reference"]).keys() == {"reference", "matmul", "eager fp32"}
+    assert cpu.backends_of(TINY) == ["native", "reference"]
+    assert cpu.backends_of(Case("encode_update", *shapes.LLAMA_32K, 64)) == ["native"]
+    others = {"matmul", "eager fp32", "oneDNN, prepacked"}
+    assert contestants.contestants(TINY, CPU, ["reference"]).keys() == {"reference"} | others
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="only Linux tells")
+def test_memory_that_a_call_uses_is_seen_whether_or_not_it_was_used_before():
+    def use(megabytes):
+        return resident.peak(lambda: torch.ones(megabytes << 18))
+
+    for _ in range(2):
+        assert resident.peak(lambda: None) < 1 << 19
+        for megabytes in (1, 20, 100):
+            assert abs(use(megabytes) / (megabytes << 20) - 1) < 0.5
+
+
+def test_a_cpu_has_its_own_targets_of_which_the_reference_is_not_measured_by():
+    timed = {"status": "measured", "p20_ms": 1.0, "p80_ms": 1.0, "rounds": 9, "tflops": 0.4, "peak_share": 0.001}
+    ratios = {"oneDNN, prepacked": {"median": 1.2}, "eager fp32": {"median": 0.25}}
+    cases = []
+    for precision in ("fp32", "bf16"):
+        case = Case(**vars(TINY) | {"precision": precision})
+        made_up = measure.not_measured(case, ["native", "reference"], "") | {"status": "measured"}
+        made_up["contestants"] = {"native": timed | {"median_ms": 2.0}, "reference": timed | {"median_ms": 90.0}}
+        made_up["ratios"] = {"native": ratios, "reference": {"eager fp32": {"median": 9.0}}}
+        cases.append(made_up)
+    result = record.new(CPU, commit="abc") | {"cases": cases}
+    assert table.targets(result) == [
+        "at most 1.10 of oneDNN's time: in 0 of 2 cases, worst 1.20",
+        "in fp32 at least 2.5 times as fast as eager fp32: in 1 of 1 cases",
+        "in bf16 at least 6 times as fast as eager fp32: in 0 of 1 cases, worst 4.00",
+        "working memory under 2 % of the dense activations: in 2 of 2 cases",
+    ]
+    assert "compiled /" not in table.section([result]).split(table.LEGEND)[0]
+
+
+def test_on_a_gpu_steering_is_timed_with_the_compiled_backend_too_where_it_runs(monkeypatch):
+    for runs, expected in ((True, ["triton", "cuda"]), (False, ["triton"])):
+        monkeypatch.setattr(cuda_backend, "verify", lambda call, runs=runs: backends.Verdict(runs))
+        assert {tuple(gpu.backends_of(c, "triton")) for c in shapes.gpu_cases() if "steer" in c.kind} == {
+            tuple(expected)
+        }
+        assert gpu.backends_of(TINY, "triton") == ["triton"]
