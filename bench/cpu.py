@@ -16,8 +16,8 @@ DEVICE = torch.device("cpu")
 
 
 def backends_of(case: shapes.Case) -> list[str]:
-    """The backends that run a case on a CPU, without Triton's interpreter, and without the reference where it would take
-    long: these are there to be right, not fast."""
+    """The backends that run a case on a CPU, but not those that are there to be right rather than fast: Triton's
+    interpreter, and the reference where it would take long."""
     dtype = contestants.X_DTYPES.get(case.precision, torch.bfloat16)
     encoder = (case.activation, case.precision) if case.kind == "encode_update" else ()
     call = backends.Call(case.kind, DEVICE, dtype, *encoder)

@@ -46,7 +46,8 @@ LEGEND = (
     "`/ oneDNN`: the same with oneDNN's product of weights packed for it beforehand. "
     "`compiled /`, `eager bf16 /`, `eager fp32 /`: how many times longer it takes to encode as SAELens does, pool and "
     "sum up in torch (compiled: in the residuals' dtype, the faster of two ways to pool), higher is better. `memory`: "
-    "working memory as a share of the dense float32 activations. Times are medians over rounds in which all take "
+    "working memory as a share of the dense float32 activations; on a CPU without the packed copy of the weights, "
+    "which is as large as they are. Times are medians over rounds in which all take "
     "turns, a ratio is the median of the rounds' own ratios. `-`: not measured."
 )
 

@@ -34,9 +34,8 @@ inline uint32_t bits_of(float value) {
 inline float from_bf16(uint16_t bits) { return float_of(uint32_t(bits) << 16); }
 
 inline uint16_t to_bf16(float value) {  // to nearest, ties to even
-    const uint32_t bits = bits_of(value);
-    if (value != value) return uint16_t(bits >> 16 | 0x40);
-    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    const uint32_t bits = bits_of(value), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return uint16_t(value != value ? bits >> 16 | 0x40 : rounded);
 }
 
 inline float from_f16(uint16_t bits) {

@@ -10,7 +10,7 @@ T* at(const Strided& tensor, int64_t i, int64_t j = 0) {
 
 // The sum is rounded once. Where numbers follow each other the strides are constants, so that registers can be used.
 template <class T, class Read, class Write>
-void add(T* h, int64_t h_stride, const float* vector, int64_t vector_stride, int64_t d, Read read, Write write) {
+void add(T* __restrict h, int64_t h_stride, const float* __restrict vector, int64_t vector_stride, int64_t d, Read read, Write write) {
     if (h_stride == 1 && vector_stride == 1)
         for (int64_t i = 0; i < d; i++) h[i] = write(read(h[i]) + vector[i]);
     else
@@ -30,9 +30,14 @@ void steer_add(const Strided& h, const Strided& vectors, const Strided& row_vect
             const auto into = [&](auto* row, auto read, auto write) {
                 add(row, h.stride[2], vector, vectors.stride[1], d, read, write);
             };
-            if (h.dtype == Dtype::bf16) into(at<uint16_t>(h, b, s), from_bf16, to_bf16);
-            else if (h.dtype == Dtype::f16) into(at<uint16_t>(h, b, s), from_f16, to_f16);
-            else into(at<float>(h, b, s), [](float v) { return v; }, [](float v) { return v; });
+            // lambdas, as functions would be called by their addresses, one number at a time
+            const auto same = [](float v) { return v; };
+            if (h.dtype == Dtype::bf16)
+                into(at<uint16_t>(h, b, s), [](uint16_t v) { return from_bf16(v); }, [](float v) { return to_bf16(v); });
+            else if (h.dtype == Dtype::f16)
+                into(at<uint16_t>(h, b, s), [](uint16_t v) { return from_f16(v); }, [](float v) { return to_f16(v); });
+            else
+                into(at<float>(h, b, s), same, same);
         }
     }
 }
