@@ -40,13 +40,17 @@ def new(device: torch.device, commit: str | None = None) -> dict[str, Any]:
 def write(result: dict[str, Any], directory: Path) -> Path:
     """Write the result to `directory`, named after its device, in one step: a reader never finds half a file."""
     directory.mkdir(parents=True, exist_ok=True)
-    device = result["device"]
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{device['type']} {device['name']}".lower()).strip("-")
-    path = directory / f"{slug}.json"
+    path = directory / f"{stem(result)}.json"
     part = path.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     os.replace(part, path)
     return path
+
+
+def stem(result: dict[str, Any]) -> str:
+    """What the files of a result are called, but for their endings."""
+    device = result["device"]
+    return re.sub(r"[^a-z0-9]+", "-", f"{device['type']} {device['name']}".lower()).strip("-")
 
 
 def _installed(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The README's section of measurements, from the result files: python -m bench.table [--check]"""
+"""The README's section of measurements, and its charts, from the result files: python -m bench.table [--check]"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import record
+from bench import chart, record
 from bench.measure import USUAL
 from corrsteer.tables import table as aligned
 
@@ -165,6 +165,8 @@ def section(results: Sequence[dict[str, Any]]) -> str:
         main = [case for case in cases if case["steps"] == MAIN_STEPS or case["kind"] != "encode_update"]
         rest = [case for case in cases if case not in main]
         parts += [f"**{_title(result)}**"]
+        if result["device"]["type"] == "cpu" and chart.speeds(result):
+            parts += [f"![Speed by size and precision, as in the table](bench/results/{record.stem(result)}.svg)"]
         parts += _markdown(("case", "ours", *COLUMNS), encode_rows(main))
         if folded := _markdown(("case", "ours", *COLUMNS), encode_rows(rest)):
             parts += ["<details><summary>Other numbers of tokens a sample</summary>", *folded, "</details>"]
@@ -205,6 +207,9 @@ def main(arguments: list[str] | None = None, root: Path = record.ROOT) -> int:
             print("README.md is not what bench/results says; run python -m bench.table", file=sys.stderr)
         return int(new != old)
     readme.write_text(new)
+    for result in load(root / "bench" / "results"):
+        if result["device"]["type"] == "cpu" and chart.speeds(result):
+            chart.draw(result, root / "bench" / "results" / f"{record.stem(result)}.svg")
     return 0
 
 

@@ -69,11 +69,11 @@ ON_GPU = (Place("reference", "cuda"), Place("triton", "cuda"))
 
 def at(place: Place, *values, id: str = ""):
     """A test's parameters at a place: marked `gpu` where it needs one, skipped where it cannot run."""
-    marks = []
-    if place.device == "cuda":
-        marks = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")]
+    marks = [pytest.mark.gpu] if place.device == "cuda" else []
+    if place.device == "cuda" and not torch.cuda.is_available():
+        marks += [pytest.mark.skip(reason="there is no CUDA GPU")]
     elif not place.does("steer_add"):
-        marks = [pytest.mark.skip(reason=f"{place} cannot run here; corrsteer doctor says why")]
+        marks += [pytest.mark.skip(reason=f"{place} cannot run here; corrsteer doctor says why")]
     return pytest.param(place, *values, marks=marks, id=f"{place} {id}".strip())
 
 

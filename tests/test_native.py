@@ -37,11 +37,13 @@ CPU = torch.device("cpu")
 REFERENCE = Place("reference", "cpu")
 BEST = NATIVE[0]
 
-# Tokens are taken 512 at a time, 256 where they are widened, and so are the samples that end among them.
+# Tokens are taken at most 512 at a time, 256 where they are widened, in chunks of one size, and so are the samples that
+# end among them.
 LONG = {
     "cut": (700, 1, 0, 3, 900, 0, 2),
     "cut more than once": (5, 1700, 1),
-    "ending where chunks do": (512, 0, 512, 256, 256, 1),
+    "ending where chunks do": (512, 0, 512, 256, 256),
+    "one token more than a chunk": (257, 0, 1, 255),
     "one token each": (1,) * 1100,
     "more samples than a chunk has room for": (0,) * 700 + (3, 1) + (0,) * 600 + (520,),
 }

@@ -76,8 +76,9 @@ public:
                     : encoder.bf16 ? Operands::bf16_by_f32
                                    : Operands::f32_by_f32;
         copied_ = !pairs && (x.dtype != Dtype::f32 || normed);
-        const int64_t most = copied_ ? COPIED_CHUNK : CHUNK, tokens = std::min(most, std::max<int64_t>(x.n, 1));
-        const int64_t rows = std::min(most, samples);  // pooled in a chunk
+        const int64_t most = copied_ ? COPIED_CHUNK : CHUNK, chunks = (x.n + most - 1) / most;
+        const int64_t tokens = chunks ? (x.n + chunks - 1) / chunks : 1;  // of equal size: few would read all weights
+        const int64_t rows = std::min(most, samples);                     // pooled in a chunk
         chunk_tokens_ = tokens, chunk_samples_ = rows;
         if (copied_) copy_ = scratch<float>(tokens * encoder.d_in);
         if (encoder.activation == Activation::topk || encoder.activation == Activation::abstopk)
