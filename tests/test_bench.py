@@ -144,6 +144,7 @@ def test_the_gpu_timer_measures_again_behind_a_longer_delay_until_the_host_is_ah
         {"pool": "max"},
         {"pool": "both"},
         {"steps": 1},
+        {"steps": 64},
         {"labels": 3},
         {"activation": "topk"},
         {"kind": "update_moments", "tokens": 12, "labels": 3},

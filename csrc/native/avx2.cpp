@@ -1,5 +1,7 @@
 // Sixteen registers of eight numbers: twelve accumulators, three of weights, one of x.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include "kernels.h"
 
 #if defined(__clang__)
@@ -11,6 +13,7 @@
 namespace corrsteer {
 namespace in_avx2 {
 constexpr int LANES = 8, VECTORS = 3, TOKENS = 4, WIDENING_TOKENS = 3;
+#define NOT_ZERO(v) uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(__m256(v), _mm256_setzero_ps(), _CMP_NEQ_UQ)))
 #include "panel.inc"
 }  // namespace in_avx2
 

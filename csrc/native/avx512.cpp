@@ -1,5 +1,7 @@
 // Thirty-two registers of sixteen numbers: twenty-four accumulators.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include "kernels.h"
 
 #if defined(__clang__)
@@ -11,6 +13,7 @@
 namespace corrsteer {
 namespace in_avx512 {
 constexpr int LANES = 16, VECTORS = 3, TOKENS = 8, WIDENING_TOKENS = 8;
+#define NOT_ZERO(v) uint32_t(_mm512_cmp_ps_mask(__m512(v), _mm512_setzero_ps(), _CMP_NEQ_UQ))
 #include "panel.inc"
 }  // namespace in_avx512
 

@@ -17,8 +17,8 @@ namespace corrsteer {
 namespace {
 
 // Tokens in a chunk: enough that reading the weights once for each takes no time beside the product, few enough that
-// their residuals stay in a cache that all processors share. Fewer where they are copied, which takes memory.
-constexpr int64_t CHUNK = 512, COPIED_CHUNK = 256;
+// their residuals stay in a cache that all processors share. Fewer where each takes more memory.
+constexpr int64_t CHUNK = 512, SMALL_CHUNK = 256;
 constexpr double LAYER_NORM_EPS = 1e-5;  // SAELens' own, added to the standard deviation
 
 int64_t panels_of(const Kernels& kernels, int64_t features) { return (features + kernels.panel - 1) / kernels.panel; }
@@ -76,17 +76,18 @@ public:
                     : encoder.bf16 ? Operands::bf16_by_f32
                                    : Operands::f32_by_f32;
         copied_ = !pairs && (x.dtype != Dtype::f32 || normed);
-        const int64_t most = copied_ ? COPIED_CHUNK : CHUNK, chunks = (x.n + most - 1) / most;
+        const bool sparse = encoder.activation == Activation::topk || encoder.activation == Activation::abstopk;
+        const int64_t most = copied_ || sparse ? SMALL_CHUNK : CHUNK, chunks = (x.n + most - 1) / most;
         const int64_t tokens = chunks ? (x.n + chunks - 1) / chunks : 1;  // of equal size: few would read all weights
         const int64_t rows = std::min(most, samples);                     // pooled in a chunk
         chunk_tokens_ = tokens, chunk_samples_ = rows;
         if (copied_) copy_ = scratch<float>(tokens * encoder.d_in);
-        if (encoder.activation == Activation::topk || encoder.activation == Activation::abstopk)
+        if (sparse)
             top_ = std::make_unique<TopK>(encoder.k, encoder.activation == Activation::abstopk, tokens, threads);
         tiles_ = scratch<float>(threads * tokens * kernels_.panel);
         if (wanted.mean_too()) means_ = scratch<float>(threads * rows * kernels_.panel);
         if (wanted.maximum_too()) maxima_ = scratch<float>(threads * rows * kernels_.panel);
-        if (wanted.any_state()) rows_ = scratch<int32_t>(threads * (rows + 1));
+        if (wanted.any_state()) rows_ = scratch<int32_t>(threads * kernels_.parts * rows);
         if (x.n > tokens) {  // samples may be cut
             if (wanted.mean_too()) carried_sum_ = scratch<double>(panels_ * kernels_.panel);
             if (wanted.maximum_too()) carried_maximum_ = scratch<float>(panels_ * kernels_.panel);
@@ -131,6 +132,8 @@ private:
                                           state->labels);
         share(threads_, panels_, [&](int64_t panel, int worker) {
             float* tile = tile_of(worker);
+            if (wanted_.mean_state) fetch(*wanted_.mean_state, panel * kernels_.panel, width_of(panel));
+            if (wanted_.maximum_state) fetch(*wanted_.maximum_state, panel * kernels_.panel, width_of(panel));
             if (top_) top_->write(tile, tokens, kernels_.panel, panel * kernels_.panel);
             else multiply(panel, tokens, tile);
             if (wanted_.dense) copy(tile, tokens, panel, wanted_.dense + chunk.first_token * encoder_.d_sae);
@@ -174,7 +177,7 @@ private:
         if (wanted_.mean) copy(mean, samples, panel, wanted_.mean + chunk.first * encoder_.d_sae);
         if (wanted_.maximum) copy(maximum, samples, panel, wanted_.maximum + chunk.first * encoder_.d_sae);
         if (!y) return;
-        int32_t* rows = &rows_[worker * (chunk_samples_ + 1)];
+        int32_t* rows = &rows_[worker * kernels_.parts * chunk_samples_];
         if (wanted_.mean_state) fold(kernels_, mean, *y, feature, width_of(panel), rows, *wanted_.mean_state);
         if (wanted_.maximum_state) fold(kernels_, maximum, *y, feature, width_of(panel), rows, *wanted_.maximum_state);
     }
@@ -206,7 +209,7 @@ private:
 
     std::unique_ptr<TopK> top_;
     Scratch<float> tiles_, means_, maxima_;  // [workers, chunk's tokens or samples, panel]
-    Scratch<int32_t> rows_;                  // [workers, chunk's samples + 1]
+    Scratch<int32_t> rows_;                  // [workers, parts, chunk's samples]
     Scratch<float> copy_;                    // [chunk's tokens, d_in], of residuals
     Scratch<double> carried_sum_;            // [panels, panel], of a sample that a chunk has cut
     Scratch<float> carried_maximum_;
@@ -251,7 +254,7 @@ void encode(const Encoder& encoder, const Rows& x, const int32_t* cu_seqlens, in
 void update_moments(const Kernels& kernels, const Rows& pooled, const double* y, const State& state, int threads) {
     const int64_t panels = panels_of(kernels, state.features), most = std::min(CHUNK, pooled.n);
     const Scratch<float> tiles = scratch<float>(threads * most * kernels.panel);
-    const Scratch<int32_t> rows = scratch<int32_t>(threads * (most + 1));
+    const Scratch<int32_t> rows = scratch<int32_t>(threads * kernels.parts * most);
     for (int64_t first = 0; first < pooled.n; first += most) {
         const Rewards rewards(y + first * state.labels, std::min(most, pooled.n - first), state.labels);
         share(threads, panels, [&](int64_t panel, int worker) {
@@ -262,7 +265,7 @@ void update_moments(const Kernels& kernels, const Rows& pooled, const double* y,
                 const char* row = static_cast<const char*>(pooled.row(first + j)) + feature * size_of(pooled.dtype);
                 widen(pooled.dtype, row, width, tile + j * kernels.panel);
             }
-            fold(kernels, tile, rewards, feature, width, &rows[worker * (most + 1)], state);
+            fold(kernels, tile, rewards, feature, width, &rows[worker * kernels.parts * most], state);
         });
         finish(rewards, state);
     }

@@ -13,7 +13,7 @@ namespace corrsteer {
 #define WITH_AVX512_BF16  // what the compiler knows
 #endif
 
-constexpr int64_t WIDEST_PANEL = 48;
+constexpr int64_t WIDEST_PANEL = 48, MOST_PARTS = 8;
 
 enum class Activation { relu, jumprelu, gated, topk, abstopk };
 
@@ -39,6 +39,13 @@ struct Carry {
     float* maximum;  // [panel]
 };
 
+// Rows of pooled activations [samples, panel] that are not all 0, for each part of the panel that fits a register of
+// float64. Most are, as most features are active in few samples; what those add to moments follows from their number.
+struct Occupied {
+    int32_t* rows;  // [parts, samples]
+    int64_t n[MOST_PARTS];
+};
+
 // Moments of a panel's pooled activations of a chunk's samples, in float64 as in `Moments`.
 struct PanelMoments {
     double mean[WIDEST_PANEL], m2[WIDEST_PANEL], active[WIDEST_PANEL];
@@ -53,6 +60,7 @@ struct LabelMoments {
 struct Kernels {
     const char* name;
     int64_t panel;      // features
+    int64_t parts;      // of a panel, see Occupied
     bool bf16_by_bf16;  // whether there is an instruction for it; otherwise x is widened
 
     // tile[t, f] (+)= sum over k of weight[k, f] * x[t, k]. `weight` is the packed panel from the k at which it
@@ -65,12 +73,11 @@ struct Kernels {
     bool (*reaches)(const float* row, float least, bool absolute);
     // Means and maxima over each sample's tokens, [samples, panel] each, null if not wanted.
     void (*pool)(const float* tile, const Chunk&, const int32_t* cu_seqlens, float* mean, float* maximum, Carry);
-    // Which rows of pooled [samples, panel] are not all 0, and how many.
-    int64_t (*occupied)(const float* pooled, int64_t samples, int32_t* rows);
-    void (*moments)(const float* pooled, int64_t samples, const int32_t* rows, int64_t n_rows, PanelMoments&);
+    void (*occupied)(const float* pooled, int64_t samples, Occupied&);
+    void (*moments)(const float* pooled, int64_t samples, const Occupied&, PanelMoments&);
     // `deviation` is y less its mean over the chunk, `positive` is 1 or 0, of each sample.
-    void (*moments_with_label)(const float* pooled, int64_t samples, const int32_t* rows, int64_t n_rows,
-                               const double* mean, const double* deviation, const double* positive, LabelMoments&);
+    void (*moments_with_label)(const float* pooled, int64_t samples, const Occupied&, const double* mean,
+                               const double* deviation, const double* positive, LabelMoments&);
 };
 
 extern const Kernels portable;

@@ -27,8 +27,9 @@ void fold(const Kernels& kernels, const float* pooled, const Rewards& y, int64_t
     PanelMoments panel;
     LabelMoments label;
     double delta[WIDEST_PANEL];
-    const int64_t n_rows = kernels.occupied(pooled, y.samples, rows);
-    kernels.moments(pooled, y.samples, rows, n_rows, panel);
+    Occupied occupied{rows, {}};
+    kernels.occupied(pooled, y.samples, occupied);
+    kernels.moments(pooled, y.samples, occupied, panel);
     const double n = double(y.samples), total = *state.count + n, weight = *state.count * n / total;
     for (int64_t i = 0; i < width; i++) {
         delta[i] = panel.mean[i] - state.z_mean[feature + i];
@@ -37,7 +38,7 @@ void fold(const Kernels& kernels, const float* pooled, const Rewards& y, int64_t
         state.n_active[feature + i] += panel.active[i];
     }
     for (int64_t r = 0; r < y.labels; r++) {
-        kernels.moments_with_label(pooled, y.samples, rows, n_rows, panel.mean, &y.deviation[r * y.samples],
+        kernels.moments_with_label(pooled, y.samples, occupied, panel.mean, &y.deviation[r * y.samples],
                                    &y.positive[r * y.samples], label);
         const double apart = weight * (y.mean[r] - state.y_mean[r]);
         const int64_t with = r * state.features + feature, others = with + state.labels * state.features;
@@ -51,6 +52,13 @@ void fold(const Kernels& kernels, const float* pooled, const Rewards& y, int64_t
             state.group_active_count[others + i] += panel.active[i] - label.active[i];
         }
     }
+}
+
+void fetch(const State& state, int64_t feature, int64_t width) {
+    const double* arrays[] = {state.z_mean, state.z_m2, state.n_active, state.cross, state.group_sum,
+                              state.group_active_sum, state.group_active_count};
+    for (const double* array : arrays)
+        for (int64_t i = 0; i < width; i += 8) __builtin_prefetch(array + feature + i, 1);
 }
 
 void finish(const Rewards& y, const State& state) {

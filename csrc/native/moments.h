@@ -27,9 +27,12 @@ public:
 };
 
 // Fold pooled activations [samples, panel] of the features from `feature` on, `width` of which exist. `rows` is room
-// for as many numbers as there are samples. Panels may be folded at the same time; `finish` comes after all of them.
+// for [parts, samples] numbers. Panels may be folded at the same time; `finish` comes after all of them.
 void fold(const Kernels&, const float* pooled, const Rewards&, int64_t feature, int64_t width, int32_t* rows,
           const State&);
+
+// Have these features' part of a state fetched into the cache, while there is something else to do.
+void fetch(const State&, int64_t feature, int64_t width);
 
 // Fold what does not depend on features.
 void finish(const Rewards&, const State&);

@@ -29,7 +29,7 @@ float value_of(uint64_t candidate, bool absolute) {
 }  // namespace
 
 TopK::TopK(int64_t k, bool absolute, int64_t tokens, int workers)
-    : k_(k), tokens_(tokens), room_(k + std::max<int64_t>(k, WIDEST_PANEL)), absolute_(absolute), workers_(workers),
+    : k_(k), tokens_(tokens), room_(k + std::max<int64_t>(k / 2, WIDEST_PANEL)), absolute_(absolute), workers_(workers),
       candidates_(scratch<uint64_t>(workers * tokens * room_)), leaders_(scratch<Leaders>(workers * tokens)) {}
 
 void TopK::clear(int64_t tokens) {
