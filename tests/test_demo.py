@@ -18,18 +18,22 @@ from corrsteer.demo.run import HERE, load
 MEGABYTE = 10**6
 
 
-@pytest.fixture(scope="module")
-def result(tmp_path_factory):
+def run_demo(folder, **environment):
     """What `corrsteer demo --json` prints, run from another directory without a network."""
     done = subprocess.run(
         [sys.executable, "-m", "corrsteer.cli", "demo", "--json"],
         capture_output=True,
         text=True,
-        cwd=tmp_path_factory.mktemp("elsewhere"),
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        cwd=folder,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout) | {"stderr": done.stderr}
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    return run_demo(tmp_path_factory.mktemp("elsewhere"))
 
 
 def test_steering_lifts_accuracy_on_sums_that_nothing_was_selected_on(result):
@@ -54,6 +58,18 @@ def test_it_says_what_it_is_doing_and_shows_every_strategy(result):
     said = result["stderr"]
     for words in ("1. Collect", "2. Select", "3. Steer", "CorrSteer-S", "CorrSteer-A", "CorrSteer-P", "McNemar", "->"):
         assert words in said
+
+
+def test_the_native_backend_runs_by_itself_and_selects_what_the_reference_does(result, tmp_path):
+    assert result["backends"] == ["native"] and "Activations: native backend" in result["stderr"]
+    eager = run_demo(tmp_path, CORRSTEER_BACKEND="reference")
+    assert eager["backends"] == ["reference"] and "Activations: reference backend" in eager["stderr"]
+    for strategy, mine in result["strategies"].items():
+        theirs = eager["strategies"][strategy]["features"]
+        assert [(f["layer"], f["index"]) for f in mine["features"]] == [(f["layer"], f["index"]) for f in theirs]
+        for one, other in zip(mine["features"], theirs):
+            assert one["correlation"] == pytest.approx(other["correlation"], rel=1e-5)
+            assert one["coefficient"] == pytest.approx(other["coefficient"], rel=1e-5)
 
 
 def test_no_sum_is_in_two_splits_in_either_order():
