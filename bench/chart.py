@@ -50,7 +50,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             places = [group + (at - (len(BARS) - 1) / 2) * width for group in range(len(by_size))]
             heights = [sizes.get(precision, {}).get(contestant, 0) for _, sizes in by_size]
             bars = axes.bar(places, heights, width, label=name, color=colour)
-            axes.bar_label(bars, [f"{h:.1f}" if h else "" for h in heights], fontsize=7)
+            axes.bar_label(bars, [f"{h:.1f}" if h else "" for h in heights], fontsize=7, padding=4)
             if contestant == "native":
                 product = [sizes.get(precision, {}).get(PRODUCT, 0) for _, sizes in by_size]
                 label = "oneDNN's bare product, prepacked" if at == 0 else None

@@ -1,8 +1,8 @@
 """The `native` backend: what the C++ kernels can run on a CPU, and the way to them.
 
-The matrix product is our own. Against the best library at hand, oneDNN with weights packed for it beforehand (as
-`torch.compile` uses it), it takes less time at every size measured (`bench/results`), and what follows the product then
-finds its operands in the cache.
+The matrix product is our own. The best library at hand is oneDNN with weights packed for it beforehand, as
+`torch.compile` uses it: at every size measured (`bench/results`) the whole operation takes about as long as that bare
+product, or less, since what follows the product finds its operands in the cache.
 """
 
 from __future__ import annotations
