@@ -43,8 +43,8 @@ TARGETS = {
 COLUMNS = ("ms", "TFLOP/s", "/ product", "/ oneDNN", "compiled /", "eager bf16 /", "eager fp32 /", "memory")
 LEGEND = (
     "`/ product`: time over that of the bare matrix product in the residuals' dtype (torch.mm), lower is better. "
-    "`/ oneDNN`: the same with oneDNN's product of weights packed for it beforehand, which allocates its result at each "
-    "call, while torch.mm writes into one that is kept. "
+    "`/ oneDNN`: the same with oneDNN's product of weights packed for it beforehand, which allocates its result each "
+    "time, while torch.mm writes into one that is kept. "
     "`compiled /`, `eager bf16 /`, `eager fp32 /`: how many times longer it takes to encode as SAELens does, pool and "
     "sum up in torch (compiled: in the residuals' dtype, the faster of two ways to pool), higher is better. `memory`: "
     "working memory as a share of the dense float32 activations; on a CPU without the packed copy of the weights, "
