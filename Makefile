@@ -26,6 +26,7 @@ test: $(STAMP)
 # The extension is built apart, and the tests import it from there. Leaks are not looked for: Python's own are many.
 SANITIZED := build/sanitized
 test-sanitize: $(STAMP)
+	rm -rf $(SANITIZED)
 	CORRSTEER_SANITIZE=1 CORRSTEER_CUDA=0 $(BIN)/python setup.py --quiet build_ext \
 		--build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
 	nm -D $(SANITIZED)/corrsteer/*.so | grep -q __asan_init
@@ -37,11 +38,12 @@ test-sanitize: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench --benchmark-only
 
-$(STAMP): pyproject.toml setup.py Makefile $(wildcard csrc/*/*)
+$(STAMP): pyproject.toml setup.py Makefile $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed, this is " + sys.version) if sys.version_info < (3, 10) else None'
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); the first time this takes a few minutes ..."
 	$(BIN)/python -m pip install $(QUIET) "$(TORCH)"
+	rm -f corrsteer/*.so  # of an earlier build, which must not stand in for one that fails
 	$(BIN)/python -m pip install $(QUIET) --editable ".[test]"
 	touch $@
 

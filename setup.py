@@ -31,8 +31,8 @@ if os.environ.get("CORRSTEER_SANITIZE") == "1":  # see `make test-sanitize`
     COMPILE += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     LINK += ["-fsanitize=address,undefined"]
 
-# sm_90a is Hopper's own; the last one's PTX serves what comes after it.
-CUDA_ARCHITECTURES = ("80", "90a", "100")
+CUDA_ARCHITECTURES = ("80", "90a", "100")  # sm_90a is Hopper's own
+CUDA_PTX = "80"  # for every other GPU from sm_80 on, which the driver compiles it for
 CUDA_COMPILE = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
@@ -77,8 +77,10 @@ class BuildExtensions(build_ext):
         out.parent.mkdir(parents=True, exist_ok=True)
         known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
         wanted = [a for a in CUDA_ARCHITECTURES if f"sm_{a.rstrip('a')}" in known]
+        if not wanted:
+            raise CompileError(f"nvcc must know one of sm_{', sm_'.join(CUDA_ARCHITECTURES)}, it knows {known}")
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted]
-        codes += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in wanted[-1:]]
+        codes += [f"-gencode=arch=compute_{CUDA_PTX},code=compute_{CUDA_PTX}"]
         done = subprocess.run([nvcc, *CUDA_COMPILE, *codes, "-c", path, "-o", str(out)], cwd=HERE)
         if done.returncode:
             raise CompileError(f"nvcc could not compile {path}; to leave the CUDA kernels out: CORRSTEER_CUDA=0")

@@ -198,7 +198,7 @@ def _steer_add(case: Case, device: torch.device, backends: tuple[str, ...]) -> F
     def ours(backend: str) -> Contestant:
         def check() -> dict:
             steered = steer_add(h.clone(), 1000 * vectors, row_vector, backend=backend)
-            return truth.check_close(steered, h.double() + 1000 * vectors.double(), truth.TOLERANCE["bf16"] * 4)
+            return truth.check_close(steered, h.double() + 1000 * vectors.double(), 4 * truth.TOLERANCE[case.precision])
 
         return Contestant(lambda at: steer_add(h, vectors, row_vector, backend=backend), check)
 

@@ -28,7 +28,7 @@ def verify(call: Call) -> Verdict:
     if call.device.type != "cuda" or torch.version.hip:
         return Verdict(False, "its kernels run on NVIDIA GPUs", "use another backend")
     if _cuda is None:
-        return Verdict(False, f"its extension was not built ({MISSING})", BUILD)
+        return Verdict(False, f"its extension could not be imported ({MISSING})", BUILD)
     if call.dtype not in NUMBERS:
         return Verdict(False, "its kernels compute in float32", "use float32, bfloat16 or float16")
     if problem := _cuda.problem():
@@ -40,13 +40,17 @@ def verify(call: Call) -> Verdict:
 
 
 def steer_add(h: Tensor, vectors: Tensor, row_vector: Tensor, positions: Tensor | None) -> None:
-    vectors, device = vectors.float(), h.get_device()
+    device = h.get_device()
+    if device != torch.cuda.current_device():
+        with torch.cuda.device_of(h):
+            return steer_add(h, vectors, row_vector, positions)
+    vectors = vectors.float()
     _cuda.steer_add(
         NUMBERS[h.dtype], h.data_ptr(), h.shape, h.stride(),
         vectors.data_ptr(), vectors.shape, vectors.stride(),
         row_vector.data_ptr(), row_vector.stride(0),
         0 if positions is None else positions.data_ptr(), (0, 0) if positions is None else positions.stride(),
-        device, torch._C._cuda_getCurrentRawStream(device),
+        torch._C._cuda_getCurrentRawStream(device),
     )  # fmt: skip
 
 

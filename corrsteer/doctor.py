@@ -83,16 +83,16 @@ def _describe(device: torch.device) -> str:
 def _native() -> str:
     extension = native_backend._native
     if extension is None:
-        return f"not built ({native_backend.MISSING}); {native_backend.BUILD}"
+        return f"cannot be imported ({native_backend.MISSING}); {native_backend.BUILD}"
     try:
         used = native_backend.instruction_set()
     except BackendUnavailable as error:
-        return f"built; {error}"
+        return f"built, but every operation of it will raise: {error}"
     return f"built; this processor offers {', '.join(extension.instruction_sets())}; in use: {used}"
 
 
 def _cuda() -> str:
     extension = cuda_backend._cuda
     if extension is None:
-        return f"not built ({cuda_backend.MISSING}); {cuda_backend.BUILD}"
+        return f"cannot be imported ({cuda_backend.MISSING}); {cuda_backend.BUILD}"
     return f"built; {extension.problem() or 'it finds a GPU'}"

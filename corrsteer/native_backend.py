@@ -2,7 +2,7 @@
 
 The matrix product is our own. The best library at hand is oneDNN with weights packed for it beforehand, as
 `torch.compile` uses it: at every size measured (`bench/results`) the whole operation takes about as long as that bare
-product, or less, since what follows the product finds its operands in the cache.
+product, or less.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ except ImportError as error:
 
 INSTRUCTION_SET = "CORRSTEER_INSTRUCTION_SET"
 ENCODED = ("relu", "jumprelu", "gated", "topk", "abstopk")
-BUILD = "install a C++ compiler, then in the source folder: pip install --force-reinstall --no-deps ."
+BUILD = "install a C++ compiler with OpenMP, then in the source folder: pip install --force-reinstall --no-deps ."
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -39,7 +39,7 @@ def verify(call: Call) -> Verdict:
     if call.device.type != "cpu":
         return Verdict(False, "its kernels run on CPUs", "use another backend")
     if _native is None:
-        return Verdict(False, f"its extension was not built ({MISSING})", BUILD, missed=True)
+        return Verdict(False, f"its extension could not be imported ({MISSING})", BUILD, missed=True)
     if call.dtype not in DTYPES or call.precision == "fp64":
         return Verdict(False, "its kernels compute in float32", "use float32, bfloat16 or float16")
     if call.activation is not None and call.activation not in ENCODED:

@@ -342,6 +342,10 @@ def test_the_readme_is_renewed_between_its_markers_and_checked(tmp_path, capsys)
         table.main([], tmp_path)
 
 
+def test_the_readme_is_what_the_results_say():
+    assert table.main(["--check"]) == 0
+
+
 def test_a_result_names_its_device_and_nothing_of_the_host(tmp_path):
     path = record.write(record.new(CPU), tmp_path)
     assert path.name.startswith("cpu-") and list(tmp_path.iterdir()) == [path]

@@ -23,6 +23,9 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 @needs_nvcc
 @pytest.mark.parametrize("architecture", ("80", "90a", "100"))
 def test_the_sources_compile_without_warnings_or_spills(architecture, tmp_path):
+    known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    if f"sm_{architecture.rstrip('a')}" not in known:
+        pytest.skip(f"this nvcc does not know sm_{architecture}")
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     assert sources
     for source in sources:
@@ -43,7 +46,10 @@ def emulated(tmp_path_factory):
     import pybind11
 
     plan = subprocess.run([NVCC, "--dryrun", "none.cu"], capture_output=True, text=True).stderr
-    headers = re.search(r'INCLUDES="(-I[^"]+)"', plan)[1]
+    found = re.search(r'INCLUDES="(-I[^"]+)"', plan)
+    if not found:
+        pytest.skip("this nvcc does not say where its headers are")
+    headers = found[1]
     out = tmp_path_factory.mktemp("emulated") / "_cuda.so"
     python = subprocess.run([sys.executable, "-m", "pybind11", "--includes"], capture_output=True, text=True).stdout
     sources = [ROOT / "csrc" / "cuda" / "module.cpp", ROOT / "tests" / "cuda_on_cpu.cpp"]
@@ -61,6 +67,7 @@ def on_cpu(emulated, monkeypatch):
     """`cuda_backend.steer_add`, of tensors on the CPU."""
     monkeypatch.setattr(cuda_backend, "_cuda", emulated)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # what torch calls the CPU
     return cuda_backend.steer_add
 
 
@@ -108,7 +115,7 @@ def arguments(**changes):
     given = dict(
         number=0, h=H.data_ptr(), shape=H.shape, strides=H.stride(), vectors=V.data_ptr(), vectors_shape=V.shape,
         vectors_strides=V.stride(), rows=ROWS.data_ptr(), rows_stride=1, positions=0, positions_strides=(0, 0),
-        device=-1, stream=0,
+        stream=0,
     )  # fmt: skip
     return list((given | changes).values())
 
@@ -141,8 +148,8 @@ def test_a_hostile_argument_is_refused_before_anything_is_launched(emulated, nam
 
 
 def test_what_cuda_says_of_a_launch_that_failed_is_passed_on(emulated):
-    with pytest.raises(RuntimeError, match="could not be launched: invalid device ordinal"):
-        emulated.steer_add(*arguments(device=0))
+    with pytest.raises(RuntimeError, match="could not be launched: invalid resource handle"):
+        emulated.steer_add(*arguments(stream=1))
 
 
 def test_it_says_why_it_cannot_run(monkeypatch, emulated):
@@ -157,4 +164,4 @@ def test_it_says_why_it_cannot_run(monkeypatch, emulated):
         assert verdict().ok == ok
     monkeypatch.setattr(cuda_backend, "_cuda", None)
     monkeypatch.setattr(cuda_backend, "MISSING", "No module named 'corrsteer._cuda'", raising=False)
-    assert "not built" in verdict().reason and "CORRSTEER_CUDA=1 pip install" in verdict().fix
+    assert "could not be imported" in verdict().reason and "CORRSTEER_CUDA=1 pip install" in verdict().fix

@@ -316,7 +316,7 @@ def test_without_the_extension_a_slower_backend_runs_and_a_warning_says_once_how
         (record,) = caplog.records
         assert "native is missing" in record.getMessage() and "pip install --force-reinstall" in record.getMessage()
         with pytest.raises(
-            BackendUnavailable, match="'native' cannot run .* was not built .*; install a C\\+\\+ compiler"
+            BackendUnavailable, match="'native' cannot run .* could not be imported .*; install a C\\+\\+ compiler"
         ):
             encode(torch.zeros(1, 19), make_encoder("relu"), backend="native")
     finally:

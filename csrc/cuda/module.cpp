@@ -29,7 +29,7 @@ bool sizes(const std::array<int64_t, N>& numbers) {
 void steer_add(int number, uintptr_t h, std::array<int64_t, 3> shape, std::array<int64_t, 3> strides,
                uintptr_t vectors, std::array<int64_t, 2> vectors_shape, std::array<int64_t, 2> vectors_strides,
                uintptr_t row_vector, int64_t row_vector_stride, uintptr_t positions,
-               std::array<int64_t, 2> positions_strides, int device, uintptr_t stream) {
+               std::array<int64_t, 2> positions_strides, uintptr_t stream) {
     const auto [B, S, d] = shape;
     if (number < 0 || number > 2) refuse("number must be 0 (float32), 1 (float16) or 2 (bfloat16)");
     if (!sizes(shape) || !sizes(strides) || !sizes(vectors_shape) || !sizes(vectors_strides) || row_vector_stride < 0 ||
@@ -50,8 +50,12 @@ void steer_add(int number, uintptr_t h, std::array<int64_t, 3> shape, std::array
                             reinterpret_cast<const int32_t*>(row_vector), reinterpret_cast<const bool*>(positions),
                             B, S, d, vectors_shape[0], strides[0], strides[1], strides[2], vectors_strides[0],
                             vectors_strides[1], row_vector_stride, positions_strides[0], positions_strides[1]};
-    if (const char* words = launch(steering, Number(number), device, reinterpret_cast<void*>(stream)))
-        throw std::runtime_error(std::string("steer_add could not be launched: ") + words);
+    const char* words;
+    {
+        py::gil_scoped_release released;  // a full queue keeps the launch waiting
+        words = launch(steering, Number(number), reinterpret_cast<void*>(stream));
+    }
+    if (words) throw std::runtime_error(std::string("steer_add could not be launched: ") + words);
 }
 
 }  // namespace

@@ -19,17 +19,12 @@ void launch_as(const Steering& a, cudaStream_t stream) {
 
 }  // namespace
 
-const char* launch(const Steering& steering, Number number, int device, void* stream) {
-    int current = 0;
-    cudaError_t error = cudaGetDevice(&current);
-    if (error == cudaSuccess && current != device) error = cudaSetDevice(device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+const char* launch(const Steering& steering, Number number, void* stream) {
     const auto on = static_cast<cudaStream_t>(stream);
     if (number == Number::float32) launch_as<float>(steering, on);
     if (number == Number::float16) launch_as<__half>(steering, on);
     if (number == Number::bfloat16) launch_as<__nv_bfloat16>(steering, on);
-    error = cudaGetLastError();
-    if (current != device) cudaSetDevice(current);
+    const cudaError_t error = cudaGetLastError();
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -19,9 +19,9 @@ struct Steering {
 
 enum class Number { float32, float16, bfloat16 };
 
-// Launch on a stream of a device; null, or what is wrong in CUDA's words. It neither waits nor allocates, so that it
-// can be captured in a graph.
-const char* launch(const Steering&, Number, int device, void* stream);
+// Launch on a stream of the current device; null, or what is wrong in CUDA's words. It neither waits nor allocates, so
+// that it can be captured in a graph.
+const char* launch(const Steering&, Number, void* stream);
 
 // Why nothing can be launched on this machine, in CUDA's words; null if it can.
 const char* problem();
