@@ -105,7 +105,9 @@ class PassTracker:
         if len(args) > 1:  # what the second argument is depends on the model
             kwargs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
             args = ()
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        # transformers calls it `cache` since 5.24, and takes the name it had before as well
+        cache = kwargs.get("cache") if kwargs.get("past_key_values") is None else kwargs["past_key_values"]
+        mask = kwargs.get("attention_mask")
         tokens = args[0] if args else kwargs.get("input_ids")
         if tokens is None:
             tokens = kwargs["inputs_embeds"]
