@@ -1,6 +1,7 @@
 """The CUDA extension without a GPU: that its sources compile for every architecture without spills, and that the
 kernel and the boundary do what they should, on a CPU. On a GPU, `test_ops.py` has it among the other backends."""
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import re
@@ -108,6 +109,24 @@ def test_a_row_whose_vector_does_not_exist_is_left_alone(on_cpu):
     h, rows = torch.zeros(3, 1, 8), torch.tensor([7, -5, 1], dtype=torch.int32)
     on_cpu(h, torch.ones(2, 8), rows, None)
     assert h.sum(-1).flatten().tolist() == [0, 0, 8]
+
+
+def test_it_is_launched_on_the_device_of_the_residual(on_cpu, monkeypatch):
+    current = [0]
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(tensor.get_device())
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    used = []
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: used.append((device, *current)) or 0)
+    h = torch.zeros(1, 1, 8)
+    on_cpu(h, torch.ones(1, 8), torch.zeros(1, dtype=torch.int32), None)
+    assert bool((h == 1).all()) and used == [(-1, 0, -1)] and current == [0]
 
 
 def arguments(**changes):

@@ -29,8 +29,18 @@ from parity import (
     updated,
 )
 
-from corrsteer import BackendUnavailable, Moments, SparseEncoder, backends, encode, encode_pool
+from corrsteer import (
+    BackendUnavailable,
+    CorrSteerError,
+    Moments,
+    SparseEncoder,
+    backends,
+    encode,
+    encode_pool,
+    sae_files,
+)
 from corrsteer import native_backend as native
+from corrsteer.encoder import _fold
 from corrsteer.native_backend import _native
 
 CPU = torch.device("cpu")
@@ -493,6 +503,10 @@ def test_a_threshold_that_is_nan_is_refused_wherever_it_comes_from():
     encoder.threshold[3] = torch.nan
     with pytest.raises(ValueError, match="threshold must not be NaN, got NaN for feature 3"):
         encode(torch.zeros(1, 19), encoder, backend="native")
+    parameters = {"W_enc": torch.zeros(3, 4), "b_enc": torch.zeros(4), "threshold": torch.tensor([0, torch.nan, 1, 1])}
+    config, decoder = {"architecture": "jumprelu"}, sae_files.open_decoder({"kind": "none"})
+    with pytest.raises(CorrSteerError, match="threshold of this SAE must not be NaN, got NaN for 1 features, 1 among"):
+        _fold(config, parameters, decoder, F32, "cpu", "this SAE")
 
 
 def test_a_state_that_is_not_contiguous_is_refused_before_anything_is_changed():

@@ -28,16 +28,15 @@ inline const char* name_of(Dtype dtype) {
         case Dtype::f16: return "float16";
         case Dtype::f64: return "float64";
         case Dtype::i32: return "int32";
-        case Dtype::u8: return "uint8";
         case Dtype::boolean: return "bool";
     }
     return "";
 }
 
 inline Dtype dtype_named(const std::string& name) {
-    for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16, Dtype::f64, Dtype::i32, Dtype::u8, Dtype::boolean})
+    for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16, Dtype::f64, Dtype::i32, Dtype::boolean})
         if (name == name_of(dtype)) return dtype;
-    refuse("dtype must be float32, bfloat16, float16, float64, int32, uint8 or bool, got " + name);
+    refuse("dtype must be float32, bfloat16, float16, float64, int32 or bool, got " + name);
 }
 
 // A tensor: address, shape, strides in numbers, dtype. Whoever makes one keeps its memory alive during the call.

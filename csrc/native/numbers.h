@@ -6,7 +6,7 @@
 
 namespace corrsteer {
 
-enum class Dtype { f32, bf16, f16, f64, i32, u8, boolean };
+enum class Dtype { f32, bf16, f16, f64, i32, boolean };
 
 inline int64_t size_of(Dtype dtype) {
     switch (dtype) {
