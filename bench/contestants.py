@@ -6,6 +6,7 @@ set `i`, and all contestants of a round use the same.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -14,7 +15,17 @@ from torch import Tensor
 
 from bench import eager, truth
 from bench.shapes import Case, lengths
-from corrsteer import Moments, SparseEncoder, encode_update, ops, steer_add, update_moments
+from corrsteer import (
+    Evidence,
+    Moments,
+    SparseEncoder,
+    encode_pool,
+    encode_update,
+    ops,
+    steer_add,
+    update_moments,
+    update_sums,
+)
 
 X_DTYPES = {"fp32": torch.float32, "fp32_ieee": torch.float32, "fp16": torch.float16}  # bfloat16 otherwise
 WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # that the precision rounds to; float32 otherwise
@@ -35,7 +46,8 @@ Factories = dict[str, Callable[[], Contestant]]  # made one after the other, as 
 
 def contestants(case: Case, device: torch.device, backends: Iterable[str]) -> Factories:
     """The contestants of a case by name; ours have the name of their backend."""
-    makers = {"update_moments": _update_moments, "steer_add": _steer_add, "steer_host": _steer_add}
+    makers = {"update_moments": _update_moments, "update_sums": _update_sums}
+    makers |= {"steer_add": _steer_add, "steer_host": _steer_add}
     return makers.get(case.kind, _encode_update)(case, device, tuple(backends))
 
 
@@ -69,11 +81,12 @@ def _encode_update(case: Case, device: torch.device, backends: tuple[str, ...]) 
     sizes = torch.tensor(lengths(case.tokens, case.steps), device=device)
     cu_seqlens = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).int()
     sample = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
-    y = _rewards(len(sizes), case.labels, g)
+    labels = 1 if case.kind == "permutations" else case.labels
+    y = _rewards(len(sizes), labels, g)
     pools = ops.POOLS[case.pool]
 
     def states() -> tuple[Moments, ...]:
-        return tuple(Moments(case.d_sae, case.labels, device=device) for _ in pools)
+        return tuple(Moments(case.d_sae, labels, device=device) for _ in pools)
 
     def update(at: int, backend: str, into: tuple[Moments, ...]) -> None:
         s = sets[at % len(sets)]
@@ -150,6 +163,30 @@ def _encode_update(case: Case, device: torch.device, backends: tuple[str, ...]) 
         collect = torch.compile(collect, fullgraph=True, dynamic=False)
         return Contestant(lambda at: collect(sets[at % len(sets)].x, weights[at % len(sets)], sums))
 
+    def tested(backend: str) -> Contestant:
+        """With evidence: what `collect` does of a block whose rewards are permuted."""
+        (kept,), numbers = states(), itertools.count()
+        evidence = Evidence(case.d_sae, permutations=case.labels, device=device)
+
+        def add(at: int, to: Evidence) -> Tensor:
+            s = sets[at % len(sets)]
+            pooled = encode_pool(s.x, cu_seqlens, s.encoder, case.pool, backend=backend)
+            update_moments(pooled, y, kept, backend=backend)
+            to.update(pooled, y, next(numbers), backend=backend)
+            return pooled
+
+        def check() -> dict:
+            first, features = Evidence(case.d_sae, permutations=case.labels, device=device), slice(0, 64)
+            pooled = add(0, first)[:, features].double()
+            order = first._permutations(len(sizes), *first.blocks).to(device)
+            u = y[:, 0].double() - first.origin[0]
+            return truth.check_close(first.columns("permuted", features), pooled.T @ u[order].T, 1e-5)
+
+        return Contestant(lambda at: add(at, evidence), check, holds=evidence.nbytes)
+
+    if case.kind == "permutations":
+        alone = {f"encode_update, {backend}": lambda b=backend: Contestant(ours(b).call) for backend in backends}
+        return {backend: lambda b=backend: tested(b) for backend in backends} | alone
     factories: Factories = {backend: lambda backend=backend: ours(backend) for backend in backends}
     if case.kind == "graph":
         return factories | {f"{b}, replayed": lambda b=b: replayed(b) for b in backends}
@@ -187,6 +224,35 @@ def _update_moments(case: Case, device: torch.device, backends: tuple[str, ...])
 
     factories: Factories = {b: lambda b=b: ours(b) for b in dict.fromkeys((*backends, "reference"))}
     return factories | {"raw sums": raw_sums}
+
+
+def _update_sums(case: Case, device: torch.device, backends: tuple[str, ...]) -> Factories:
+    g = torch.Generator(device).manual_seed(0)
+
+    def draw() -> Tensor:  # of which, as of a SAE's, one or two in a hundred are active
+        return (torch.randn(case.tokens, case.d_sae, generator=g, device=device) - 2.2).relu()
+
+    sets = [draw()]
+    sets += [draw() for _ in range(_sets(device, sets[0].nbytes) - 1)]
+    weights = _rewards(case.tokens, case.labels, g).double()
+
+    def zeros() -> Tensor:
+        return torch.zeros(case.d_sae, case.labels, dtype=torch.float64, device=device)
+
+    def ours(backend: str) -> Contestant:
+        def check() -> dict:
+            first, features = zeros(), truth.some_features(case.d_sae).to(device)
+            update_sums(sets[0], weights, first, backend=backend)
+            return truth.check_close(first[features], sets[0][:, features].double().T @ weights, 1e-5)
+
+        kept = zeros()
+        return Contestant(lambda at: update_sums(sets[at % len(sets)], weights, kept, backend=backend), check)
+
+    def product() -> Contestant:
+        kept = zeros()
+        return Contestant(lambda at: kept.addmm_(sets[at % len(sets)].double().T, weights))
+
+    return {backend: lambda backend=backend: ours(backend) for backend in backends} | {"float64 product": product}
 
 
 def _steer_add(case: Case, device: torch.device, backends: tuple[str, ...]) -> Factories:

@@ -19,8 +19,9 @@ def backends_of(case: shapes.Case) -> list[str]:
     """The backends that run a case on a CPU, but not those that are there to be right rather than fast: Triton's
     interpreter, and the reference where it would take long."""
     dtype = contestants.X_DTYPES.get(case.precision, torch.bfloat16)
-    encoder = (case.activation, case.precision) if case.kind == "encode_update" else ()
-    call = backends.Call(case.kind, DEVICE, dtype, *encoder)
+    encoder = (case.activation, case.precision) if case.kind in ("encode_update", "permutations") else ()
+    operation = "encode_update" if case.kind == "permutations" else case.kind
+    call = backends.Call(operation, DEVICE, dtype, *encoder)
     slow = ("triton", "reference") if case.d_in * case.d_sae > 1 << 22 else ("triton",)
     return [b.name for b in backends.registered() if b.name not in slow and backends.judge(b, call).ok]
 

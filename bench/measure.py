@@ -143,6 +143,8 @@ def _prepare(name: str, make: Callable, running: dict[str, Contestant], device: 
         # line; others' first calls also show what compiling took.
         kept = contestant.check is not None and device.type == "cuda"
         entry["peak_bytes"], entry["first_peak_bytes"] = max(first, again) if kept else again, first
+        if contestant.holds:
+            entry["holds_bytes"] = contestant.holds
         if contestant.check is not None:
             entry["check"] = contestant.check()
             if not entry["check"]["ok"]:

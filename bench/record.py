@@ -20,6 +20,7 @@ from corrsteer import native_backend
 SCHEMA, VERSION = "corrsteer.bench", 1
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "numpy", "sae-lens")
+STUDIES = ROOT / "bench" / "results" / "studies"  # simulations, which are of no device
 
 
 def new(device: torch.device, commit: str | None = None) -> dict[str, Any]:
@@ -44,6 +45,33 @@ def write(result: dict[str, Any], directory: Path) -> Path:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     os.replace(part, path)
+    return path
+
+
+def study(name: str, seed: int) -> dict[str, Any]:
+    """The head of a simulation's result, which depends on its seed and versions alone."""
+    return {
+        "schema": f"corrsteer.{name}",
+        "version": VERSION,
+        "corrsteer": corrsteer.__version__,
+        "python": platform.python_version(),
+        "packages": {package: _installed(package) for package in ("torch", "numpy", "scipy")},
+        "seed": seed,
+    }
+
+
+def write_study(result: dict[str, Any], directory: Path) -> Path:
+    """Write a simulation's result to `directory`, named after the study, with one row a line."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for name, value in result.items():
+        if isinstance(value, list):
+            rows = ",\n  ".join(json.dumps(row, allow_nan=False) for row in value)
+            lines.append(f" {json.dumps(name)}: [\n  {rows}\n ]")
+        else:
+            lines.append(f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}")
+    path = directory / f"{result['schema'].removeprefix('corrsteer.')}.json"
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     return path
 
 

@@ -159,6 +159,13 @@ def small(arch: int) -> Iterator[Specimen]:
     yield Specimen("update_moments.means_kernel", arch, "", columns, dict(BN=32, BC=64))
     state = dict.fromkeys(("count", "z_mean", "z_m2", "y_mean", "y_m2", "n_positive", "n_active", "scratch"), d)
     yield Specimen("update_moments.advance_kernel", arch, "", state | dict(N=n, R=n, D=n), dict(BC=64))
+    summed = dict(pooled=f, weights=d, sums=d) | dict.fromkeys(("pooled_n", "weights_n", "sums_d", "N", "D", "C"), n)
+    adjacent = dict.fromkeys(("pooled_d", "weights_c", "sums_c"), 1)  # as Triton takes a stride of 1
+    for power in (1, 6):
+        tile = adjacent | dict(POWER=power, BC=16, BD=128)
+        yield Specimen("update_sums.sums_kernel", arch, f"p = {power}", summed, tile, num_stages=3)
+    tile = adjacent | dict(BN=16, BD=64, BC=64)
+    yield Specimen("update_sums.sum_products_kernel", arch, "", summed, tile, num_stages=3)
     steer = dict(h="*bf16", vectors=f, row_vector=i, positions="*i1") | dict.fromkeys(
         ("h_b", "h_s", "h_d", "vectors_v", "vectors_d", "row_stride", "positions_b", "positions_s", "S", "V", "d"), n
     )

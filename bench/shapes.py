@@ -17,13 +17,14 @@ class Case:
 
     Attributes
     ----------
-    kind : `encode_update`, `update_moments`, `steer_add`, `host` and `steer_host` (a call's time on the host, of
+    kind : `encode_update`, `permutations` (encode_pool, update_moments and evidence, against encode_update),
+        `update_moments`, `update_sums`, `steer_add`, `host` and `steer_host` (a call's time on the host, of
         `encode_update` and `steer_add`) or `graph` (a replay).
     d_in, d_sae : width of the residual stream and number of features.
-    tokens : T, kept tokens in the batch; samples for `update_moments`, rows for `steer_add`.
+    tokens : T, kept tokens in the batch; samples for `update_moments` and `update_sums`, rows for `steer_add`.
     steps : mean number of kept tokens a sample.
     precision : of the encoder; residuals are float32 for `fp32`, float16 for `fp16` and bfloat16 otherwise.
-    labels : R, reward columns.
+    labels : R, reward columns; for `update_sums` columns of the first power, for `permutations` how many of them.
     k : features kept per token by topk.
     compiled : whether torch.compile takes part, which takes tens of seconds to compile.
     """
@@ -48,7 +49,11 @@ class Case:
             return f"steer_add [{self.tokens}, 1, {self.d_in}] {self.precision}{where}"
         if self.kind == "update_moments":
             return f"update_moments {self.tokens} samples, {self.d_sae} features, R={self.labels}"
+        if self.kind == "update_sums":
+            return f"update_sums {self.tokens} samples, {self.d_sae} features, C={self.labels}"
         shape = f"{self.d_in} x {self.d_sae}, {self.tokens} tokens"
+        if self.kind == "permutations":
+            return f"{self.labels} permutations, {shape}, {self.steps} a sample, {self.precision}"
         if self.kind != "encode_update":
             return f"{self.kind} {shape}"
         activation = f"topk {self.k}" if self.activation == "topk" else self.activation
@@ -92,6 +97,8 @@ def gpu_cases() -> list[Case]:
         Case("host", 2304, 1024, 32),
         Case("graph", 2304, 1024, 32),
         *[Case("update_moments", 1, 16384, 4096, labels=labels) for labels in (1, 64, 1024)],
+        *[Case("update_sums", 1, 16384, samples, labels=1000) for samples in (64, 4096)],
+        *[Case("permutations", *GEMMA_16K, 32 * samples, 32, labels=1000) for samples in (64, 256)],
         *encode([GEMMA_16K], 4096, 8, pool="max"),
         *encode([GEMMA_16K], 4096, 8, pool="both"),
         *encode([GEMMA_16K], 4096, 8, activation="topk"),
@@ -115,4 +122,10 @@ def cpu_cases(full: bool = False, compiled: bool = False) -> list[Case]:
     some = Case("encode_update", *saes[0], 512, 8, "fp32")
     cases += [replace(some, activation="topk"), replace(some, pool="both")]
     cases += [Case("update_moments", 1, features, 64, labels=labels) for labels in (1, 64)]
+    cases += [Case("update_sums", 1, features, 64, labels=labels) for labels in (8, 1000)]
+    cases += [
+        Case("permutations", *saes[0], 32 * samples, 32, precision, labels=1000)
+        for samples in ((64, 256) if full else (16,))
+        for precision in ("fp32", "bf16")
+    ]
     return [*cases, *[Case("steer_add", 4096, 1, 32, precision=precision) for precision in ("fp32", "bf16")]]

@@ -14,17 +14,20 @@ __version__ = "0.1.0"
 _HOME = {
     "SparseEncoder": "encoder",
     "Moments": "moments",
+    "Evidence": "evidence",
     "encode": "ops",
     "encode_pool": "ops",
     "encode_update": "ops",
     "steer_add": "ops",
     "update_moments": "ops",
+    "update_sums": "ops",
     "HookPoint": "models",
     "Capture": "capture",
     "Task": "tasks",
     "Run": "collection",
     "collect": "collection",
     "select": "selection",
+    "calibrate_scale": "scaling",
     "Steering": "steering",
     "apply_rows": "steering",
     "evaluate": "evaluation",
@@ -39,9 +42,11 @@ if TYPE_CHECKING:
     from corrsteer.encoder import SparseEncoder
     from corrsteer.errors import BackendUnavailable, CorrSteerError
     from corrsteer.evaluation import evaluate
+    from corrsteer.evidence import Evidence
     from corrsteer.models import HookPoint
     from corrsteer.moments import Moments
-    from corrsteer.ops import encode, encode_pool, encode_update, steer_add, update_moments
+    from corrsteer.ops import encode, encode_pool, encode_update, steer_add, update_moments, update_sums
+    from corrsteer.scaling import calibrate_scale
     from corrsteer.selection import select
     from corrsteer.steering import Steering, apply_rows
     from corrsteer.tasks import Task

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-OPERATIONS = ("encode", "encode_pool", "update_moments", "encode_update", "steer_add")
+OPERATIONS = ("encode", "encode_pool", "update_moments", "update_sums", "encode_update", "steer_add")
 
 
 class Call(NamedTuple):

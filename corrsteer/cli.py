@@ -1,4 +1,4 @@
-"""The command line: demo, collect, select, evaluate, generate, doctor.
+"""The command line: demo, collect, select, calibrate, evaluate, generate, plan, doctor.
 
 Results go to stdout, as text or with `--json` as one JSON object; everything said along the way goes to stderr.
 A user's mistake ends with one line and exit status 1; `--traceback` shows where it was noticed.
@@ -113,11 +113,15 @@ def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
 def demo(
     json: Json = False,
     seed: Annotated[int, typer.Option(help="Seed of the division into train, validation and test.")] = 0,
+    shuffle_rewards: Annotated[
+        bool, typer.Option("--shuffle-rewards", help="A negative control: rewards go to other sums.")
+    ] = False,
 ) -> None:
     """Run the whole job on a small model that ships with corrsteer; no network, under a minute."""
     from corrsteer.demo.run import run_demo
 
-    result = run_demo(seed, say=_say if json else typer.echo, progress=sys.stderr.isatty())
+    say = _say if json else typer.echo
+    result = run_demo(seed, say=say, progress=sys.stderr.isatty(), shuffle_rewards=shuffle_rewards)
     if json:
         _print(result, True, "")
 
@@ -159,6 +163,26 @@ def collect(
     seed: Seed = None,
     batch_tokens: BatchTokens = None,
     batch_size: BatchSize = None,
+    permutations: Annotated[
+        int | None, typer.Option(help="Of the rewards, for p-values; they take 8 bytes each a feature.")
+    ] = None,
+    bootstrap: Annotated[
+        int | None, typer.Option(help="Replicates for bootstrap intervals; they take 24 bytes each a feature.")
+    ] = None,
+    score: Annotated[
+        list[str] | None,
+        typer.Option(help="A score to keep permutations of, besides the correlation; give it again for more."),
+    ] = None,
+    block_size: Annotated[int | None, typer.Option(help="Examples among which rewards are permuted.")] = None,
+    shuffle_seed: Annotated[
+        int | None, typer.Option(help="Seed of the examples' order, the permutations and the bootstrap.")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop when for so many blocks more samples have changed no layer's best feature.")
+    ] = None,
+    statistics_bytes: Annotated[
+        int | None, typer.Option(help="The most memory that statistics may take, in bytes.")
+    ] = None,
     buffer_bytes: Annotated[int | None, typer.Option(help="Memory for captured residuals, in bytes.")] = None,
     precision: Annotated[
         str | None, typer.Option(help="The encoders' weights: fp32, bf16x2, bf16 or fp16; by default as stored.")
@@ -170,6 +194,7 @@ def collect(
     given = config_.read(config_.CollectSettings, config, _flags(locals()))
     from corrsteer.collection import CollectionStopped
     from corrsteer.collection import collect as collect_
+    from corrsteer.stability import settled_at
 
     _prepare(given.out, force)
     task_ = _task(given)
@@ -182,6 +207,9 @@ def collect(
             model_, tokenizer, encoders, task_,
             pool=given.pool, coefficient_pool=given.coefficient_pool, positions=given.positions,
             decoding=_decoding(given), hook_offset=given.hook_offset,
+            permutations=given.permutations, bootstrap=given.bootstrap,
+            scores=tuple(dict.fromkeys(("pearson", *given.score))), block_size=given.block_size,
+            shuffle_seed=given.shuffle_seed, patience=given.patience, statistics_bytes=given.statistics_bytes,
             buffer_bytes=given.buffer_bytes, backend=given.backend,
         )  # fmt: skip
     except CollectionStopped as stopped:
@@ -192,15 +220,28 @@ def collect(
     _save_run(run, given)
     reward = run.rewards.nanmean().item()
     tops = {layer: run.correlation(layer).max(0) for layer in run.moments}
+    p = {layer: float(tested.p_adjusted[tops[layer].indices]) for layer, tested in _significance(run).items()}
+    settled = settled_at(run.snapshots)
     result = {
         "out": str(given.out),
         "samples": run.n,
         "reward": reward,
         "notes": run.notes,
-        "layers": {str(layer): {"feature": int(top.indices), "r": float(top.values)} for layer, top in tops.items()},
+        "layers": {
+            str(layer): {
+                "feature": int(top.indices),
+                "r": float(top.values),
+                "p_adjusted": p.get(layer),
+                "settled_at": settled[layer],
+            }
+            for layer, top in tops.items()
+        },
     }
     best = [
-        f"  layer {layer}: top feature {int(top.indices)}, r = {float(top.values):+.3f}" for layer, top in tops.items()
+        f"  layer {layer}: top feature {int(top.indices)}, r = {float(top.values):+.3f}"
+        + (f", adjusted p {p[layer]:.4f}" if layer in p else "")
+        + f", in front since {settled[layer]} samples"
+        for layer, top in tops.items()
     ]
     lines = [f"{run.n} samples, mean reward {reward:.3f}, written to {given.out}", *best, *_noted(run.notes)]
     _print(result, json, "\n".join(lines))
@@ -217,6 +258,24 @@ def select(
             "beat the unsteered score on the validation part of the run's task)."
         ),
     ] = "all",
+    score: Annotated[
+        str,
+        typer.Option(
+            help="What to rank by: pearson, point_biserial, contrastive or squared_ratio, or, if collected with it, "
+            "mutual_information, auroc or spearman."
+        ),
+    ] = "pearson",
+    alpha: Annotated[
+        float | None, typer.Option(help="Keep only features whose corrected p-value is at most this.")
+    ] = None,
+    correction: Annotated[
+        str,
+        typer.Option(
+            help="maxT (any feature of all layers does as well by chance), layer (of its layer) or bh (share of false "
+            "discoveries)."
+        ),
+    ] = "maxT",
+    interval: Annotated[str, typer.Option(help="delta, bootstrap or fisher.")] = "delta",
     coefficient: Annotated[
         str, typer.Option(help="mean_positive, mean_positive_active or contrastive.")
     ] = "mean_positive",
@@ -265,8 +324,10 @@ def select(
         named = [f"--{name}" for name, value in (flags | {"config": config}).items() if value is not None]
         raise CorrSteerError(f"{', '.join(named)} can only be used with --strategy pruned, which runs the model")
     steering = select_(
-        loaded, strategy, coefficient=coefficient, direction=direction, layers=layer, top_k=top_k, **pruning
-    )
+        loaded, strategy,
+        score=score, alpha=alpha, correction=correction, interval=interval,
+        coefficient=coefficient, direction=direction, layers=layer, top_k=top_k, **pruning,
+    )  # fmt: skip
     if not steering.features:
         raise CorrSteerError("; ".join(steering.notes))
     steering.save(out)
@@ -281,6 +342,56 @@ def select(
     _print(
         result, json, "\n".join([text, f"{len(steering.features)} features written to {out}", *_noted(steering.notes)])
     )
+
+
+@_command
+def calibrate(
+    steering: Annotated[Path, typer.Option(help="Steering file that `corrsteer select` wrote.")],
+    out: Annotated[Path, typer.Option(help="Steering file to write, with the chosen scale in its coefficients.")],
+    try_scale: Annotated[
+        list[float] | None, typer.Option(help="A scale to try; give it again for more. By default 0.25 to 3.")
+    ] = None,
+    config: Config = None,
+    model: Model = None,
+    task: TaskName = None,
+    grader: Grader = None,
+    positions: SteerPositions = None,
+    part: Part = None,
+    limit: Limit = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Choose how strongly to steer, by the score of the validation part of the task that was collected on."""
+    from corrsteer.scaling import SCALES, calibrate_scale
+    from corrsteer.steering import Steering
+    from corrsteer.tables import table
+
+    if not out.parent.is_dir():
+        raise CorrSteerError(f"out {out} cannot be written: there is no folder {out.parent}")
+    flags = _flags(locals(), "steering", "out")
+    loaded = Steering.load(steering)
+    recorded = loaded.provenance.get("settings", {}) | {"part": "validation", "positions": "generated", "limit": None}
+    given = config_.read(config_.EvaluateSettings, config, flags, recorded)
+    validation = _task(given)
+    model_, tokenizer = _model(given)
+    loaded.check(model_)
+    scaled = calibrate_scale(
+        model_, tokenizer, loaded, validation,
+        scales=try_scale or SCALES, positions=given.positions, decoding=_decoding(given),
+    )  # fmt: skip
+    scaled.save(out)
+    found = scaled.provenance["calibration"]
+    text = table(
+        ("scale", "reward", "± error", "improved", "worsened"),
+        [
+            (f"{p['scale']:g}", f"{p['score']:.4f}", f"{p['error']:.4f}", str(p["improved"]), str(p["worsened"]))
+            for p in found["curve"]
+        ],
+        indent="",
+    )
+    done = f"scale {found['scale']:g}, written into the coefficients of {out}"
+    _print({"out": str(out), **found}, json, "\n".join([text, done, *_noted(scaled.notes)]))
 
 
 @_command
@@ -388,6 +499,70 @@ def generate(
 
 
 @_command
+def plan(
+    frequency: Annotated[float, typer.Option(help="Share of samples in which the feature is active.")] = 0.01,
+    activations: Annotated[int, typer.Option(help="Samples in which it should be seen active.")] = 10,
+    confidence: Annotated[float, typer.Option(help="Of seeing it that often, and of the intervals.")] = 0.95,
+    features: Annotated[int, typer.Option(help="Features of each SAE.")] = 16384,
+    layers: Annotated[int, typer.Option(help="Number of layers with an SAE.")] = 1,
+    samples: Annotated[int, typer.Option(help="Samples that the run has.")] = 4000,
+    alpha: Annotated[float, typer.Option(help="Accepted chance of any false discovery among all features.")] = 0.05,
+    power: Annotated[float, typer.Option(help="Chance with which a true correlation should be found.")] = 0.8,
+    correlation: Annotated[float, typer.Option(help="Correlation to be found and known well.")] = 0.1,
+    reward_rate: Annotated[float, typer.Option(help="Share of samples that are rewarded.")] = 0.5,
+    json: Json = False,
+) -> None:
+    """Say how many samples a run needs, and what it can tell with those it has; no model is run."""
+    from corrsteer import planning
+    from corrsteer.tables import table
+
+    needed = planning.samples_to_see(activations, frequency, 1 - confidence)
+    missed = {n: planning.miss_probability(n, activations, frequency) for n in (samples, needed.as_published)}
+    low, high = planning.correlation_bounds(frequency, reward_rate)
+    binary = (correlation, samples, frequency, reward_rate, confidence)
+    result = {
+        "see": {
+            **vars(needed),
+            "confidence_as_published": 1 - missed[needed.as_published],
+            "confidence_with_samples": 1 - missed[samples],
+        },
+        "detect": {
+            "chance_correlation": planning.chance_correlation(samples, features, layers),
+            "detectable_correlation": planning.detectable_correlation(samples, features, layers, alpha, power),
+            "samples_to_detect": planning.samples_to_detect(correlation, features, layers, alpha, power),
+        },
+        "know": {
+            "interval_width": planning.interval_width(correlation, samples, confidence),
+            "interval_width_sparse": planning.interval_width_sparse(*binary) if low <= correlation <= high else None,
+            "lowest_possible": low,
+            "highest_possible": high,
+        },
+    }
+    see, detect, know = result.values()
+    sparse = "r is impossible" if know["interval_width_sparse"] is None else f"{know['interval_width_sparse']:.3f}"
+    blocks = {
+        f"To see a feature of frequency {frequency:g} active in {activations} samples or more, {confidence:g} sure": [
+            ("samples needed", str(needed.exact)),
+            ("enough by Chernoff's bound", str(needed.chernoff)),
+            ("enough by Hoeffding's bound", str(needed.hoeffding)),
+            (f"the paper's formula, {see['confidence_as_published']:.2f} sure", str(needed.as_published)),
+            (f"confidence with {samples} samples", f"{see['confidence_with_samples']:.4f}"),
+        ],
+        f"To tell r from chance, {features} features x {layers} layer(s), alpha {alpha:g}, power {power:g}": [
+            (f"largest |r| by chance, {samples} samples", f"{detect['chance_correlation']:.3f}"),
+            (f"smallest |r| that is detected, {samples} samples", f"{detect['detectable_correlation']:.3f}"),
+            (f"samples needed to detect r = {correlation:g}", str(detect["samples_to_detect"])),
+        ],
+        f"To know r = {correlation:g}, width of a {confidence:g} interval with {samples} samples": [
+            ("activation and reward normal", f"{know['interval_width']:.3f}"),
+            (f"feature on in {frequency:g}, reward 1 in {reward_rate:g}", sparse),
+            ("r that these two rates allow", f"{low:+.3f} to {high:+.3f}"),
+        ],
+    }
+    _print(result, json, "\n".join(f"{title}\n{table(rows[0], rows[1:])}" for title, rows in blocks.items()))
+
+
+@_command
 def doctor(json: Json = False) -> None:
     """Say what runs on this machine: versions, devices, and each backend with the reason where it does not."""
     from corrsteer import doctor as doctor_
@@ -400,6 +575,11 @@ def _flags(given: dict[str, Any], *others: str) -> dict[str, Any]:
     """A command's options but those that are not settings."""
     names = set(config_.CollectSettings.model_fields) | set(config_.EvaluateSettings.model_fields)
     return {name: value for name, value in given.items() if name in names and name not in others}
+
+
+def _significance(run):
+    """P-values of the correlation by layer, none where there are no permutations."""
+    return run.significance() if run.testable() else {}
 
 
 def _noted(notes: list[str]) -> list[str]:

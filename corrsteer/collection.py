@@ -1,10 +1,13 @@
-"""`collect`: generate, grade, and fold the activations of every kept step into moments, one per layer."""
+"""`collect`: generate, grade, and fold the activations of every kept step into moments and evidence, one per layer."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import time
-from collections.abc import Mapping
+import random
+import signal
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,28 +19,30 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import corrsteer
-from corrsteer import backends, models, ops
+from corrsteer import backends, inference, models, ops, stability
 from corrsteer.capture import KEPT_POSITIONS, Capture
 from corrsteer.encoder import SparseEncoder
 from corrsteer.errors import CorrSteerError
+from corrsteer.evidence import Evidence
 from corrsteer.generation import Decoding, complete, plan_batches, stop_tokens, tokenize
 from corrsteer.models import HookPoint
 from corrsteer.moments import Moments
 from corrsteer.passes import check_positions
 from corrsteer.pooling import RunningPool
 from corrsteer.sae_files import Decoder, open_decoder
+from corrsteer.stability import Leader, Snapshot
 from corrsteer.tasks import Task
-
-PROGRESS_SECONDS = 1.0  # how often the progress bar looks for the top feature
 
 
 @dataclass
 class Run:
-    """What a collection leaves: moments, rewards, and how they came about.
+    """What a collection leaves: moments, evidence, rewards, and how they came about.
 
     Attributes
     ----------
     moments : layer -> pooling -> `Moments`.
+    evidence : layer -> pooling -> `Evidence`, with permutations and bootstrap for `pool` alone.
+    snapshots : which features were in front after how many samples, oldest first.
     points : layer -> hook point.
     decoders : layer -> where decoder rows are read from.
     rewards : `[n]` float64, in the task's order; NaN for samples that a stopped collection did not reach.
@@ -52,8 +57,11 @@ class Run:
     rewards: Tensor
     pool: str
     coefficient_pool: str
+    evidence: dict[int, dict[str, Evidence]] = field(default_factory=dict)
+    snapshots: list[Snapshot] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
+    _tested: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def n(self) -> int:
@@ -64,8 +72,25 @@ class Run:
         """Pearson's r of every feature of a layer with the reward, `[d_sae]`."""
         return self.moments[layer][self.pool].correlation()[0]
 
+    def testable(self, score: str = "pearson") -> bool:
+        """Whether a score's permutations were kept."""
+        kept = [by_pool[self.pool] for by_pool in self.evidence.values()]
+        return bool(kept) and self.n > 0 and all(inference.testable(evidence, score) for evidence in kept)
+
+    def significance(self, score: str = "pearson") -> dict[int, inference.Significance]:
+        """P-values of every layer's features by layer, see `inference.significance`; computed once for a score."""
+        if (score, self.n) not in self._tested:
+            kept = {layer: by_pool[self.pool] for layer, by_pool in self.evidence.items()}
+            if not kept:
+                raise CorrSteerError("this run holds no evidence to test features by; collect again")
+            self._tested = {(score, self.n): inference.significance(kept, score)}
+        return self._tested[score, self.n]
+
     def save(self, directory) -> None:
-        """Write the run to a directory: `run.json`, the rewards and each layer's moments."""
+        """Write the run to a directory: `run.json`, the rewards and each layer's moments and evidence.
+
+        Evidence is the largest part, 8 bytes a feature and permutation.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         for stale in directory.glob("layer_*.safetensors"):
@@ -73,6 +98,9 @@ class Run:
         for layer, moments in self.moments.items():
             for pool, state in moments.items():
                 state.save(directory / f"layer_{layer}.{pool}.safetensors")
+        for layer, evidences in self.evidence.items():
+            for pool, evidence in evidences.items():
+                evidence.save(directory / f"layer_{layer}.{pool}.evidence.safetensors")
         save_file({"rewards": self.rewards}, str(directory / "rewards.safetensors"))
         described = {
             "layers": {
@@ -85,6 +113,8 @@ class Run:
             },
             "pool": self.pool,
             "coefficient_pool": self.coefficient_pool,
+            "evidence": {str(layer): list(evidences) for layer, evidences in self.evidence.items()},
+            "snapshots": [asdict(snapshot) for snapshot in self.snapshots],
             "notes": self.notes,
             "provenance": self.provenance,
         }
@@ -107,6 +137,13 @@ class Run:
                 points={layer: HookPoint.parse(entry["point"]) for layer, entry in layers.items()},
                 decoders={layer: open_decoder(entry["decoder"]) for layer, entry in layers.items()},
                 rewards=load_file(str(directory / "rewards.safetensors"))["rewards"],
+                evidence={
+                    int(layer): {
+                        pool: Evidence.load(directory / f"layer_{layer}.{pool}.evidence.safetensors") for pool in kept
+                    }
+                    for layer, kept in described.get("evidence", {}).items()
+                },
+                snapshots=[_snapshot(entry) for entry in described.get("snapshots", [])],
                 **{key: described[key] for key in ("pool", "coefficient_pool", "notes", "provenance")},
             )
         except CorrSteerError:
@@ -115,6 +152,11 @@ class Run:
             raise CorrSteerError(f"{directory} is not a saved run: it has no {Path(error.filename).name}") from None
         except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise CorrSteerError(f"the run in {directory} is damaged ({error}); collect again") from None
+
+
+def _snapshot(entry: dict) -> Snapshot:
+    leaders = {int(layer): tuple(Leader(**one) for one in rows) for layer, rows in entry["leaders"].items()}
+    return Snapshot(entry["n"], leaders)
 
 
 class CollectionStopped(CorrSteerError):
@@ -136,11 +178,20 @@ def collect(
     positions: str = "generated",
     decoding: Decoding | None = None,
     hook_offset: int = 0,
+    permutations: int = 1000,
+    bootstrap: int = 0,
+    scores: Sequence[str] = ("pearson",),
+    block_size: int = 256,
+    shuffle_seed: int = 0,
+    patience: int | None = None,
     buffer_bytes: int = 1 << 30,
+    statistics_bytes: int = 16 << 30,
     progress: bool = True,
     backend: str | None = None,
 ) -> Run:
-    """Generate a completion for every example, grade it, and stream activations and rewards into moments.
+    """Generate a completion for every example, grade it, and stream activations and rewards into statistics.
+
+    Examples are taken in random order, in blocks. Within a block they are batched by length, and labels permuted.
 
     Parameters
     ----------
@@ -154,13 +205,23 @@ def collect(
     decoding : how to generate.
     hook_offset : layers to add to every hook point. -1 reads each SAE one block early, as the paper's released code
         does; nothing else needs it.
+    permutations : P, of the labels, for p-values, none of which is below 1 / (P + 1). They take 8 · P bytes a feature.
+    bootstrap : replicates for bootstrap intervals, which take 24 bytes each a feature. Other intervals need none.
+    scores : which scores to keep permutations of, see `Evidence`.
+    block_size : examples in a block, whose pooled activations are kept until the last of them is graded: 4 bytes a
+        feature and example.
+    shuffle_seed : of the examples' order, the permutations and the bootstrap.
+    patience : stop early when for so many blocks no layer's best feature has changed, and their intervals lie above
+        those of the next ones. P-values are of the samples collected, as if that many had been planned.
     buffer_bytes : memory for captured residuals. Past it they are encoded and pooled as they come; the result is
         the same.
+    statistics_bytes : the most memory that evidence and a block's pooled activations may take, for all layers.
     backend : a backend's name; by default the fastest that can.
 
     Raises
     ------
-    CorrSteerError : before anything is generated, where task, encoders and model do not fit together.
+    CorrSteerError : before anything is generated, where task, encoders and model do not fit together, or the
+        statistics would not fit in `statistics_bytes`.
     CollectionStopped : for whatever goes wrong later, such as activations that are NaN or infinite, a grader that
         fails, or an interrupt from the keyboard; the batches collected before are in its `run`.
     """
@@ -170,24 +231,27 @@ def collect(
     for name in pools:
         if name not in ("mean", "max"):
             raise CorrSteerError(f"pool must be mean or max, got {name!r}")
+    for name, value in (("block_size", block_size), ("patience", patience)):
+        if value is not None and value < 1:
+            raise CorrSteerError(f"{name} must be at least 1, got {value}")
     points = place(model, encoders, hook_offset)
     prompts = tokenize(model, tokenizer, task, decoding)
-    encoders = {layer: encoder.to(models.device_of(model, points[layer])) for layer, encoder in encoders.items()}
+    devices = {layer: models.device_of(model, point) for layer, point in points.items()}
+    encoders = {layer: encoder.to(devices[layer]) for layer, encoder in encoders.items()}
     calls = [
-        backends.Call(
-            "encode_update",
-            models.device_of(model, point),
-            model.dtype,
-            encoders[layer].activation,
-            encoders[layer].precision,
-        )
-        for layer, point in points.items()
+        backends.Call("encode_pool", devices[layer], model.dtype, encoder.activation, encoder.precision)
+        for layer, encoder in encoders.items()
     ]
     chosen = sorted({backends.choose(call, backend).name for call in calls})
+    tested = {"permutations": permutations, "bootstrap": bootstrap, "scores": scores}
 
+    def evidence_of(layer: int, name: str, device) -> Evidence:
+        return Evidence(encoders[layer].d_sae, seed=shuffle_seed, device=device, **(tested if name == pool else {}))
+
+    _check_memory(encoders, pools, evidence_of, min(block_size, len(task)), permutations, statistics_bytes)
     run = Run(
         moments={
-            layer: {name: Moments(encoder.d_sae, device=models.device_of(model, points[layer])) for name in pools}
+            layer: {name: Moments(encoder.d_sae, device=devices[layer]) for name in pools}
             for layer, encoder in encoders.items()
         },
         points=points,
@@ -195,23 +259,28 @@ def collect(
         rewards=torch.full((len(task),), torch.nan, dtype=torch.float64),
         pool=pool,
         coefficient_pool=coefficient_pool or pool,
-        provenance=_provenance(model, task, encoders, positions, decoding, hook_offset) | {"backends": chosen},
+        evidence={layer: {name: evidence_of(layer, name, devices[layer]) for name in pools} for layer in encoders},
+        provenance=_provenance(model, task, encoders, positions, decoding, hook_offset)
+        | {"backends": chosen, "block_size": block_size, "shuffle_seed": shuffle_seed},
     )
-    batches = plan_batches([len(p) for p in prompts], decoding)
+    order = list(range(len(task)))
+    random.Random(shuffle_seed).shuffle(order)
+    blocks = [order[at : at + block_size] for at in range(0, len(order), block_size)]
     collector = _Collector(
         run, model, tokenizer, encoders, task, prompts, pools, positions, decoding, buffer_bytes, backend
     )
     with tqdm(total=len(task), unit="sample", desc=f"collect {task.name}", disable=not progress) as bar:
-        shown = 0.0
         try:
-            for number, batch in enumerate(batches):
-                collector.collect(number, batch)
-                bar.update(len(batch))
-                if progress and time.monotonic() - shown > PROGRESS_SECONDS:
-                    shown = time.monotonic()
-                    bar.set_postfix_str(_leader(run))
-            if progress:
-                bar.set_postfix_str(_leader(run))
+            for number, block in enumerate(blocks):
+                collector.collect(number, block, bar.update)
+                bar.set_postfix_str(_leader(run), refresh=False)
+                run.snapshots.append(stability.snapshot({layer: e[pool] for layer, e in run.evidence.items()}))
+                if patience and number + 1 < len(blocks) and stability.stable(run.snapshots, patience):
+                    run.notes.append(
+                        f"stopped after {run.n} of {len(task)} samples, as for {patience} blocks every layer had its "
+                        f"best feature, and now has it by more than the intervals are wide"
+                    )
+                    break
         except (Exception, KeyboardInterrupt) as error:  # a GPU out of memory, say: hours of work are in the run
             if isinstance(error, CorrSteerError):
                 reason = str(error)
@@ -220,6 +289,18 @@ def collect(
             raise CollectionStopped(reason, run) from error
     _note_constant_reward(run)
     return run
+
+
+def _check_memory(encoders, pools, evidence_of, block: int, permutations: int, most: int) -> None:
+    """Refuse statistics that would not fit, before anything is generated."""
+    kept = sum(evidence_of(layer, name, "meta").nbytes for layer in encoders for name in pools)
+    held = sum(4 * block * encoder.d_sae * len(pools) for encoder in encoders.values())
+    if kept + held > most:
+        raise CorrSteerError(
+            f"statistics_bytes must be at least {kept + held}: evidence of {permutations} permutations and the rest "
+            f"takes {kept / 2**30:.2f} GiB, a block of {block} samples {held / 2**30:.2f} GiB, got {most}; take fewer "
+            f"permutations (8 bytes a feature each), a smaller block_size, or allow more"
+        )
 
 
 def place(model: nn.Module, encoders: Mapping[int, SparseEncoder], hook_offset: int = 0) -> dict[int, HookPoint]:
@@ -250,8 +331,32 @@ def place(model: nn.Module, encoders: Mapping[int, SparseEncoder], hook_offset: 
 
 
 @dataclass(frozen=True)
+class _Graded:
+    """A batch: pooled activations by layer and pooling, `[n, d_sae]`, and rewards `[n]`."""
+
+    pooled: dict[int, dict[str, Tensor]]
+    rewards: Tensor
+
+
+@contextlib.contextmanager
+def _uninterrupted():
+    """Have an interrupt from the keyboard wait until the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting = []
+    before = signal.signal(signal.SIGINT, lambda *_: waiting.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if waiting:
+        raise KeyboardInterrupt
+
+
+@dataclass
 class _Collector:
-    """What every batch of one collection needs."""
+    """What every block of one collection needs."""
 
     run: Run
     model: nn.Module
@@ -264,13 +369,35 @@ class _Collector:
     decoding: Decoding
     buffer_bytes: int
     backend: str | None
+    batches: int = 0  # so far
 
-    def collect(self, number: int, batch: list[int]) -> None:
-        """Generate, grade and fold the examples of one batch into the run's moments."""
+    def collect(self, number: int, block: list[int], done) -> None:
+        """Generate and grade a block's examples, then fold them into the run; `done` is told how many, batch by batch.
+
+        What goes wrong in a batch leaves the run with those before it.
+        """
+        pooled = {
+            layer: {pool: torch.empty(len(block), e.d_sae, device=self._device(layer)) for pool in self.pools}
+            for layer, e in self.encoders.items()
+        }
+        rewards = torch.full((len(block),), torch.nan, dtype=torch.float64)
+        try:
+            for batch in plan_batches([len(self.prompts[i]) for i in block], self.decoding):
+                graded = self._batch([block[i] for i in batch])
+                for layer, pools in pooled.items():
+                    for pool, rows in pools.items():
+                        rows[batch] = graded.pooled[layer][pool]
+                rewards[batch] = graded.rewards
+                done(len(batch))
+        finally:
+            self._fold(number, block, pooled, rewards)
+
+    def _batch(self, batch: list[int]) -> _Graded:
+        """Generate, grade, encode and pool some examples."""
         examples = [self.task.examples[i] for i in batch]
         running: dict[int, RunningPool] = {}
 
-        def fold(layer: int, x: Tensor, cu_seqlens: Tensor) -> None:
+        def take(layer: int, x: Tensor, cu_seqlens: Tensor) -> None:
             if layer not in running:
                 running[layer] = RunningPool(self.encoders[layer], len(batch), self.backend)
             running[layer].add(*self._checked(layer, x, cu_seqlens, examples))
@@ -282,43 +409,64 @@ class _Collector:
             positions=self.positions,
             max_new_tokens=self.decoding.max_new_tokens,
             budget_bytes=self.buffer_bytes,
-            sink=fold,
+            sink=take,
         ) as capture:
             prompts = [self.prompts[i] for i in batch]
             criteria = [capture.stopping_criterion]
-            completions = complete(self.model, self.tokenizer, prompts, self.decoding, number, criteria)
+            completions = complete(self.model, self.tokenizer, prompts, self.decoding, self.batches, criteria)
+        self.batches += 1
         grades = [self.task.grade(completion, example) for completion, example in zip(completions, examples)]
-        rewards = torch.tensor(grades, dtype=torch.float64)
+        pooled = {}
+        for layer, encoder in self.encoders.items():
+            x, cu_seqlens = self._checked(layer, *capture.packed(layer), examples)
+            if capture.flushed:
+                running[layer].add(x, cu_seqlens)
+                pooled[layer] = {pool: running[layer].result(pool) for pool in self.pools}
+            elif len(self.pools) == 1:
+                (pool,) = self.pools
+                pooled[layer] = {pool: ops.encode_pool(x, cu_seqlens, encoder, pool, backend=self.backend)}
+            else:
+                both = ops.encode_pool(x, cu_seqlens, encoder, "both", backend=self.backend)
+                pooled[layer] = dict(zip(("mean", "max"), both))
+        return _Graded(pooled, torch.tensor(grades, dtype=torch.float64))
+
+    def _fold(self, number: int, block: list[int], pooled: dict[int, dict[str, Tensor]], rewards: Tensor) -> None:
+        """Fold what there is of a block into the run: all of it, or nothing."""
+        there = rewards.isfinite().nonzero()[:, 0]
+        if len(there) == 0:
+            return
+        whole = len(there) == len(block)
         fresh = {
             layer: {pool: Moments(state.d_sae, device=state.device) for pool, state in states.items()}
             for layer, states in self.run.moments.items()
         }
-        for layer, states in fresh.items():
-            x, cu_seqlens = self._checked(layer, *capture.packed(layer), examples)
-            y, encoder = rewards.to(x.device), self.encoders[layer]
-            if capture.flushed:
-                pooled = running.pop(layer)
-                pooled.add(x, cu_seqlens)
-                for pool, moments in states.items():
-                    moments.update(pooled.result(pool), y, backend=self.backend)
-            elif len(states) == 1:
-                (pool,) = self.pools
-                ops.encode_update(x, cu_seqlens, y, encoder, states[pool], pool, backend=self.backend)
-            else:
-                pair = (states["mean"], states["max"])
-                ops.encode_update(x, cu_seqlens, y, encoder, pair, "both", backend=self.backend)
-
-        # Only now does the run change, and at once: a batch that fails or is interrupted leaves it as it was.
-        for layer, states in fresh.items():
-            for pool, moments in states.items():
-                moments.merge(self.run.moments[layer][pool])
         known = self.run.rewards.clone()
-        known[batch] = rewards
-        self.run.moments, self.run.rewards = fresh, known
+        known[[block[i] for i in there.tolist()]] = rewards[there]
+        with _uninterrupted():
+            for layer, pools in pooled.items():
+                for pool, rows in pools.items():
+                    pools[pool] = rows if whole else rows[there.to(rows.device)]
+                    y = rewards[there].to(rows.device)
+                    fresh[layer][pool].update(pools[pool], y, backend=self.backend)
+                    fresh[layer][pool].merge(self.run.moments[layer][pool])
+            try:
+                for layer, pools in pooled.items():
+                    for pool, rows in pools.items():
+                        self.run.evidence[layer][pool].update(rows, rewards[there], number, backend=self.backend)
+            except Exception:
+                # Part of the layers have the block now, and a copy of everything is too much to keep for this.
+                self.run.evidence = {}
+                self.run.notes.append("a block could not be added to the evidence, so there are no intervals or tests")
+                raise
+            finally:
+                self.run.moments, self.run.rewards = fresh, known
+
+    def _device(self, layer: int) -> torch.device:
+        return self.run.moments[layer][self.run.pool].device
 
     def _checked(self, layer: int, x: Tensor, cu_seqlens: Tensor, examples) -> tuple[Tensor, Tensor]:
         """The captured tokens on the device of the layer's moments, after a look for NaN."""
-        device = self.run.moments[layer][self.run.pool].device
+        device = self._device(layer)
         x, cu_seqlens = x.to(device), cu_seqlens.to(device)
         _check_finite(x, cu_seqlens, self.run.points[layer], examples)
         return x, cu_seqlens

@@ -185,6 +185,16 @@ def update_moments(pooled: Tensor, y: Tensor, moments: Moments) -> None:
     _native.update_moments(instruction_set(), _array(pooled), _array(y), _state(moments), torch.get_num_threads())
 
 
+def update_sums(pooled: Tensor, weights: Tensor, sums: Tensor, powers: tuple[int, ...]) -> None:
+    pooled, weights = _rows(pooled), weights.contiguous()
+    into = _rows(sums)
+    _native.update_sums(
+        instruction_set(), _array(pooled), _array(weights), _array(into), list(powers), torch.get_num_threads()
+    )
+    if into is not sums:
+        sums.copy_(into)
+
+
 def steer_add(h: Tensor, vectors: Tensor, row_vector: Tensor, positions: Tensor | None) -> None:
     vectors = vectors.float()
     where = None if positions is None else _array(positions)
@@ -199,6 +209,7 @@ OPERATIONS = {
     "encode": encode,
     "encode_pool": encode_pool,
     "update_moments": update_moments,
+    "update_sums": update_sums,
     "encode_update": encode_update,
     "steer_add": steer_add,
 }

@@ -4,7 +4,7 @@ An eager call goes straight to the backend. Under `torch.compile` the same call 
 `torch.library` (namespace `corrsteer`) with a fake implementation, so that graphs do not break. No operation is
 differentiable.
 
-Notation: T tokens, N samples, R labels, V steering vectors, B rows of S positions.
+Notation: T tokens, N samples, D features, R labels, C columns of sums, V steering vectors, B rows of S positions.
 """
 
 from __future__ import annotations
@@ -85,6 +85,51 @@ def update_moments(pooled: Tensor, y: Tensor, moments: Moments, *, backend: str 
         torch.ops.corrsteer.update_moments(pooled, y, moments.state(), backend)
     else:
         _chosen("update_moments", pooled, backend)(pooled, y, moments)
+
+
+@torch.no_grad()
+def update_sums(
+    pooled: Tensor, weights: Tensor, sums: Tensor, powers: Sequence[int] | None = None, *, backend: str | None = None
+) -> None:
+    """Add weighted power sums of pooled activations to `sums`, in place.
+
+        sums[i, c] <- sums[i, c] + Σ_n weights[n, c] · pooled[n, i]^p
+
+    Permuted labels, bootstrap weights and the moments of higher order are all columns of it. On a CPU, activations that
+    are 0 cost no time.
+
+    Parameters
+    ----------
+    pooled : `[N, D]` float32, float16 or bfloat16.
+    weights : `[N, C]` float64, finite.
+    sums : `[D, C]` float64, changed in place; its rows may lie apart.
+    powers : how many columns, from the first on, take p = 1, how many p = 2, and so on; by default all take 1.
+    backend : a backend's name; by default the fastest that can.
+    """
+    if pooled.dim() != 2 or pooled.dtype not in X_DTYPES:
+        raise CorrSteerError(
+            f"pooled must be [N, D] float32, float16 or bfloat16, got {list(pooled.shape)} {pooled.dtype}"
+        )
+    N, D = pooled.shape
+    if weights.dim() != 2 or len(weights) != N or weights.dtype != torch.float64:
+        raise CorrSteerError(f"weights must be [N={N}, C] float64, got {list(weights.shape)} {weights.dtype}")
+    C = weights.shape[1]
+    if sums.shape != (D, C) or sums.dtype != torch.float64:
+        raise CorrSteerError(f"sums must be [D={D}, C={C}] float64, got {list(sums.shape)} {sums.dtype}")
+    for name, tensor in (("weights", weights), ("sums", sums)):
+        _check_device(name, tensor, pooled.device)
+    powers = (C,) if powers is None else tuple(powers)
+    if sum(powers) != C or any(columns < 0 for columns in powers):
+        raise CorrSteerError(f"powers must be column counts that add up to C={C}, got {list(powers)}")
+    if torch.compiler.is_compiling():
+        torch.ops.corrsteer.update_sums(pooled, weights, sums, list(powers), backend)
+        return
+    # the sum first, which is quick, and finite unless a weight is not or is near the largest number there is
+    if pooled.device.type == "cpu" and not bool(weights.sum().isfinite() or weights.isfinite().all()):
+        raise CorrSteerError("weights must be finite, got NaN or infinite ones; leave those samples out")
+    _chosen("update_sums", pooled, backend)(pooled, weights, sums, powers)
+    if not sums.is_inference():  # kernels change it behind autograd's back
+        torch.autograd.graph.increment_version(sums)
 
 
 @torch.no_grad()
@@ -283,6 +328,12 @@ _define(
     "update_moments",
     "(Tensor pooled, Tensor y, Tensor(a!)[] moments, str? backend) -> ()",
     lambda pooled, y, flat, backend: update_moments(pooled, y, _restore_moments(flat, ""), backend=backend),
+    lambda *_: None,
+)
+_define(
+    "update_sums",
+    "(Tensor pooled, Tensor weights, Tensor(a!) sums, SymInt[] powers, str? backend) -> ()",
+    lambda pooled, weights, sums, powers, backend: update_sums(pooled, weights, sums, powers, backend=backend),
     lambda *_: None,
 )
 _define(

@@ -3,7 +3,7 @@
 Arithmetic is done in float32, or in float64 where the encoder is float64, which is how tests get the truth
 that errors are measured from. Arguments are taken as checked; `corrsteer.ops` is the way in.
 
-Notation: T tokens, N samples, R labels, V steering vectors, B rows of S positions.
+Notation: T tokens, N samples, D features, R labels, C columns of sums, V steering vectors, B rows of S positions.
 """
 
 from __future__ import annotations
@@ -120,6 +120,20 @@ def merge_centred(moments: Moments, n, z_mean, z_m2, y_mean, y_m2, cross) -> Non
     moments.z_mean += z_delta * (n / total)
     moments.y_mean += y_delta * (n / total)
     moments.count += n
+
+
+def update_sums(pooled: Tensor, weights: Tensor, sums: Tensor, powers: tuple[int, ...]) -> None:
+    """Add Σ_n `weights[n, c]` · `pooled[n, i]`^p to `sums[i, c]`, in place and in float64.
+
+    `pooled: [N, D]`, `weights: [N, C]`, `sums: [D, C]`; the first `powers[0]` columns take p = 1, the next `powers[1]`
+    take p = 2, and so on.
+    """
+    z, first = pooled.double(), 0
+    for power, columns in enumerate(powers, 1):
+        last = first + columns
+        if columns:
+            sums[:, first:last] += z.pow(power).T @ weights[:, first:last]
+        first = last
 
 
 def encode_update(

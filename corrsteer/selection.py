@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
+from corrsteer import inference
 from corrsteer.collection import Run
 from corrsteer.encoder import SparseEncoder
 from corrsteer.errors import CorrSteerError
 from corrsteer.evaluation import grade
+from corrsteer.evidence import SCORES
 from corrsteer.generation import Decoding
 from corrsteer.moments import COEFFICIENTS, NEGATIVE, POSITIVE
-from corrsteer.steering import Feature, Steering
+from corrsteer.steering import CHANCE, Feature, Steering
 from corrsteer.tasks import Task
 
 STRATEGIES = ("single", "all", "pruned")
-SCORES = ("pearson",)
 DIRECTIONS = ("positive", "negative", "both")
+CORRECTIONS = {"maxT": "p_adjusted", "layer": "p_layer", "bh": "q_value"}  # and the p-values they are
 
 
 def select(
@@ -27,6 +30,9 @@ def select(
     strategy: str = "all",
     *,
     score: str = "pearson",
+    alpha: float | None = None,
+    correction: str = "maxT",
+    interval: str = "delta",
     coefficient: str = "mean_positive",
     direction: str = "positive",
     layers: Sequence[int] | None = None,
@@ -47,7 +53,12 @@ def select(
     run : what `collect` returned.
     strategy : `single`, the one feature with the highest correlation over all layers; `all`, the top feature of
         every layer; `pruned`, those of `all` whose feature, steered alone, beats the unsteered validation score.
-    score : `pearson`.
+    score : what features are ranked by, see `inference.score`; `pearson`, as the paper.
+    alpha : keep only features whose p-value, corrected for their number, is at most this. By default nothing is
+        dropped, and a note says which of the selected features chance explains.
+    correction : `maxT`, the chance that any feature of any layer does as well (family-wise, Westfall & Young);
+        `layer`, any feature of its layer; `bh`, the false discovery rate (Benjamini & Hochberg).
+    interval : of the correlation, 95 %: `delta`, `bootstrap` or `fisher`, see `inference`.
     coefficient : `mean_positive`, `mean_positive_active` or `contrastive`, see `Moments.coefficient`.
     direction : `positive` correlations, `negative` ones (steered with -|c|), or `both`, by |r|.
     layers : which layers to select from; by default all but layer 0.
@@ -63,6 +74,8 @@ def select(
     for name, value, known in (
         ("strategy", strategy, STRATEGIES),
         ("score", score, SCORES),
+        ("correction", correction, CORRECTIONS),
+        ("interval", interval, inference.METHODS),
         ("coefficient", coefficient, COEFFICIENTS),
         ("direction", direction, DIRECTIONS),
     ):
@@ -70,6 +83,13 @@ def select(
             raise CorrSteerError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     if top_k < 1:
         raise CorrSteerError(f"top_k must be at least 1, got {top_k}")
+    if alpha is not None and not 0 < alpha < 1:
+        raise CorrSteerError(f"alpha must lie between 0 and 1, got {alpha}")
+    if alpha is not None and run.n and not run.testable(score):
+        raise CorrSteerError(
+            f"alpha needs p-values, but the run has no permutations of the score {score!r}; "
+            f"collect with permutations=1000 and scores=[{score!r}]"
+        )
     if strategy == "pruned" and (model is None or tokenizer is None or validation is None):
         raise CorrSteerError("strategy 'pruned' steers the model: give model, tokenizer and validation")
     unknown = set(layers or ()) - set(run.moments)
@@ -77,10 +97,14 @@ def select(
         raise CorrSteerError(f"layers must be among those collected, {sorted(run.moments)}, got {sorted(unknown)}")
     layers = sorted(layers if layers is not None else set(run.moments) - {0})
 
-    table = {layer: _top_features(run, layer, coefficient, direction, top_k) for layer in sorted(run.moments)}
-    chosen = [table[layer][0] for layer in layers if table[layer]]
+    table = {
+        layer: _top_features(run, layer, score, coefficient, direction, interval, top_k)
+        for layer in sorted(run.moments)
+    }
+    candidates = [table[layer][0] for layer in layers if table[layer]]
     if strategy == "single":
-        chosen = sorted(chosen, key=lambda f: -abs(f.correlation))[:1]
+        candidates = sorted(candidates, key=lambda f: -abs(_ranked_by(f)))[:1]
+    chosen = [f for f in candidates if alpha is None or getattr(f, CORRECTIONS[correction]) <= alpha]
     notes = list(run.notes)
     n_positive = int(next(iter(run.moments.values()))[run.pool].n_positive[0])
     if not notes and n_positive == 0:
@@ -93,10 +117,18 @@ def select(
         notes.append("every reward was above 0, so the contrastive coefficient has nothing to subtract")
     if not chosen and not layers:
         notes.append("no layer is left to select from: layer 0 is left out unless it is named in layers=[0]")
+    elif candidates and not chosen and not notes:
+        notes.append(_none_survives(run, candidates, alpha, correction))
     elif not chosen and not notes:
         notes.append(
             f"no feature of layers {layers} has a {'nonzero' if direction == 'both' else direction} correlation "
             f"with the reward over {run.n} samples"
+        )
+    by_chance = [f for f in chosen if f.by_chance]
+    if by_chance:
+        notes.append(
+            f"{len(by_chance)} of {len(chosen)} selected features chance explains (adjusted p > {CHANCE}): "
+            + ", ".join(f"layer {f.layer} feature {f.index} (p {f.p_adjusted:.2f})" for f in by_chance)
         )
     steering = Steering(
         chosen,
@@ -104,7 +136,17 @@ def select(
         table,
         notes,
         run.provenance
-        | {"selection": {"strategy": strategy, "score": score, "coefficient": coefficient, "direction": direction}}
+        | {
+            "selection": {
+                "strategy": strategy,
+                "score": score,
+                "coefficient": coefficient,
+                "direction": direction,
+                "alpha": alpha,
+                "correction": correction,
+                "interval": interval,
+            }
+        }
         | {"pool": run.pool, "coefficient_pool": run.coefficient_pool, "n": run.n},
     )
     if strategy == "pruned" and chosen:
@@ -112,26 +154,62 @@ def select(
     return steering
 
 
-def _top_features(run: Run, layer: int, coefficient: str, direction: str, k: int) -> list[Feature]:
-    """A layer's best features in the given direction; those with r = 0 are never among them."""
+def _ranked_by(feature: Feature) -> float:
+    return feature.correlation if feature.score is None else feature.score
+
+
+def _none_survives(run: Run, candidates: list[Feature], alpha: float, correction: str) -> str:
+    """What to say where no feature is left."""
+    least = min(getattr(f, CORRECTIONS[correction]) for f in candidates)
+    tested = sum(moments[run.pool].d_sae for moments in run.moments.values())
+    return (
+        f"no feature survives alpha={alpha:g} ({correction}): among {tested} features of {len(run.moments)} layers and "
+        f"{run.n} samples, chance alone explains what correlates best (smallest corrected p {least:.3g}); "
+        f"collect more samples, or steer along none of these"
+    )
+
+
+def _top_features(
+    run: Run, layer: int, score: str, coefficient: str, direction: str, interval: str, k: int
+) -> list[Feature]:
+    """A layer's best features in the given direction; those with a score of 0 are never among them."""
     moments, r = run.moments[layer][run.pool], run.correlation(layer)
-    rank = {"positive": r, "negative": -r, "both": r.abs()}[direction]
-    c = run.moments[layer][run.coefficient_pool].coefficient(coefficient)[0]
+    evidence = run.evidence.get(layer, {}).get(run.pool)
+    if evidence is None and score != "pearson":
+        raise CorrSteerError(f"score {score!r} needs evidence, which this run does not hold; collect again")
+    value = r if score == "pearson" else inference.score(evidence, score).to(r.device)
+    rank = {"positive": value, "negative": -value, "both": value.abs()}[direction]
+    of_coefficient = run.moments[layer][run.coefficient_pool]
+    c = of_coefficient.coefficient(coefficient)[0]
     frequency, group = moments.frequency(), moments.group_frequency()[:, 0]
     best, indices = rank.topk(min(k, len(rank)))
+    indices = indices[best > 0]
+    known = {}
+    if evidence is not None and len(indices):
+        known["low"], known["high"] = inference.interval(evidence, interval, features=indices)
+        other = run.evidence[layer][run.coefficient_pool]
+        known["coefficient_error"] = inference.coefficient_error(other, of_coefficient, coefficient, indices)
+    if len(indices) and run.testable(score):
+        tested = run.significance(score)[layer]
+        at = indices.to(tested.p.device)
+        known |= {"p_value": tested.p[at], "p_layer": tested.p_layer[at]}
+        known |= {"p_adjusted": tested.p_adjusted[at], "q_value": tested.q[at]}
+    if score != "pearson":
+        known["score"] = value[indices]
+    columns = {name: [None if math.isnan(v) else v for v in values.tolist()] for name, values in known.items()}
     features = []
-    for index in indices[best > 0].tolist():
-        value = -abs(float(c[index])) if r[index] < 0 else float(c[index])
+    for at, index in enumerate(indices.tolist()):
         features.append(
             Feature(
                 hook_point=str(run.points[layer]),
                 layer=layer,
                 index=index,
                 correlation=float(r[index]),
-                coefficient=value,
+                coefficient=-abs(float(c[index])) if value[index] < 0 else float(c[index]),
                 frequency=float(frequency[index]),
                 frequency_positive=float(group[POSITIVE, index]),
                 frequency_negative=float(group[NEGATIVE, index]),
+                **{name: values[at] for name, values in columns.items()},
             )
         )
     return features

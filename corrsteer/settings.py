@@ -56,6 +56,13 @@ class CollectSettings(TaskSettings, ModelSettings):
     coefficient_pool: Literal["max", "mean"] | None = None
     positions: Literal["generated", "all"] = "generated"
     hook_offset: int = 0
+    permutations: int = Field(default=1000, ge=0)
+    bootstrap: int = Field(default=0, ge=0)
+    score: list[str] = ["pearson"]
+    block_size: int = Field(default=256, ge=1)
+    shuffle_seed: int = Field(default=0, ge=0)
+    patience: int | None = Field(default=None, ge=1)
+    statistics_bytes: int = Field(default=16 << 30, ge=1)
     buffer_bytes: int = Field(default=1 << 30, ge=1)
     precision: Literal["fp32", "bf16x2", "bf16", "fp16"] | None = None
     backend: str | None = None
@@ -67,6 +74,12 @@ class CollectSettings(TaskSettings, ModelSettings):
         """In YAML a mapping of layers to sources, or a single LAYER=SOURCE, will do."""
         if isinstance(value, dict):
             return [f"{layer}={source}" for layer, source in value.items()]
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("score", mode="before")
+    @classmethod
+    def _scores(cls, value: Any) -> Any:
+        """In YAML a single name will do."""
         return [value] if isinstance(value, str) else value
 
 

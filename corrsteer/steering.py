@@ -27,6 +27,7 @@ from corrsteer.models import HookPoint
 from corrsteer.passes import check_positions, track
 
 FORMAT = "corrsteer.steering/1"
+CHANCE = 0.05  # adjusted p above which a feature is said to be what chance explains
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,13 @@ class Feature:
     coefficient : what its decoder row is multiplied by; negative for a negatively correlated feature.
     frequency : share of samples in which it is active; `frequency_positive` and `frequency_negative` the same
         among the samples with reward > 0 and <= 0.
+    score : what it was ranked by, if not by the correlation.
+    low, high : ends of the correlation's interval.
+    p_value, p_layer, p_adjusted, q_value : how often chance gives as large a score: to this feature, to any feature of
+        its layer, to any of all layers, and the false discovery rate; see `inference.Significance`.
+    coefficient_error : the coefficient's standard error.
+
+    The last ones are None where they are not known, as for a run without permutations.
     """
 
     hook_point: str
@@ -51,6 +59,19 @@ class Feature:
     frequency: float
     frequency_positive: float
     frequency_negative: float
+    score: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p_value: float | None = None
+    p_layer: float | None = None
+    p_adjusted: float | None = None
+    q_value: float | None = None
+    coefficient_error: float | None = None
+
+    @property
+    def by_chance(self) -> bool:
+        """Whether chance explains its score; False where that is not known."""
+        return self.p_adjusted is not None and self.p_adjusted > CHANCE
 
 
 @dataclass

@@ -20,15 +20,19 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], indent: str = " 
 
 
 def feature_table(features: Iterable[Feature], selected_by: Mapping[str, Sequence[Feature]] | None = None) -> str:
-    """One feature a row; with `selected_by`, which selections hold it."""
-    selected_by = selected_by or {}
-    header = ("layer", "feature", "r", "coefficient", "active", "if right", "if wrong", *selected_by)
+    """One feature a row, what chance explains marked; with `selected_by`, which selections hold it."""
+    features, selected_by = list(features), selected_by or {}
+    header = ["layer", "feature", "r", "95 % interval", "adjusted p", "coefficient", "active", "if right", "if wrong"]
+    scored = any(f.score is not None for f in features)
     rows = [
         (
             str(f.layer),
             str(f.index),
+            *([f"{f.score:+.3f}" if f.score is not None else "-"] if scored else []),
             f"{f.correlation:+.3f}",
-            f"{f.coefficient:+.3f}",
+            "-" if f.low is None else f"{f.low:+.3f} to {f.high:+.3f}",
+            "-" if f.p_adjusted is None else f"{f.p_adjusted:.4f}" + " chance" * f.by_chance,
+            f"{f.coefficient:+.3f}" + ("" if f.coefficient_error is None else f" ± {f.coefficient_error:.3f}"),
             f"{f.frequency:.1%}",
             f"{f.frequency_positive:.1%}",
             f"{f.frequency_negative:.1%}",
@@ -36,4 +40,6 @@ def feature_table(features: Iterable[Feature], selected_by: Mapping[str, Sequenc
         )
         for f in features
     ]
-    return table(header, rows)
+    if scored:
+        header.insert(2, "score")
+    return table([*header, *selected_by], rows)

@@ -15,8 +15,9 @@ from corrsteer.kernels.plan import Plan, plan
 from corrsteer.kernels.steer_add import steer_add
 from corrsteer.kernels.token_norm import token_norm
 from corrsteer.kernels.update_moments import update_moments
+from corrsteer.kernels.update_sums import update_sums
 
-__all__ = ["encode", "encode_pool", "encode_update", "steer_add", "update_moments"]
+__all__ = ["encode", "encode_pool", "encode_update", "steer_add", "update_moments", "update_sums"]
 
 ROWS_BYTES = 64 << 20  # of pooled rows at a time, where they must exist: below it chunks cost more than they save
 SHORT = 16  # mean tokens a sample below which the sums of many samples are worth a product

@@ -74,6 +74,9 @@ def everything():
     operations.encode(x[:1], encoder("topk", "bf16"))
     for n, labels in ((1, 1), (5, 7)):
         operations.update_moments(torch.randn(n, 80), torch.ones(n, labels).bool(), Moments(80, labels))
+    for n, powers in ((1, (1,)), (5, (3, 0, 2)), (300, (257, 1, 0, 0, 0, 40))):
+        sums = torch.zeros(80, sum(powers), dtype=torch.float64)
+        operations.update_sums(torch.randn(n, 80), torch.randn(n, sum(powers)).double(), sums, powers)
     for shape in ((1, 1, 16), (3, 5, 18)):
         rows = torch.zeros(shape[0], dtype=torch.int32)
         operations.steer_add(torch.randn(shape).half(), torch.randn(1, shape[2]), rows, None)

@@ -33,6 +33,7 @@ from corrsteer.backends import Call
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 ACTIVATIONS = ("relu", "jumprelu", "gated", "topk", "abstopk", "identity")
 TOLERANCE = 1e-5
+MANY_COLUMNS = 256  # of update_sums, above which Triton's kernels multiply in float32
 UNDECIDED = 1e-5  # of the largest |W x + b|: nearer to a jump than this, float32 decides
 
 
@@ -305,6 +306,19 @@ def assert_moments(got: Moments, truth: Moments, eager: Moments | None = None, f
             assert_as_close_as_eager(mine, true, true, None, 1e-12, name)
         else:
             assert_as_close_as_eager(mine, true, true, theirs, tolerance, name)
+
+
+def assert_summed(got: Tensor, z: Tensor, weights: Tensor, before: Tensor, powers: tuple[int, ...], place: Place):
+    """`got` is what `update_sums` has to make of `before`; errors are relative to what the absolute values sum to."""
+    exponents = torch.repeat_interleave(torch.arange(1, len(powers) + 1), torch.tensor(powers, dtype=torch.int64))
+    terms = weights.cpu()[:, None] * z.cpu().double()[:, :, None].pow(exponents)  # [N, D, C]
+    truth, scale = before.cpu() + terms.sum(0), before.cpu().abs() + terms.abs().sum(0)
+    tolerance = torch.full_like(scale, 1e-12)
+    if place.backend == "triton" and sum(powers[:1]) > MANY_COLUMNS:  # a product of float32 accuracy
+        tolerance[:, : powers[0]] = TOLERANCE
+    assert got.dtype == torch.float64 and got.shape == truth.shape
+    off = ((got.cpu() - truth).abs() / (tolerance * scale).clamp(min=1e-300)).nan_to_num(nan=torch.inf)
+    assert not bool((off > 1).any()), f"{int((off > 1).sum())} sums are off, one by {float(off.max()):.3g} tolerances"
 
 
 def assert_same_state(one: Moments, other: Moments):

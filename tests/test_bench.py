@@ -85,7 +85,8 @@ def test_the_gpu_cases_cover_every_sae_tokens_and_steps_once_each():
     plain = [c for c in cases if (c.kind, c.precision, c.activation, c.pool) == TINY_BF16]
     assert len(plain) == len(shapes.SAES) * 3 * 3
     assert {"fp32", "bf16x2", "fp16"} < {c.precision for c in cases} and {"max", "both"} < {c.pool for c in cases}
-    assert {c.kind for c in cases} == {"encode_update", "update_moments", "steer_add", "host", "steer_host", "graph"}
+    others = {"permutations", "update_moments", "update_sums", "steer_add", "host", "steer_host", "graph"}
+    assert {c.kind for c in cases} == {"encode_update"} | others
 
 
 TINY_BF16 = ("encode_update", "bf16", "jumprelu", "mean")
@@ -148,6 +149,8 @@ def test_the_gpu_timer_measures_again_behind_a_longer_delay_until_the_host_is_ah
         {"labels": 3},
         {"activation": "topk"},
         {"kind": "update_moments", "tokens": 12, "labels": 3},
+        {"kind": "update_sums", "tokens": 12, "labels": 3},
+        {"kind": "permutations", "labels": 20},
         {"kind": "steer_add", "tokens": 4},
     ],
     ids=str,

@@ -16,7 +16,7 @@ import corrsteer
 from corrsteer import Run, Steering, Task
 from corrsteer.cli import app
 
-COMMANDS = ("demo", "collect", "select", "evaluate", "generate", "doctor")
+COMMANDS = ("demo", "collect", "select", "calibrate", "evaluate", "generate", "plan", "doctor")
 
 
 def run(*arguments, ok=True):
@@ -72,6 +72,9 @@ def test_collect_select_evaluate_and_generate_hand_over_to_each_other(world, col
     selected = json.loads(run("select", world / "run", "--out", steering, "--json").stdout)
     best = {str(f["layer"]): (f["index"], f["correlation"]) for f in selected["features"]}
     assert best == {layer: (top["feature"], top["r"]) for layer, top in collected["layers"].items()}
+    p = {str(f["layer"]): f["p_adjusted"] for f in selected["features"]}
+    assert p == {layer: top["p_adjusted"] for layer, top in collected["layers"].items()}
+    assert all(0 < top["settled_at"] <= 96 for top in collected["layers"].values())
 
     evaluated = json.loads(run("evaluate", "--steering", steering, "--json").stdout)
     assert evaluated["n"] == 12, "by default the test part of the same task"
@@ -84,6 +87,37 @@ def test_collect_select_evaluate_and_generate_hand_over_to_each_other(world, col
         run("generate", "--steering", steering, "--prompt", "1+2=", "--prompt", "3+", "--scale", 50, "--json").stdout
     )["completions"]
     assert [p["prompt"] for p in pairs] == ["1+2=", "3+"] and any(p["steered"] != p["unsteered"] for p in pairs)
+
+
+def test_alpha_drops_what_chance_explains_and_says_so_in_words(world, collected):
+    result = run("select", world / "run", "--out", world / "none.safetensors", "--alpha", 1e-9, ok=False)
+    assert "no feature survives alpha=1e-09 (maxT)" in result.output and not (world / "none.safetensors").exists()
+    arguments = ("--alpha", 0.999, "--correction", "bh", "--interval", "fisher", "--score", "contrastive", "--json")
+    kept = json.loads(run("select", world / "run", "--out", world / "s2.safetensors", *arguments).stdout)["features"]
+    assert kept and all(f["q_value"] <= 0.999 and f["score"] is not None for f in kept)
+
+
+def test_scores_permutations_and_bootstrap_are_collected_as_asked(world, tmp_path):
+    arguments = ("--score", "auroc", "--permutations", 19, "--bootstrap", 30, "--block-size", 32, "--shuffle-seed", 7)
+    run("collect", "--config", world / "collect.yaml", "--out", tmp_path / "run", *arguments)
+    evidence = Run.load(tmp_path / "run").evidence[1]["max"]
+    assert (evidence.permutations, evidence.bootstrap, evidence.seed) == (19, 30, 7)
+    assert evidence.scores == ("pearson", "auroc") and evidence.blocks == {0, 1, 2}
+    arguments = ("--score", "auroc", "--interval", "bootstrap", "--json")
+    rows = json.loads(run("select", tmp_path / "run", "--out", tmp_path / "s", *arguments).stdout)["table"]["1"]
+    assert all(row["p_value"] * 20 == pytest.approx(round(row["p_value"] * 20)) for row in rows)
+
+
+def test_calibrate_writes_the_best_scale_into_the_coefficients(world, collected):
+    steering, scaled = world / "s.safetensors", world / "scaled.safetensors"
+    run("select", world / "run", "--out", steering, "--strategy", "single")
+    arguments = ("--steering", steering, "--out", scaled, "--try-scale", 2, "--try-scale", 50)
+    found = json.loads(run("calibrate", *arguments, "--json").stdout)
+    assert [point["scale"] for point in found["curve"]] == [0, 2, 50]
+    before, after = (Steering.load(path).features[0].coefficient for path in (steering, scaled))
+    assert after == pytest.approx(found["scale"] * before)
+    assert found["validation"]["n"] == 12 and Steering.load(scaled).provenance["calibration"]["curve"] == found["curve"]
+    assert "scale" in run("calibrate", *arguments).stdout
 
 
 def test_select_pruned_validates_on_the_runs_own_task(world, collected):

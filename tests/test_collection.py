@@ -1,14 +1,29 @@
 """collect: what it gathers, what it refuses before it starts, and what it keeps when it must stop."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
 import worlds
 
-from corrsteer import CorrSteerError, Moments, Run, SparseEncoder, Task, collect, encode, encode_update
+from corrsteer import (
+    CorrSteerError,
+    Evidence,
+    Moments,
+    Run,
+    SparseEncoder,
+    Task,
+    collect,
+    encode,
+    encode_pool,
+    inference,
+    select,
+)
 from corrsteer.collection import CollectionStopped
 from corrsteer.generation import Decoding, complete, plan_batches, tokenize
+from corrsteer.tasks import with_shuffled_rewards
 
 DECODING = Decoding(max_new_tokens=5, batch_size=16)
 
@@ -67,6 +82,97 @@ def test_a_buffer_too_small_for_the_batch_gives_the_same_result(model, positions
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_collected_evidence_is_of_the_same_samples_and_says_the_same_r(model):
+    run = gather(model, coefficient_pool="mean", permutations=50, bootstrap=20, block_size=16)
+    for layer in run.moments:
+        for pool in ("max", "mean"):
+            evidence = run.evidence[layer][pool]
+            assert evidence.n == run.n == 40 and evidence.blocks == {0, 1, 2}
+            torch.testing.assert_close(
+                inference.correlation(evidence), run.moments[layer][pool].correlation()[0], rtol=0, atol=1e-9
+            )
+        # what the coefficient is read from is not what is tested
+        assert (run.evidence[layer]["max"].permutations, run.evidence[layer]["mean"].permutations) == (50, 0)
+    assert [s.n for s in run.snapshots] == [16, 32, 40] and set(run.snapshots[0].leaders) == {1, 2}
+    final = {layer: int(run.correlation(layer).argmax()) for layer in run.moments}
+    assert {layer: best.feature for layer, (best, _) in run.snapshots[-1].leaders.items()} == final
+
+
+def test_evidence_depends_on_the_seed_and_the_blocks_and_not_on_batches(model):
+    settings = {"permutations": 30, "bootstrap": 10, "block_size": 16}
+    one, many, other = (
+        gather(model, decoding=Decoding(max_new_tokens=5, batch_size=size), shuffle_seed=seed, **settings)
+        for size, seed in ((1, 0), (64, 0), (64, 1))
+    )
+    a, b, c = (run.evidence[1]["max"] for run in (one, many, other))
+    torch.testing.assert_close(a.sums, b.sums, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(b.columns("permuted"), c.columns("permuted"), rtol=1e-2)
+    torch.testing.assert_close(many.correlation(1), other.correlation(1), rtol=0, atol=1e-4)
+
+
+def test_statistics_that_would_not_fit_are_refused_with_their_size_before_anything_is_generated(model, monkeypatch):
+    monkeypatch.setattr(model, "generate", lambda *a, **k: pytest.fail("generated"), raising=False)
+    with pytest.raises(
+        CorrSteerError, match=r"statistics_bytes must be at least 80\d+: evidence of 100000 permutations"
+    ):
+        gather(model, permutations=100_000, encoders=worlds.encoders((1,), d_sae=100), statistics_bytes=10**7)
+
+
+def test_patience_stops_a_collection_whose_best_features_are_clear(model, monkeypatch):
+    def stable(snapshots, patience):
+        assert patience == 2
+        return len(snapshots) >= 3
+
+    monkeypatch.setattr("corrsteer.stability.stable", stable)
+    run = gather(model, block_size=8, patience=2)
+    assert run.n == int(run.rewards.isfinite().sum()) == 24 and len(run.snapshots) == 3
+    assert "stopped after 24 of 40 samples" in run.notes[0] and select(run, "all").features
+    assert gather(model, block_size=20, patience=2).notes == [], "the last block is the last anyhow"
+
+
+def test_evidence_that_cannot_be_added_to_is_given_up_and_the_rest_of_the_run_kept(model, monkeypatch):
+    update, calls = Evidence.update, []
+
+    def fails(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 4:
+            raise MemoryError("no room")
+        return update(self, *arguments, **options)
+
+    monkeypatch.setattr(Evidence, "update", fails)
+    with pytest.raises(CollectionStopped, match="no room") as stopped:
+        gather(model, block_size=16)
+    run = stopped.value.run
+    assert run.n == 32 and run.evidence == {} and "no intervals or tests" in run.notes[0]
+    assert not run.testable() and select(run, "all").features[0].p_adjusted is None
+
+
+def test_an_interrupt_while_a_block_is_folded_in_waits_for_its_end(model, monkeypatch):
+    update = Evidence.update
+
+    def interrupted(self, *arguments, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return update(self, *arguments, **options)
+
+    monkeypatch.setattr(Evidence, "update", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(CollectionStopped, match="interrupted") as stopped:
+        gather(model, block_size=16)
+    run = stopped.value.run
+    assert {run.n, *(e["max"].n for e in run.evidence.values())} == {16}
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_shuffled_rewards_are_the_same_rewards_of_other_examples(model):
+    run = gather(model)
+    control = with_shuffled_rewards(worlds.task(), run.rewards.tolist(), seed=1)
+    shuffled = gather(model, task=control).rewards
+    assert not torch.equal(shuffled, run.rewards) and torch.equal(shuffled.sort().values, run.rewards.sort().values)
+    assert control.grader_name == "shuffled rewards"
+    with pytest.raises(CorrSteerError, match="rewards must be those of the task's 40 examples, got 3"):
+        with_shuffled_rewards(worlds.task(), [1.0, 0.0, 1.0])
+
+
 def test_the_batches_a_task_falls_into_do_not_change_the_result(model):
     one, many = (gather(model, decoding=Decoding(max_new_tokens=5, batch_size=size)) for size in (1, 64))
     assert torch.equal(one.rewards, many.rewards)
@@ -119,15 +225,18 @@ def test_an_identity_encoder_collects_residual_dimensions(model):
 
 
 def test_a_saved_run_is_the_same_when_loaded(model, tmp_path):
-    run = gather(model, coefficient_pool="mean")
+    run = gather(model, coefficient_pool="mean", permutations=20, scores=("pearson", "auroc"))
     run.save(tmp_path / "run")
     loaded = Run.load(tmp_path / "run")
     for layer in run.moments:
         for pool in ("max", "mean"):
             pairs = zip(run.moments[layer][pool].state(), loaded.moments[layer][pool].state())
             assert all(torch.equal(a, b) for a, b in pairs)
+            assert torch.equal(run.evidence[layer][pool].sums, loaded.evidence[layer][pool].sums)
+        for score in ("pearson", "auroc"):
+            assert torch.equal(run.significance(score)[layer].q, loaded.significance(score)[layer].q)
     assert torch.equal(run.rewards, loaded.rewards)
-    for name in ("pool", "coefficient_pool", "points", "notes", "provenance", "n"):
+    for name in ("pool", "coefficient_pool", "points", "snapshots", "notes", "provenance", "n"):
         assert getattr(run, name) == getattr(loaded, name), name
 
 
@@ -168,9 +277,9 @@ def test_a_failure_between_layers_leaves_the_run_as_it_was_before_the_batch(mode
         calls.append(1)
         if len(calls) == 4:  # the second layer of the second batch
             raise failure
-        return encode_update(*arguments, **options)
+        return encode_pool(*arguments, **options)
 
-    monkeypatch.setattr("corrsteer.collection.ops.encode_update", update)
+    monkeypatch.setattr("corrsteer.collection.ops.encode_pool", update)
     with pytest.raises(CollectionStopped, match="(out of memory|interrupted).*the 16 samples") as stopped:
         gather(model)
     run = stopped.value.run
@@ -224,6 +333,8 @@ REFUSED = {
         {"task": Task.from_rows([{"prompt": "1" * 125, "answer": "1"}])},
         r":1: the prompt has 126 tokens",
     ),
+    "a block of no samples": ({"block_size": 0}, "block_size must be at least 1, got 0"),
+    "an unknown score": ({"scores": ("kendall",)}, "scores must be among pearson, "),
     "an unknown backend": ({"backend": "magic"}, "backend must be one of"),
 }
 

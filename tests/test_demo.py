@@ -18,10 +18,10 @@ from corrsteer.demo.run import HERE, load
 MEGABYTE = 10**6
 
 
-def run_demo(folder, **environment):
+def run_demo(folder, *arguments, **environment):
     """What `corrsteer demo --json` prints, run from another directory without a network."""
     done = subprocess.run(
-        [sys.executable, "-m", "corrsteer.cli", "demo", "--json"],
+        [sys.executable, "-m", "corrsteer.cli", "demo", "--json", *arguments],
         capture_output=True,
         text=True,
         cwd=folder,
@@ -58,6 +58,25 @@ def test_it_says_what_it_is_doing_and_shows_every_strategy(result):
     said = result["stderr"]
     for words in ("1. Collect", "2. Select", "3. Steer", "CorrSteer-S", "CorrSteer-A", "CorrSteer-P", "McNemar", "->"):
         assert words in said
+
+
+def test_the_table_gives_p_values_and_intervals_and_what_is_real_survives(result):
+    for feature in result["features"].values():
+        assert feature["p_adjusted"] == 1 / 1001 and feature["low"] < feature["correlation"] < feature["high"]
+    assert "95 % interval" in result["stderr"] and "adjusted p" in result["stderr"]
+    assert (
+        "any of all 2048 features" in result["stderr"]
+        and "chance" not in result["stderr"].split("2. Select")[1].split("Adjusted p:")[0]
+    )
+
+
+def test_with_shuffled_rewards_nothing_survives_and_the_command_says_so(tmp_path):
+    control = run_demo(tmp_path, "--shuffle-rewards")
+    assert control["survivors"] == [] and control["samples"] == 2090 and control["shuffled"]
+    assert all(f["p_adjusted"] > 0.05 for f in control["features"].values())
+    said = control["stderr"]
+    assert "No feature survives alpha = 0.05" in said and "There is nothing to find here, and nothing was found" in said
+    assert any("no feature survives alpha=0.05" in note for note in control["notes"])
 
 
 def test_the_native_backend_runs_by_itself_and_selects_what_the_reference_does(result, tmp_path):

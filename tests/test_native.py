@@ -17,6 +17,7 @@ from parity import (
     assert_as_close_as_eager,
     assert_moments,
     assert_same_state,
+    assert_summed,
     cu,
     decided,
     everywhere,
@@ -38,6 +39,7 @@ from corrsteer import (
     encode,
     encode_pool,
     sae_files,
+    update_sums,
 )
 from corrsteer import native_backend as native
 from corrsteer.encoder import _fold
@@ -113,6 +115,35 @@ def test_update_moments_of_several_chunks_is_that_of_all_samples(place):
     assert not got.correlation()[:, 3:5].any()  # constant features correlate with nothing
 
 
+def assert_sums(z, weights, powers, place):
+    before = torch.ones(z.shape[1], weights.shape[1], dtype=torch.float64)
+    got = before.clone()
+    update_sums(z, weights, got, powers, backend=place.backend)
+    assert_summed(got, z, weights, before, powers, place)
+
+
+@pytest.mark.usefixtures("poisoned")
+@everywhere(NATIVE)
+@pytest.mark.parametrize("n", (255, 256, 257, 511, 512, 513, 700))
+def test_update_sums_of_several_chunks_are_those_of_all_samples(place, n):
+    g = torch.Generator().manual_seed(n)
+    z, weights = torch.randn(n, 67, generator=g), torch.randn(n, 20, generator=g).double()
+    z[:, ::3] = z[:, ::3].relu()
+    z[:, 4], z[:256, 5], z[256:, 6] = 0, 0, 0
+    assert_sums(z, weights, (17, 0, 3), place)
+
+
+@pytest.mark.usefixtures("poisoned")
+@everywhere(NATIVE)
+def test_update_sums_of_as_many_columns_and_features_as_registers_hold_or_not_quite(place):
+    g = torch.Generator().manual_seed(0)
+    for columns in (*range(1, 10), 15, 16, 17, 24, 31, 32, 33, 56, 57, 63, 64, 65, 129):
+        z = torch.randn(3, 1 + columns % 50, generator=g).relu()
+        assert_sums(z, torch.randn(3, columns, generator=g).double(), (columns // 2, columns - columns // 2), place)
+    for features in (7, 8, 9, 23, 24, 25, 47, 48, 49, 97):
+        assert_sums(torch.randn(3, features, generator=g), torch.randn(3, 2, generator=g).double(), (1, 1), place)
+
+
 @everywhere(NATIVE)
 @pytest.mark.parametrize("d_sae", (1, 7, 8, 9, 47, 48, 49, 97))
 def test_sizes_around_those_of_panels_of_features(place, d_sae):
@@ -130,12 +161,20 @@ def test_sizes_around_those_of_panels_of_features(place, d_sae):
 @pytest.mark.parametrize("activation", ("jumprelu", "topk"))
 def test_any_number_of_threads_gives_the_same_bits(place, activation):
     problem, y = problem_with_rewards(Case(activation, lengths=(700, 3, 40), d_sae=999))
-    one = updated(problem, y, place), encode(problem.x, problem.encoder, backend=place.backend)
+    weights = torch.randn(743, 70, generator=torch.Generator().manual_seed(0)).double()
+
+    def results():
+        z = encode(problem.x, problem.encoder, backend=place.backend)
+        sums = torch.zeros(999, 70, dtype=torch.float64)
+        update_sums(z, weights, sums, (60, 10), backend=place.backend)
+        return updated(problem, y, place), z, sums
+
+    one = results()
     try:
         for threads in (2, 5):
             torch.set_num_threads(threads)
-            several = updated(problem, y, place), encode(problem.x, problem.encoder, backend=place.backend)
-            assert torch.equal(several[1], one[1])
+            several = results()
+            assert torch.equal(several[1], one[1]) and torch.equal(several[2], one[2])
             for a, b in zip(several[0], one[0]):
                 assert_same_state(a, b)
     finally:
@@ -358,6 +397,7 @@ LENGTHS = cu([2, 2])
 X, CU, Y = torch.zeros(5, 19), cu([2, 3]), torch.zeros(2, 1, dtype=torch.float64)
 STATE = native._state(EMPTY := Moments(67))
 POOLED, DENSE = torch.zeros(2, 67), torch.zeros(5, 67)
+WEIGHTS, SUMS = torch.zeros(2, 4, dtype=torch.float64), torch.zeros(67, 4, dtype=torch.float64)
 
 
 def an_encoder(form="relu", /, **changes):
@@ -376,6 +416,11 @@ def an_encoder(form="relu", /, **changes):
 def pool_of(x=X, lengths=CU, out=POOLED, encoder=None, threads=1):
     x, lengths, out = (a if isinstance(a, _native.Array) else array(a) for a in (x, lengths, out))
     _native.encode_pool(encoder or an_encoder(), x, lengths, out, None, threads)
+
+
+def sum_of(pooled=POOLED, weights=WEIGHTS, sums=SUMS, powers=(3, 1), isa="portable", threads=1):
+    pooled, weights, sums = (a if isinstance(a, _native.Array) else array(a) for a in (pooled, weights, sums))
+    _native.update_sums(isa, pooled, weights, sums, list(powers), threads)
 
 
 def steer(h=(1, 2, 4), vectors=(3, 4), rows=(0,), positions=None, dtype=F32):
@@ -438,6 +483,34 @@ HOSTILE = {
         lambda: _native.update_moments("portable", array(POOLED), array(Y), native._state(Moments(66)), 1),
         r"pooled must be \[-1, 66\]",
     ),
+    "pooled of float64": (lambda: sum_of(POOLED.double()), "pooled must be .* got .* float64"),
+    "pooled of other features": (lambda: sum_of(POOLED[:, :66]), r"pooled must be \[-1, 67\]"),
+    "pooled with gaps in its rows": (lambda: sum_of(torch.zeros(2, 134)[:, ::2]), "pooled must be contiguous"),
+    "weights of other samples": (lambda: sum_of(POOLED[:1]), r"weights must be \[1, 4\] float64"),
+    "weights of other columns": (lambda: sum_of(weights=WEIGHTS[:, :3]), r"weights must be \[2, 4\] float64"),
+    "weights of float32": (lambda: sum_of(weights=WEIGHTS.float()), "weights must be .* float64 .*, got .* float32"),
+    "weights with gaps": (lambda: sum_of(weights=WEIGHTS.repeat(1, 2)[:, :4]), "weights must be contiguous"),
+    "sums of float32": (lambda: sum_of(sums=SUMS.float()), "sums must be .* float64 .*, got .* float32"),
+    "sums of one dimension": (lambda: sum_of(sums=SUMS[:, 0]), r"sums must be \[-1, -1\]"),
+    "sums with gaps in their rows": (lambda: sum_of(sums=SUMS.repeat(1, 2)[:, ::2]), "sums must be contiguous"),
+    "sums that are the same numbers twice": (
+        lambda: sum_of(sums=SUMS[:1].expand(67, 4)), r"sums must not hold the same number twice, got strides \[0, 1\]"
+    ),
+    "sums whose rows overlap": (
+        lambda: sum_of(sums=torch.zeros(70, dtype=torch.float64).as_strided((67, 4), (1, 1))),
+        "sums must not hold the same number twice",
+    ),
+    "sums without memory": (lambda: sum_of(sums=forged(SUMS, address=0)), "address must be that of a tensor's memory"),
+    "powers of fewer columns": (lambda: sum_of(powers=(3,)), r"powers must be .* add up to 4, got \[3\]"),
+    "powers of more columns": (lambda: sum_of(powers=(3, 2)), r"powers must be .* add up to 4, got \[3, 2\]"),
+    "no powers": (lambda: sum_of(powers=()), r"powers must be .* add up to 4, got \[\]"),
+    "a negative number of columns": (lambda: sum_of(powers=(5, -1)), r"powers must be .* add up to 4, got \[5, -1\]"),
+    "powers that add up when they overflow": (
+        lambda: sum_of(powers=(2**63 - 1, 2**63 - 1, 6)), "powers must be .* add up to 4"
+    ),
+    "the least number of columns": (lambda: sum_of(powers=(-(2**63), 4)), "powers must be .* add up to 4"),
+    "sums by no threads": (lambda: sum_of(threads=0), "threads must be at least 1, got 0"),
+    "sums by an unknown instruction set": (lambda: sum_of(isa="amx"), "processor offers .* got amx"),
     "a NaN threshold": (
         lambda: an_encoder("jumprelu", threshold=array(UNDEFINED)),
         "threshold must not be NaN, got NaN for feature 66",

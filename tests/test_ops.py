@@ -23,6 +23,7 @@ from parity import (
     assert_as_close_as_eager,
     assert_moments,
     assert_same_state,
+    assert_summed,
     at,
     cu,
     decided,
@@ -49,6 +50,7 @@ from corrsteer import (
     encode_update,
     steer_add,
     update_moments,
+    update_sums,
 )  # fmt: skip
 
 ON_CPU = REFERENCE[0]
@@ -704,6 +706,122 @@ def test_a_nan_in_one_pooled_activation_is_in_its_own_features_moments_alone(pla
         assert torch.equal(getattr(got, name)[..., others], getattr(clean, name)[..., others]), name
 
 
+# update_sums
+
+SUMS = {
+    f"{n} x {d} of {str(dtype).removeprefix('torch.')}, {active:.0%} active, columns {powers}": (
+        n, d, dtype, active, powers
+    )
+    for n, d, dtype, active, powers in (
+        (0, 37, F32, 1, (5,)),
+        (1, 1, F32, 1, (1,)),
+        (1, 67, F16, 0.5, (3, 0, 2)),
+        (5, 37, BF16, 1, (70,)),
+        (5, 67, F32, 0, (2, 1)),
+        (5, 131, F32, 0.5, ()),
+        (300, 1, BF16, 0.5, (1, 2, 3, 1, 2, 4)),
+        (300, 67, F32, 0.02, (130,)),
+        (300, 67, F32, 1, (0, 0, 0, 0, 0, 5)),
+        (300, 37, F16, 0.02, (5, 70)),
+        (130, 131, F32, 0.5, (9, 8, 8, 16, 17, 7)),
+        (1, 37, F32, 1, (257,)),
+        (150, 67, F32, 0.02, (300,)),
+        (129, 65, BF16, 1, (257, 0, 3)),
+    )
+}  # fmt: skip
+
+
+def some_sums(n, d, dtype, active, powers, device="cpu"):
+    """Pooled activations of both signs, some of them 0, weights, and sums that are not 0 before."""
+    g = torch.Generator().manual_seed(n + d)
+    z = torch.randn(n, d, generator=g) * (torch.rand(n, d, generator=g) < active)
+    weights, sums = (torch.randn(rows, sum(powers), generator=g, dtype=torch.float64) for rows in (n, d))
+    return z.to(device, dtype), weights.to(device), sums.to(device)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("place", "given"), [at(p, given, id=name) for p in PLACES for name, given in SUMS.items()])
+def test_update_sums_adds_weighted_powers_to_what_was_there_wherever_it_lies(place, given):
+    *_, powers = given
+    z, weights, sums = some_sums(*given, device=place.device)
+    for lay in (
+        fenced,
+        lambda t: t.T.contiguous().T,
+        lambda t: torch.cat([t, t], 1)[:, t.shape[1] :],
+        lambda t: t.repeat_interleave(2, 0)[::2],
+    ):
+        got = lay(sums.clone())
+        update_sums(lay(z), lay(weights), got, powers, backend=place.backend)
+        assert_summed(got, z, weights, sums, powers, place)
+
+
+@everywhere()
+@pytest.mark.parametrize("powers", ((70,), (3, 0, 2), (257, 1)), ids=str)
+def test_update_sums_of_a_part_of_a_tensor_leaves_the_rest_of_it_as_it_is(place, powers):
+    z, weights, _ = some_sums(5, 37, F32, 0.5, powers, place.device)
+    wide = torch.full((2 * 37, sum(powers) + 9), 7.0, dtype=torch.float64, device=place.device)
+    part = wide[::2, 4:-5]
+    update_sums(z, weights, part, powers, backend=place.backend)
+    assert_summed(part, z, weights, torch.full_like(part, 7.0), powers, place)
+    part.fill_(7.0)
+    assert bool((wide == 7).all())
+
+
+@everywhere()
+def test_update_sums_takes_every_column_to_the_first_power_where_nothing_is_said(place):
+    z, weights, sums = some_sums(5, 37, F32, 0.5, (4,), place.device)
+    got = sums.clone()
+    update_sums(z, weights, got, backend=place.backend)
+    assert_summed(got, z, weights, sums, (4,), place)
+
+
+@everywhere()
+def test_update_sums_of_batches_add_up_to_those_of_all_samples(place):
+    powers = (4, 3, 2)
+    z, weights, sums = some_sums(70, 37, F32, 0.5, powers, place.device)
+    got = sums.clone()
+    for first, last in ((0, 1), (1, 1), (1, 40), (40, 70)):
+        update_sums(z[first:last], weights[first:last], got, powers, backend=place.backend)
+    assert_summed(got, z, weights, sums, powers, place)
+
+
+@everywhere()
+@pytest.mark.parametrize("size", (1e30, 1e-30), ids=str)
+def test_no_power_of_a_huge_or_a_tiny_activation_is_lost(place, size):
+    powers = (1, 1, 1, 1, 1, 1)
+    z, weights, sums = some_sums(5, 37, F32, 1, powers, place.device)
+    got = torch.zeros_like(sums)
+    update_sums(z * size, weights, got, powers, backend=place.backend)
+    assert_summed(got, z * size, weights, torch.zeros_like(sums), powers, place)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # by Triton's interpreter
+@everywhere()
+@pytest.mark.parametrize("powers", ((5, 70), (260,)), ids=str)
+@pytest.mark.parametrize("value", (torch.nan, torch.inf), ids=str)
+def test_what_is_not_finite_in_one_pooled_activation_is_in_its_own_features_sums_alone(place, powers, value):
+    z, weights, clean = some_sums(40, 67, F32, 0.5, powers, place.device)
+    got = clean.clone()
+    update_sums(z, weights, clean, powers, backend=place.backend)
+    z[7, 5] = value
+    weights[7, 3] = 0
+    update_sums(z, weights, got, powers, backend=place.backend)
+    others = torch.arange(67, device=place.device) != 5
+    assert not bool(got[5].isfinite().any())
+    got[others, 3] = clean[others, 3]  # whose weight is another now
+    assert torch.equal(got[others], clean[others])
+
+
+@everywhere()
+def test_autograd_is_told_that_update_sums_has_changed_the_sums(place):
+    z, weights, sums = some_sums(5, 37, F32, 1, (4,), place.device)
+    leaf = torch.ones_like(sums, requires_grad=True)
+    product = (leaf * sums).sum()  # whose gradient needs the sums
+    update_sums(z, weights, sums, backend=place.backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
 # steer_add
 
 
@@ -802,6 +920,13 @@ def test_the_same_inputs_give_the_same_bits_again_and_are_left_as_they_were(plac
     for labels in (1, 2):
         for one, other in zip(*(updated(problem, y[:, :labels], place) for _ in range(2))):
             assert_same_state(one, other)
+    powers = (257, 3, 2)
+    given = [fenced(t) for t in some_sums(40, 37, F32, 0.5, powers, place.device)]
+    inputs, copies = [*inputs, *given[:2]], [*copies, *(t.clone() for t in given[:2])]
+    one, other = given[2].clone(), given[2].clone()
+    for into in (one, other):
+        update_sums(*given[:2], into, powers, backend=place.backend)
+    assert torch.equal(one, other)
     assert all(torch.equal(t, copy) for t, copy in zip(inputs, copies))
 
 
@@ -813,11 +938,15 @@ def test_every_operation_compiles_without_a_graph_break_and_gives_the_same_resul
     y, backend = torch.tensor([1.0, 0.0, 1.0], device=place.device), place.backend
     vectors, rows = torch.ones(1, 19, device=x.device), torch.tensor([0, -1], dtype=torch.int32, device=x.device)
 
-    def everything(x, lengths, y, moments, pair):
+    weights = torch.randn(3, 4, generator=g, dtype=torch.float64).to(place.device)
+
+    def everything(x, lengths, y, moments, pair, sums):
         mean, maximum = encode_pool(x, lengths, encoder, "both", backend=backend)
         encode_update(x, lengths, y, encoder, moments, "mean", backend=backend)
         encode_update(x, lengths, y, encoder, pair, "both", backend=backend)
         update_moments(mean, y, moments, backend=backend)
+        update_sums(mean, weights, sums[:, :4], (3, 1), backend=backend)
+        update_sums(mean, weights, sums[:, 1:], backend=backend)
         h = torch.zeros(2, 3, 19, device=x.device)
         steer_add(h, vectors, rows, backend=backend)
         alone = encode_pool(x, lengths, encoder, "max", backend=backend)
@@ -827,14 +956,30 @@ def test_every_operation_compiles_without_a_graph_break_and_gives_the_same_resul
         return [Moments(37, device=place.device) for _ in range(3)]
 
     (first, *pair), (compiled_first, *compiled_pair) = states(), states()
-    eager = everything(x, lengths, y, first, tuple(pair))
+    sums, compiled_sums = (torch.ones(37, 5, dtype=torch.float64, device=place.device) for _ in range(2))
+    eager = everything(x, lengths, y, first, tuple(pair), sums)
     run = torch.compile(everything, fullgraph=True, backend="aot_eager")
-    compiled = run(x, lengths, y, compiled_first, tuple(compiled_pair))
-    for a, b in zip(eager, compiled):
+    compiled = run(x, lengths, y, compiled_first, tuple(compiled_pair), compiled_sums)
+    for a, b in zip((*eager, sums), (*compiled, compiled_sums)):
         assert torch.equal(a, b)
     for a, b in zip((first, *pair), (compiled_first, *compiled_pair)):
         assert_same_state(a, b)
     assert first.n == 6
+
+
+@everywhere((ON_CPU, NATIVE[0]))
+def test_update_sums_compiles_once_for_any_number_of_samples_and_columns(place):
+    def add(*arguments):
+        update_sums(*arguments, backend=place.backend)
+
+    torch._dynamo.reset()
+    add = torch.compile(add, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n, columns in ((5, 3), (7, 4), (9, 6)):
+            z, weights, sums = some_sums(n, 11, F32, 1, (columns,))
+            got = sums.clone()
+            add(z, weights, got)
+            assert_summed(got, z, weights, sums, (columns,), place)
 
 
 @everywhere((ON_CPU, NATIVE[0], Place("triton", "cpu")))
@@ -846,10 +991,12 @@ def test_operators_pass_torchs_own_checks_of_their_schema_and_fake_implementatio
     x, lengths, y = torch.randn(5, 19), cu([2, 3]), torch.ones(2, 1)
     operators = torch.ops.corrsteer
     h, rows = torch.zeros(2, 3, 4), torch.zeros(2, dtype=torch.int32)
+    weights = torch.ones(2, 3, dtype=torch.float64)
     for operator, arguments in (
         (operators.encode, (x, *_flatten(encoder))),
         (operators.encode_pool, (x, lengths, *_flatten(encoder), "both")),
         (operators.update_moments, (torch.ones(2, 67), y, Moments(67).state())),
+        (operators.update_sums, (torch.ones(2, 67), weights, torch.zeros(67, 3).double(), [1, 2])),
         (operators.encode_update, (x, lengths, y, *_flatten(encoder), Moments(67).state(), "max")),
         (operators.steer_add, (h, torch.ones(1, 4), rows, None)),
     ):
@@ -864,8 +1011,14 @@ def test_no_operation_records_a_gradient_or_listens_to_autocast(place):
     encode_update(x, lengths, y, encoder, moments, backend=place.backend)
     expected = encode(x, encoder, backend=place.backend)
     assert not any(tensor.requires_grad for tensor in (*moments.state(), expected))
+    one, other = (torch.zeros(19, 3, dtype=torch.float64, device=place.device) for _ in range(2))
+    weights = torch.ones(5, 3, dtype=torch.float64, device=place.device, requires_grad=True)
+    update_sums(x, weights, one, (1, 2), backend=place.backend)
+    assert not one.requires_grad
     with torch.autocast(place.device, torch.bfloat16):
         assert torch.equal(encode(x, encoder, backend=place.backend), expected)
+        update_sums(x, weights, other, (1, 2), backend=place.backend)
+        assert torch.equal(one, other)
 
 
 def test_moments_made_in_inference_mode_can_be_updated_outside_of_it():
@@ -875,6 +1028,7 @@ def test_moments_made_in_inference_mode_can_be_updated_outside_of_it():
     assert moments.n == 2
 
 
+SUMMED = torch.ones(5, 3, dtype=torch.float64), torch.zeros(19, 3, dtype=torch.float64)  # weights and sums
 BAD_CALLS = {
     "x of another width": (lambda e, x, c: encode(x[:, :5], e), "x must have d_in=19"),
     "x of integers": (lambda e, x, c: encode(x.long(), e), "x must be float32"),
@@ -909,6 +1063,45 @@ BAD_CALLS = {
     "pooled of another width": (
         lambda e, x, c: update_moments(torch.ones(2, 3), torch.ones(2), Moments(67)),
         "pooled must be",
+    ),
+    "pooled of integers": (lambda e, x, c: update_sums(x.long(), *SUMMED), r"pooled must be \[N, D\] float32, .*int64"),
+    "pooled of one dimension": (lambda e, x, c: update_sums(x[0], *SUMMED), r"pooled must be \[N, D\] .* got \[19\]"),
+    "weights of other samples": (lambda e, x, c: update_sums(x[:4], *SUMMED), r"weights must be \[N=4, C\] float64"),
+    "weights of float32": (
+        lambda e, x, c: update_sums(x, SUMMED[0].float(), SUMMED[1]),
+        r"weights must be \[N=5, C\] float64, got \[5, 3\] torch.float32",
+    ),
+    "weights of one dimension": (
+        lambda e, x, c: update_sums(x, SUMMED[0][:, 0], SUMMED[1]),
+        r"weights must be \[N=5, C\] float64, got \[5\]",
+    ),
+    "a weight that is NaN": (
+        lambda e, x, c: update_sums(x, SUMMED[0] * torch.nan, SUMMED[1]),
+        "weights must be finite",
+    ),
+    "sums of other features": (
+        lambda e, x, c: update_sums(x[:, :4], *SUMMED),
+        r"sums must be \[D=4, C=3\] float64, got \[19, 3\]",
+    ),
+    "sums of other columns": (
+        lambda e, x, c: update_sums(x, SUMMED[0][:, :2], SUMMED[1]),
+        r"sums must be \[D=19, C=2\] float64, got \[19, 3\]",
+    ),
+    "sums of float32": (
+        lambda e, x, c: update_sums(x, SUMMED[0], SUMMED[1].float()),
+        r"sums must be \[D=19, C=3\] float64, got .* torch.float32",
+    ),
+    "sums elsewhere": (
+        lambda e, x, c: update_sums(x, SUMMED[0], SUMMED[1].to("meta")),
+        "sums must be on cpu, got meta",
+    ),
+    "powers of fewer columns": (
+        lambda e, x, c: update_sums(x, *SUMMED, (1, 1)),
+        r"powers must be column counts that add up to C=3, got \[1, 1\]",
+    ),
+    "a negative number of columns": (
+        lambda e, x, c: update_sums(x, *SUMMED, (4, -1)),
+        r"powers must be column counts that add up to C=3, got \[4, -1\]",
     ),
     "a residual without rows": (
         lambda e, x, c: steer_add(x, torch.ones(1, 19), c),

@@ -77,7 +77,8 @@ def test_a_main_kernel_that_spills_or_takes_too_much_shared_memory_is_named():
 
 def test_every_operations_launch_binds_its_arguments_and_compiles_for_sm_90():
     launched = finished("launches")
-    for kernel in ("encode_pool", "fold", "complete", "plan", "encode", "topk", "pool_sparse", "products", "steer_add"):
+    for kernel in ("encode_pool", "fold", "complete", "plan", "encode", "topk", "pool_sparse", "products", "sums",
+                   "sum_products", "steer_add"):  # fmt: skip
         assert f"'{kernel}_kernel'" in launched
 
 

@@ -8,28 +8,35 @@ import torch
 import worlds
 from scipy.stats import binomtest
 
-from corrsteer import CorrSteerError, Moments, Run, Steering, collect, evaluate, select
+from corrsteer import CorrSteerError, Evidence, Moments, Run, Steering, collect, evaluate, inference, select
 from corrsteer.evaluation import Graded, grade, mcnemar
+from corrsteer.evidence import SCORES
 from corrsteer.generation import Decoding
 from corrsteer.models import HookPoint
 
 DECODING = Decoding(max_new_tokens=3)
 
 
-def made_run(layers=(0, 1, 2), n=200, d=12, seed=0, constant=None):
-    """A run over invented activations in which feature L of layer L follows the reward, and 11 - L opposes it."""
+def made_run(layers=(0, 1, 2), n=200, d=12, seed=0, constant=None, effect=1.0, **evidence):
+    """A run over invented activations in which feature L of layer L follows the reward, and 11 - L opposes it.
+
+    It has evidence if it is given settings for it.
+    """
     g = torch.Generator().manual_seed(seed)
     y = (torch.rand(n, generator=g) < 0.5).float() if constant is None else torch.full((n,), constant)
     encoders = worlds.encoders(layers, d_sae=d)
-    moments = {}
+    moments, kept = {}, {}
     for layer in layers:
         z = torch.rand(n, d, generator=g) * (torch.rand(n, d, generator=g) < 0.6)
-        z[:, layer] += y * (2 - 0.5 * layer)
-        z[:, d - 1 - layer] += (1 - y) * 0.8
+        z[:, layer] += effect * y * (2 - 0.5 * layer)
+        z[:, d - 1 - layer] += effect * (1 - y) * 0.8
         moments[layer] = {}
         for pool, factor in (("max", 1.0), ("mean", 0.5)):
             moments[layer][pool] = Moments(d)
             moments[layer][pool].update(factor * z, y)
+            if evidence:
+                kept.setdefault(layer, {})[pool] = Evidence(d, **evidence)
+                kept[layer][pool].update(factor * z, y, 0)
     return Run(
         moments,
         {layer: HookPoint(layer) for layer in layers},
@@ -37,6 +44,7 @@ def made_run(layers=(0, 1, 2), n=200, d=12, seed=0, constant=None):
         y.double(),
         pool="max",
         coefficient_pool="max",
+        evidence=kept,
     )
 
 
@@ -87,6 +95,67 @@ def test_the_table_gives_each_layers_best_features_with_their_frequencies():
             assert (f.frequency_positive, f.frequency_negative) == tuple(
                 moments.group_frequency()[:, 0, f.index].tolist()
             )
+
+
+def test_the_table_gives_intervals_p_values_and_standard_errors():
+    run = made_run(permutations=99, bootstrap=100)
+    run.coefficient_pool = "mean"
+    tested = run.significance()
+    for method in inference.METHODS:
+        for layer, rows in select(run, "all", interval=method).table.items():
+            low, high = inference.interval(run.evidence[layer]["max"], method)
+            for f in rows:
+                assert f.low == pytest.approx(float(low[f.index])) and f.high == pytest.approx(float(high[f.index]))
+                p = tuple(float(getattr(tested[layer], n)[f.index]) for n in ("p", "p_layer", "p_adjusted", "q"))
+                assert (f.p_value, f.p_layer, f.p_adjusted, f.q_value) == p
+                error = inference.coefficient_error(
+                    run.evidence[layer]["mean"], run.moments[layer]["mean"], "mean_positive"
+                )
+                assert f.coefficient_error == pytest.approx(float(error[f.index])) and f.score is None
+    assert all(f.p_value is f.low is f.coefficient_error is None for f in select(made_run(), "all").features)
+
+
+def test_alpha_keeps_what_survives_and_by_default_nothing_is_dropped_but_said():
+    run = made_run(permutations=199)
+    assert chosen(select(run, "all", alpha=0.05)) == chosen(select(run, "all")) == [(1, 1), (2, 2)]
+    assert select(run, "all").notes == []
+    run = made_run(permutations=199, effect=0.0)
+    everything = select(run, "all")
+    assert len(everything.features) == 2 and all(f.by_chance for f in everything.features)
+    assert "2 of 2 selected features chance explains (adjusted p > 0.05): layer 1 feature" in everything.notes[0]
+    nothing = select(run, "all", alpha=0.05)
+    assert nothing.features == [] and nothing.table == everything.table
+    assert "no feature survives alpha=0.05 (maxT): among 36 features of 3 layers and 200 samples" in nothing.notes[0]
+    assert nothing.provenance["selection"]["alpha"] == 0.05
+
+
+@pytest.mark.parametrize(("correction", "name"), (("maxT", "p_adjusted"), ("layer", "p_layer"), ("bh", "q_value")))
+def test_alpha_is_compared_with_the_p_value_of_the_correction_asked_for(correction, name):
+    run = made_run(permutations=199, effect=0.25)
+    best = select(run, "all").features
+    alpha = sorted(getattr(f, name) for f in best)[0] + 1e-9
+    kept = select(run, "all", alpha=alpha, correction=correction).features
+    assert kept == [f for f in best if getattr(f, name) <= alpha] and 0 < len(kept)
+
+
+@pytest.mark.parametrize("score", ("point_biserial", "contrastive", "squared_ratio", "mutual_information", "auroc"))
+def test_other_scores_rank_the_same_way_with_their_own_p_values(score):
+    run = made_run(permutations=49, scores=SCORES)
+    for direction, sign in (("positive", 1), ("negative", -1)):
+        steering = select(run, "all", score=score, direction=direction)
+        for f in steering.features:
+            evidence = run.evidence[f.layer]["max"]
+            values = inference.score(evidence, score)
+            assert f.index == int((sign * values).argmax()) and f.score == float(values[f.index])
+            assert f.correlation == float(run.correlation(f.layer)[f.index]) and sign * f.coefficient > 0
+            assert f.p_value == float(run.significance(score)[f.layer].p[f.index])
+    best = select(run, "single", score=score).features[0]
+    assert best.score == max(f.score for f in select(run, "all", score=score).features)
+
+
+def test_p_values_are_computed_once_for_a_score():
+    run = made_run(permutations=19)
+    assert run.significance() is run.significance()
 
 
 def test_directions_are_the_decoder_rows_of_the_selected_features():
@@ -154,7 +223,12 @@ def test_a_decoder_that_is_gone_is_named_with_what_to_do(tmp_path):
     ("arguments", "message"),
     (
         ({"strategy": "best"}, "strategy must be one of single, all, pruned, got 'best'"),
-        ({"score": "kendall"}, "score must be one of pearson, got 'kendall'"),
+        ({"score": "kendall"}, "score must be one of pearson, point_biserial, .*, got 'kendall'"),
+        ({"score": "auroc"}, "score 'auroc' needs evidence, which this run does not hold"),
+        ({"alpha": 0.05}, "alpha needs p-values, but the run has no permutations of the score 'pearson'; collect with"),
+        ({"alpha": 5}, "alpha must lie between 0 and 1, got 5"),
+        ({"correction": "holm"}, "correction must be one of maxT, layer, bh, got 'holm'"),
+        ({"interval": "exact"}, "interval must be one of delta, fisher, bootstrap, got 'exact'"),
         ({"coefficient": "one"}, "coefficient must be one of"),
         ({"direction": "up"}, "direction must be one of"),
         ({"layers": [7]}, r"layers must be among those collected, \[0, 1, 2\], got \[7\]"),

@@ -9,18 +9,21 @@ from typing import Any
 
 import torch
 
-from corrsteer.collection import collect
+from corrsteer.collection import Run, collect
 from corrsteer.demo import sums
 from corrsteer.encoder import SparseEncoder
 from corrsteer.evaluation import evaluate, grade
 from corrsteer.generation import Decoding
 from corrsteer.selection import STRATEGIES, select
+from corrsteer.steering import CHANCE
 from corrsteer.tables import feature_table, table
-from corrsteer.tasks import Task
+from corrsteer.tasks import Task, with_shuffled_rewards
 
 HERE = Path(__file__).parent
 NAMES = {"single": "CorrSteer-S", "all": "CorrSteer-A", "pruned": "CorrSteer-P"}
 EXAMPLES_SHOWN = 5
+PERMUTATIONS = 1000
+ALPHA = 0.05
 # The mean over samples in which the feature is active. Zeros included, the default, it would be weaker, for no better
 # reason than that two thirds of the training prompts are not signed by the careful author. (Chosen on validation.)
 COEFFICIENT = "mean_positive_active"
@@ -43,12 +46,17 @@ def tasks(seed: int = 0) -> tuple[Task, Task, Task]:
     return tuple(Task.from_rows(rows, grader="exact", name=name) for name, rows in parts)
 
 
-def run_demo(seed: int = 0, say: Callable[[str], None] = print, progress: bool = True) -> dict[str, Any]:
-    """Run the main job, telling `say` as it goes, and return every number of it."""
+def run_demo(
+    seed: int = 0, say: Callable[[str], None] = print, progress: bool = True, shuffle_rewards: bool = False
+) -> dict[str, Any]:
+    """Run the main job, telling `say` as it goes, and return every number of it.
+
+    With `shuffle_rewards` it is a negative control: rewards go to other sums, and no feature should survive.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a second one gains nothing on so small a model, and costs much on a busy machine
     try:
-        return _run(seed, say, progress)
+        return (_control if shuffle_rewards else _run)(seed, say, progress)
     finally:
         torch.set_num_threads(threads)
 
@@ -69,7 +77,7 @@ def _run(seed: int, say: Callable[[str], None], progress: bool) -> dict[str, Any
         f"1. Collect: complete {len(train)} sums with a carry, some signed, and correlate every feature with the "
         f"reward."
     )
-    run = collect(model, tokenizer, encoders, train, pool="max", decoding=decoding, progress=progress)
+    run = _collect(model, tokenizer, encoders, train, decoding, progress)
     backends = run.provenance["backends"]
     say(f"   The reward was {run.rewards.mean():.3f} on average. Activations: {', '.join(backends)} backend.\n")
 
@@ -91,7 +99,11 @@ def _run(seed: int, say: Callable[[str], None], progress: bool) -> dict[str, Any
         for strategy in STRATEGIES
     }
     best = {layer: rows[0] for layer, rows in steerings["all"].table.items() if rows}
-    say(feature_table(best.values(), {NAMES[s]: steering.features for s, steering in steerings.items()}) + "\n")
+    say(feature_table(best.values(), {NAMES[s]: steering.features for s, steering in steerings.items()}))
+    say(
+        f"   Adjusted p: how often any of all {_features(run)} features correlates as well when rewards are permuted "
+        f"({PERMUTATIONS} times);\n   `chance` stands beside those above {CHANCE}.\n"
+    )
 
     say(f"3. Steer and evaluate: {len(test)} unsigned sums that nothing was selected on, unsteered and steered.")
     before = grade(model, tokenizer, test, decoding, progress=progress)
@@ -143,4 +155,49 @@ def _run(seed: int, say: Callable[[str], None], progress: bool) -> dict[str, Any
             for s, e in evaluations.items()
         },
         "examples": changed[:EXAMPLES_SHOWN],
+    }
+
+
+def _collect(model, tokenizer, encoders, task, decoding, progress) -> Run:
+    return collect(
+        model, tokenizer, encoders, task,
+        pool="max", decoding=decoding, permutations=PERMUTATIONS, progress=progress,
+    )  # fmt: skip
+
+
+def _features(run: Run) -> int:
+    return sum(moments[run.pool].d_sae for moments in run.moments.values())
+
+
+def _control(seed: int, say: Callable[[str], None], progress: bool) -> dict[str, Any]:
+    started = time.monotonic()
+    model, tokenizer, encoders = load()
+    train, _, _ = tasks(seed)
+    decoding = Decoding(max_new_tokens=4)
+    say(f"A negative control: {len(train)} sums are completed, and their rewards shuffled among them (seed {seed}).")
+    graded = grade(model, tokenizer, train, decoding, progress=progress)
+    control = with_shuffled_rewards(train, graded.rewards, seed)
+    run = _collect(model, tokenizer, encoders, control, decoding, progress)
+    steering = select(run, "all", coefficient=COEFFICIENT, alpha=ALPHA)
+    best = {layer: rows[0] for layer, rows in steering.table.items() if rows}
+    say(feature_table(best.values(), {f"p <= {ALPHA}": steering.features}))
+    if steering.features:
+        say(
+            f"{len(steering.features)} feature(s) survived alpha = {ALPHA}, though there is nothing to find here: "
+            f"that is to happen with one seed in {round(1 / ALPHA)}."
+        )
+    else:
+        say(
+            f"No feature survives alpha = {ALPHA}: the largest of {_features(run)} correlations is what chance gives.\n"
+            f"There is nothing to find here, and nothing was found."
+        )
+    return {
+        "seed": seed,
+        "seconds": time.monotonic() - started,
+        "shuffled": True,
+        "samples": run.n,
+        "reward": float(run.rewards.mean()),
+        "features": {str(layer): vars(feature) for layer, feature in best.items()},
+        "survivors": [vars(feature) for feature in steering.features],
+        "notes": steering.notes,
     }

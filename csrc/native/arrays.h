@@ -73,6 +73,8 @@ public:
 
     // Refuse numbers that do not follow each other: from dimension `from` on, or at all.
     const Array& packed(const char* name, size_t from = 0) const {
+        for (int64_t size : shape)
+            if (size == 0) return *this;
         int64_t expected = 1;
         for (size_t i = shape.size(); i-- > from; expected *= shape[i])
             if (strides[i] != expected && shape[i] > 1)

@@ -61,6 +61,7 @@ struct Kernels {
     const char* name;
     int64_t panel;      // features
     int64_t parts;      // of a panel, see Occupied
+    int64_t columns;    // of float64 that `weigh` sums together, and from row to row of its weights
     bool bf16_by_bf16;  // whether there is an instruction for it; otherwise x is widened
 
     // tile[t, f] (+)= sum over k of weight[k, f] * x[t, k]. `weight` is the packed panel from the k at which it
@@ -78,6 +79,10 @@ struct Kernels {
     // `deviation` is y less its mean over the chunk, `positive` is 1 or 0, of each sample.
     void (*moments_with_label)(const float* pooled, int64_t samples, const Occupied&, const double* mean,
                                const double* deviation, const double* positive, LabelMoments&);
+    // sums[c] += sum over i of values[i] * weights[rows[i], c], for the first `width` of `columns` columns. They lie in
+    // the lanes, so that what is 0 costs nothing, feature by feature: it need not be among the values.
+    void (*weigh)(const double* values, const int32_t* rows, int64_t n, const double* weights, double* sums,
+                  int64_t width);
 };
 
 extern const Kernels portable;

@@ -13,6 +13,7 @@
 #include "arrays.h"
 #include "encode.h"
 #include "steer_add.h"
+#include "sums.h"
 
 namespace py = pybind11;
 
@@ -206,6 +207,31 @@ void run_update_moments(const std::string& instruction_set, const Array& pooled,
     update_moments(kernels, rows, y.data<double>(), state, threads);
 }
 
+void run_update_sums(const std::string& instruction_set, const Array& pooled, const Array& weights, const Array& sums,
+                     const std::vector<int64_t>& powers, int threads) {
+    const Kernels& kernels = kernels_named(instruction_set);
+    sums.expect("sums", F64, {-1, -1}).packed("sums", 1);
+    const int64_t features = sums.shape[0], columns = sums.shape[1];
+    if (features > 1 && sums.strides[0] < columns)
+        refuse("sums must not hold the same number twice, got strides " + text(sums.strides) + " for " +
+               text(sums.shape));
+    const Rows rows = rows_of("pooled", pooled, features);
+    weights.expect("weights", F64, {rows.n, columns}).packed("weights");
+    int64_t left = columns;  // that have no power yet
+    bool fits = true;
+    for (int64_t count : powers) {
+        fits = fits && count >= 0 && count <= left;
+        if (fits) left -= count;
+    }
+    if (!fits || left)
+        refuse("powers must be column counts that add up to " + std::to_string(columns) + ", got " + text(powers));
+    checked_threads(threads);
+    py::gil_scoped_release released;
+    if (rows.n && features && columns)
+        update_sums(kernels, rows, features, weights.data<double>(), powers, sums.data<double>(), sums.strides[0],
+                    threads);
+}
+
 Strided strided(const Array& array) {
     Strided out{array.data<void>(), array.dtype, {1, 1, 1}, {0, 0, 0}};
     for (size_t i = 0; i < array.shape.size(); i++) out.shape[i] = array.shape[i], out.stride[i] = array.strides[i];
@@ -260,6 +286,8 @@ PYBIND11_MODULE(_native, module) {
                arg("mean").none(true), arg("maximum").none(true), arg("threads"));
     module.def("update_moments", &run_update_moments, arg("instruction_set"), arg("pooled"), arg("y"), arg("moments"),
                arg("threads"));
+    module.def("update_sums", &run_update_sums, arg("instruction_set"), arg("pooled"), arg("weights"), arg("sums"),
+               arg("powers"), arg("threads"));
     module.def("steer_add", &run_steer_add, arg("h"), arg("vectors"), arg("row_vector"),
                arg("positions").none(true));
 }

@@ -1,0 +1,62 @@
+"""Snapshots of a collection: whether more samples would change what is selected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from corrsteer import inference
+from corrsteer.evidence import Evidence
+
+
+@dataclass(frozen=True)
+class Leader:
+    """A feature of a snapshot: its number, r, and the delta interval's ends (NaN where there is none)."""
+
+    feature: int
+    r: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The two features of each layer with the highest r after `n` samples, best first: layer -> leaders."""
+
+    n: int
+    leaders: dict[int, tuple[Leader, ...]]
+
+
+def snapshot(evidences: Mapping[int, Evidence]) -> Snapshot:
+    """What is in front now."""
+    leaders = {}
+    for layer, evidence in evidences.items():
+        best = inference.correlation(evidence).topk(min(2, evidence.d_sae))
+        low, high = inference.delta_interval(evidence, features=best.indices)
+        rows = torch.stack([best.values, low, high], 1).tolist()
+        leaders[layer] = tuple(Leader(i, *row) for i, row in zip(best.indices.tolist(), rows))
+    return Snapshot(next(iter(evidences.values())).n, leaders)
+
+
+def settled_at(snapshots: Sequence[Snapshot]) -> dict[int, int]:
+    """Layer -> samples after which its best feature was the final one, and stayed it."""
+    settled = {}
+    for layer, (final, *_) in snapshots[-1].leaders.items():
+        since = len(snapshots) - 1
+        while since and snapshots[since - 1].leaders[layer][0].feature == final.feature:
+            since -= 1
+        settled[layer] = snapshots[since].n
+    return settled
+
+
+def stable(snapshots: Sequence[Snapshot], patience: int) -> bool:
+    """Whether in the last `patience` + 1 snapshots no layer's best feature changed, and in the last one each best
+    feature's interval lies above the next one's."""
+    if len(snapshots) <= patience:
+        return False
+    first, last = snapshots[-1 - patience], snapshots[-1]
+    if any(n > first.n for n in settled_at(snapshots).values()):
+        return False
+    return all(best.low > (rest[0].high if rest else -1) for best, *rest in last.leaders.values())

@@ -1,0 +1,26 @@
+"""Negative controls: a task whose rewards have nothing to do with its completions."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from .examples import Task
+from .graders import TaskError
+
+
+def with_shuffled_rewards(task: Task, rewards: Sequence[float], seed: int = 0) -> Task:
+    """The same prompts, each graded by another example's reward, so that whatever is found in them is chance.
+
+    Parameters
+    ----------
+    rewards : of the task's examples, in their order, such as `Run.rewards`.
+    seed : of the shuffle.
+    """
+    if len(rewards) != len(task):
+        raise TaskError(f"rewards must be those of the task's {len(task)} examples, got {len(rewards)}")
+    shuffled = [float(reward) for reward in rewards]
+    random.Random(seed).shuffle(shuffled)
+    given = dict(zip((example.source for example in task.examples), shuffled))
+    return replace(task, grader=lambda completion, example: given[example.source], grader_name="shuffled rewards")

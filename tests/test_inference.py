@@ -1,0 +1,344 @@
+"""Inference: against SciPy and scikit-learn on the same data, against brute force, and against the promises made."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn.metrics import mutual_info_score, roc_auc_score
+
+from corrsteer import CorrSteerError, Evidence, Moments, inference
+from corrsteer.evidence import SCORES
+from corrsteer.moments import COEFFICIENTS
+
+
+def made(n=300, d=25, seed=0, labels="binary", effect=0.5, **settings):
+    """Evidence of sparse features, the first of which goes with the reward, in blocks of 100; and what it is of."""
+    rng = np.random.default_rng(seed)
+    active = rng.random((n, d)) < rng.uniform(0.05, 0.8, d)
+    z = (active * rng.exponential(size=(n, d))).astype(np.float32)
+    y = effect * z[:, 0] + rng.standard_normal(n)
+    if labels == "binary":
+        y = (y > 0.3).astype(float)
+    evidence, moments = Evidence(d, **settings), Moments(d)
+    for block, at in enumerate(range(0, n, 100)):
+        evidence.update(torch.from_numpy(z[at : at + 100]), torch.from_numpy(y[at : at + 100]), block)
+        moments.update(torch.from_numpy(z[at : at + 100]), torch.from_numpy(y[at : at + 100]))
+    return evidence, moments, z.astype(float), y
+
+
+def orders(evidence, n):
+    """`[P, n]`: whose label each sample gets in each permutation."""
+    blocks = range(0, n, 100)
+    return np.concatenate([evidence._permutations(min(100, n - at), k).numpy() + at for k, at in enumerate(blocks)], 1)
+
+
+def bins_of(evidence, z):
+    """Which bin each activation is in, by the edges."""
+    edges = evidence.histograms.edges().numpy()
+    return np.stack(
+        [np.where(z[:, i] > 0, np.searchsorted(edges[:, i], z[:, i], "right"), 0) for i in range(z.shape[1])], 1
+    )
+
+
+# Scores
+
+
+@pytest.mark.parametrize("labels", ("binary", "real"))
+def test_pearson_is_scipys_and_that_of_the_moments(labels):
+    evidence, moments, z, y = made(labels=labels)
+    r = inference.correlation(evidence)
+    np.testing.assert_allclose(r, [stats.pearsonr(column, y)[0] for column in z.T], atol=1e-12)
+    torch.testing.assert_close(r, moments.correlation()[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("labels", ("binary", "real"))
+def test_point_biserial_is_scipys_of_whether_the_reward_is_positive(labels):
+    evidence, _, z, y = made(labels=labels)
+    expected = [stats.pointbiserialr(y > 0, column)[0] for column in z.T]
+    np.testing.assert_allclose(inference.score(evidence, "point_biserial"), expected, atol=1e-12)
+
+
+def test_contrastive_and_squared_ratio_compare_the_groups_means_and_mean_squares():
+    evidence, moments, z, y = made(labels="real")
+    above, below = z[y > 0], z[y <= 0]
+    np.testing.assert_allclose(inference.score(evidence, "contrastive"), above.mean(0) - below.mean(0), atol=1e-12)
+    torch.testing.assert_close(inference.score(evidence, "contrastive"), moments.coefficient("contrastive")[0])
+    a, b = (above**2).mean(0), (below**2).mean(0)
+    np.testing.assert_allclose(inference.score(evidence, "squared_ratio"), (a - b) / (a + b), atol=1e-12)
+    ratio = (1 + inference.score(evidence, "squared_ratio")) / (1 - inference.score(evidence, "squared_ratio"))
+    np.testing.assert_allclose(ratio, a / b, rtol=1e-9)
+
+
+def test_mutual_information_is_scikit_learns_of_the_same_bins_with_the_sign_of_r():
+    evidence, _, z, y = made(scores=("mutual_information",))
+    bins = bins_of(evidence, z)
+    expected = np.array([mutual_info_score(y > 0, bins[:, i]) for i in range(z.shape[1])])
+    expected *= np.sign([stats.pearsonr(column, y)[0] for column in z.T])
+    np.testing.assert_allclose(inference.score(evidence, "mutual_information"), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("bins", (8, 32))
+def test_auroc_is_scikit_learns_of_the_same_bins_and_of_the_activations_within_its_bound(bins):
+    evidence, _, z, y = made(scores=("auroc",), bins=bins)
+    area, bound = inference.auroc(evidence)
+    binned = bins_of(evidence, z)
+    for i in range(z.shape[1]):
+        assert float(area[i]) == pytest.approx(roc_auc_score(y, binned[:, i]), abs=1e-12)
+        assert abs(float(area[i]) - roc_auc_score(y, z[:, i])) <= float(bound[i]) + 1e-12
+    assert 0 < float(bound.max()) < (0.5 if bins == 8 else 0.03)
+    torch.testing.assert_close(inference.score(evidence, "auroc"), 2 * area - 1)
+
+
+def test_spearman_is_scipys_of_the_same_bins():
+    evidence, _, z, y = made(scores=("spearman",))
+    bins = bins_of(evidence, z)
+    expected = [stats.spearmanr(bins[:, i], y)[0] for i in range(z.shape[1])]
+    np.testing.assert_allclose(inference.score(evidence, "spearman"), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_a_feature_that_never_varies_and_rewards_of_one_group_score_0(name):
+    evidence = Evidence(2, permutations=9, scores=SCORES)
+    z = torch.stack([torch.zeros(30), torch.linspace(0.1, 1, 30)], 1)
+    evidence.update(z, torch.arange(30) % 2, 0)
+    assert inference.score(evidence, name)[0] == 0 and inference.significance({0: evidence}, name)[0].p[0] == 1
+    if name in ("pearson", "spearman"):
+        return
+    evidence = Evidence(2, scores=SCORES)
+    evidence.update(z, torch.ones(30), 0)
+    assert not bool(inference.score(evidence, name).any())
+
+
+def test_scores_that_were_not_collected_or_have_no_meaning_are_refused():
+    evidence, *_ = made()
+    with pytest.raises(CorrSteerError, match="score 'auroc' needs histograms, which were not kept; collect with"):
+        inference.score(evidence, "auroc")
+    with pytest.raises(CorrSteerError, match="score must be one of pearson, "):
+        inference.score(evidence, "kendall")
+    evidence, *_ = made(labels="real", scores=("spearman",))
+    with pytest.raises(CorrSteerError, match="'spearman' needs rewards of two values"):
+        inference.score(evidence, "spearman")
+
+
+# Intervals
+
+
+@pytest.mark.parametrize("labels", ("binary", "real"))
+def test_the_delta_interval_is_formed_from_every_samples_influence(labels):
+    evidence, _, z, y = made(labels=labels)
+    n, t = len(y), stats.t
+    a, b = (z - z.mean(0)) / z.std(0), ((y - y.mean()) / y.std())[:, None]
+    r = (a * b).mean(0)
+    influence = a * b - r / 2 * (a**2 + b**2)
+    squares = (influence**2).sum(0)
+    error = np.sqrt((influence**2 * (1 + 2 * (1 + a**2) / n)).sum(0)) / n / (1 - r**2)
+    skew = (influence**3).sum(0) / squares**1.5
+    quantile = t.isf(0.05, n / np.maximum((a**4).mean(0), (b**4).mean(0)))
+
+    def unskewed(q):
+        return 3 / skew * (np.cbrt(1 + skew * (q - skew / 6)) - 1)
+
+    low, high = inference.delta_interval(evidence, 0.9)
+    np.testing.assert_allclose(low, np.tanh(np.arctanh(r) - error * unskewed(quantile)), atol=1e-9)
+    np.testing.assert_allclose(high, np.tanh(np.arctanh(r) - error * unskewed(-quantile)), atol=1e-9)
+    few = torch.tensor([3, 1])
+    torch.testing.assert_close(inference.delta_interval(evidence, 0.9, few)[0], low[few], rtol=0, atol=1e-12)
+
+
+def test_halls_transformation_and_its_inverse_undo_each_other():
+    t, s = torch.linspace(-3, 3, 13, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64)
+    g = t + s * t**2 / 3 + s**2 * t**3 / 27 + s / 6
+    torch.testing.assert_close(inference._unskewed(g, s.expand(13)), t)
+    assert torch.equal(inference._unskewed(t, torch.zeros(13, dtype=torch.float64)), t)
+
+
+def test_fishers_interval_is_scipys():
+    evidence, _, z, y = made()
+    low, high = inference.interval(evidence, "fisher", 0.9)
+    for i in range(5):
+        expected = stats.pearsonr(z[:, i], y).confidence_interval(0.9)
+        assert (float(low[i]), float(high[i])) == pytest.approx(tuple(expected), abs=1e-12)
+
+
+def test_bootstrap_replicates_are_weighted_correlations():
+    evidence, _, z, y = made(bootstrap=40)
+    w = np.concatenate([evidence._bootstrap_weights(100, k).numpy() for k in range(3)])
+    replicates = inference.bootstrap_correlations(evidence)
+    for b in (0, 17, 39):
+        covariance = np.cov(np.column_stack([z, y]).T, fweights=w[:, b].astype(int))
+        r = covariance[-1, :-1] / np.sqrt(np.diag(covariance)[:-1] * covariance[-1, -1])
+        np.testing.assert_allclose(replicates[:, b], r, atol=1e-10)
+
+
+def test_the_bootstrap_interval_agrees_with_the_delta_interval_where_there_is_much_data():
+    evidence, *_ = made(n=3000, d=8, bootstrap=1000)
+    (low, high), (low_, high_) = (inference.interval(evidence, m) for m in ("delta", "bootstrap"))
+    assert float(((low - low_).abs() / (high - low)).max()) < 0.15
+    assert float(((high - high_).abs() / (high - low)).max()) < 0.15
+
+
+@pytest.mark.parametrize("method", inference.METHODS)
+def test_intervals_hold_r_and_narrow_with_data_and_widen_with_the_level(method):
+    small, large = (made(n=n, bootstrap=200, seed=4)[0] for n in (200, 2000))
+    r = inference.correlation(small)
+    (low, high), (low_, high_) = (inference.interval(small, method, level) for level in (0.8, 0.99))
+    assert bool(((low_ < low) & (low < r) & (r < high) & (high < high_)).all())
+    assert bool(((low_ > -1) & (high_ < 1)).all())
+    widths = [inference.interval(e, method)[1] - inference.interval(e, method)[0] for e in (small, large)]
+    assert float(widths[1].mean()) < 0.5 * float(widths[0].mean())
+
+
+def test_where_there_is_no_interval_it_is_nan_and_the_others_stay():
+    rng = np.random.default_rng(0)
+    z = torch.from_numpy(rng.exponential(size=(50, 3)))
+    z[:, 0] = 0
+    z[:, 1] += 500  # its sixth moment would be rounding errors
+    evidence = Evidence(3)
+    evidence.update(z.float(), torch.from_numpy(rng.standard_normal(50)), 0)
+    assert inference.delta_interval(evidence)[0].isnan().tolist() == [True, True, False]
+    constant = Evidence(3)
+    constant.update(z.float(), torch.ones(50), 0)
+    assert bool(inference.delta_interval(constant)[0].isnan().all())
+
+
+def test_a_perfect_correlation_has_an_interval_that_ends_at_1():
+    evidence = Evidence(1)
+    z = torch.linspace(0, 1, 40)[:, None]
+    evidence.update(z, z[:, 0], 0)
+    low, high = inference.delta_interval(evidence)
+    assert float(low) > 0.99 and float(high) <= 1
+
+
+def test_bad_choices_of_interval_are_named():
+    evidence, *_ = made()
+    with pytest.raises(CorrSteerError, match="method must be one of delta, fisher, bootstrap, got 'exact'"):
+        inference.interval(evidence, "exact")
+    with pytest.raises(CorrSteerError, match="level must lie between 0 and 1, got 95"):
+        inference.interval(evidence, level=95)
+    with pytest.raises(CorrSteerError, match="at least 20 bootstrap replicates .* got 0; collect with bootstrap=500"):
+        inference.interval(evidence, "bootstrap")
+
+
+# Tests
+
+
+def brute(scores, null):
+    """p, step-down maxT and nothing clever: `scores: [D]`, `null: [D, P]`, both as sizes."""
+    P, tie = null.shape[1], 1e-6 * scores.max()
+    p = (1 + (null >= scores[:, None] - tie).sum(1)) / (P + 1)
+    order = np.argsort(-scores, kind="stable")
+    adjusted, before = np.empty(len(scores)), 0.0
+    for rank, i in enumerate(order):
+        largest = null[order[rank:]].max(0)
+        before = adjusted[i] = max(before, (1 + (largest >= scores[i] - tie).sum()) / (P + 1))
+    return p, adjusted
+
+
+@pytest.mark.parametrize("labels", ("binary", "real"))
+def test_p_values_are_those_of_brute_force_over_all_layers(labels):
+    layers = {layer: made(seed=1, d=15, labels=labels, permutations=99, effect=0.2 * layer) for layer in (1, 2)}
+    # the same rewards for both layers, as in a run
+    first = layers[1]
+    second = Evidence(15, permutations=99)
+    z2 = np.random.default_rng(7).exponential(size=(300, 15)).astype(np.float32)
+    for block, at in enumerate(range(0, 300, 100)):
+        second.update(torch.from_numpy(z2[at : at + 100]), torch.from_numpy(first[3][at : at + 100]), block)
+    evidences, data = {1: first[0], 2: second}, {1: first[2], 2: z2.astype(float)}
+    y, order = first[3], orders(first[0], 300)
+    sizes, null = {}, {}
+    for layer, z in data.items():
+        a, b = (z - z.mean(0)) / z.std(0), (y - y.mean()) / y.std()
+        sizes[layer], null[layer] = abs(a.T @ b) / 300, abs(a.T @ b[order].T) / 300
+    tested = inference.significance(evidences)
+    every = brute(np.concatenate(list(sizes.values())), np.concatenate(list(null.values())))
+    for at, layer in enumerate((1, 2)):
+        p, p_layer = brute(sizes[layer], null[layer])
+        np.testing.assert_allclose(tested[layer].p, p)
+        np.testing.assert_allclose(tested[layer].p_layer, p_layer)
+        np.testing.assert_allclose(tested[layer].p_adjusted, every[1][15 * at : 15 * at + 15])
+        assert bool((tested[layer].p <= tested[layer].p_layer).all())
+        assert bool((tested[layer].p_layer <= tested[layer].p_adjusted).all())
+
+
+def test_q_values_are_scipys_benjamini_hochberg_of_the_pooled_null():
+    evidence, _, z, y = made(d=40, permutations=199)
+    a, b = (z - z.mean(0)) / z.std(0), (y - y.mean()) / y.std()
+    size, null = abs(a.T @ b) / 300, np.sort((abs(a.T @ b[orders(evidence, 300)].T) / 300).ravel())
+    pooled = (1 + null.size - np.searchsorted(null, size)) / (1 + null.size)
+    np.testing.assert_allclose(
+        inference.significance({0: evidence})[0].q, stats.false_discovery_control(pooled), rtol=5e-3
+    )
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(1e-9, 1), min_size=1, max_size=30))
+def test_benjamini_hochberg_is_scipys(p):
+    got = inference.benjamini_hochberg(torch.tensor(p, dtype=torch.float64))
+    np.testing.assert_allclose(got, stats.false_discovery_control(p), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_every_scores_permutations_are_that_score_of_permuted_rewards(name):
+    evidence, _, z, y = made(n=200, d=6, permutations=7, scores=SCORES)
+    permuted = inference._permuted(evidence, name, slice(None), 0)
+    for at, order in enumerate(orders(evidence, 200)):
+        again = Evidence(6, scores=SCORES)
+        again.update(torch.from_numpy(z).float(), torch.from_numpy(y[order]), 0)
+        torch.testing.assert_close(permuted[:, at].abs(), inference.score(again, name).abs(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ("point_biserial", "contrastive"))
+def test_two_valued_rewards_need_no_columns_of_their_own_for_the_groups_scores(name):
+    without, with_ = (made(permutations=30, scores=scores)[0] for scores in (("pearson",), SCORES))
+    assert not without.has("permuted_positive") and inference.testable(without, name)
+    one, other = (inference._permuted(e, name, slice(None), 0) for e in (without, with_))
+    torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    real = made(permutations=30, labels="real")[0]
+    assert not inference.testable(real, name)
+    with pytest.raises(CorrSteerError, match=f"score '{name}' of layer 3 has no permutations to be tested by"):
+        inference.significance({3: real}, name)
+
+
+def test_many_features_are_tested_in_parts_with_the_same_result(monkeypatch):
+    evidence, *_ = made(d=50, permutations=49)
+    whole = inference.significance({0: evidence})[0]
+    monkeypatch.setattr(inference, "FEATURES_AT_A_TIME", 7)
+    parts = inference.significance({0: evidence})[0]
+    for name in ("p", "p_layer", "p_adjusted", "q"):
+        assert torch.equal(getattr(whole, name), getattr(parts, name)), name
+
+
+def test_a_feature_that_goes_with_the_reward_survives_and_the_others_do_not():
+    tested = inference.significance({0: made(effect=2.0, permutations=499)[0]})[0]
+    assert tested.p_adjusted[0] == 1 / 500 and float(tested.q[0]) < 0.01
+    assert float(tested.p_adjusted[1:].min()) > 0.05
+
+
+# Coefficients
+
+
+@pytest.mark.parametrize("labels", ("binary", "real"))
+@pytest.mark.parametrize("kind", COEFFICIENTS)
+def test_standard_errors_of_coefficients_are_scipys(kind, labels):
+    evidence, moments, z, y = made(labels=labels)
+    got = inference.coefficient_error(evidence, moments, kind)
+    for i, column in enumerate(z.T):
+        above, below = column[y > 0], column[y <= 0]
+        expected = {
+            "mean_positive": stats.sem(above),
+            "mean_positive_active": stats.sem(above[above > 0]),
+            "contrastive": np.hypot(stats.sem(above), stats.sem(below)),
+        }[kind]
+        assert float(got[i]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_signed_activations_have_no_error_of_the_active_mean_and_tiny_groups_none_at_all():
+    z, y = torch.tensor([[1.0], [-1.0], [2.0]]), torch.tensor([1.0, 1.0, 0.0])
+    evidence, moments = Evidence(1), Moments(1)
+    evidence.update(z, y, 0)
+    moments.update(z, y)
+    assert bool(inference.coefficient_error(evidence, moments, "mean_positive_active").isnan())
+    assert bool(inference.coefficient_error(evidence, moments, "contrastive").isnan())
+    assert float(inference.coefficient_error(evidence, moments, "mean_positive")) == pytest.approx(1)
