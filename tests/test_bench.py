@@ -310,6 +310,7 @@ def test_a_row_has_the_ratios_as_they_are_read():
         "at least 1.3 times as fast as torch.compile: in 1 of 1 cases",
         "at least 10 times as fast as eager fp32: in 1 of 1 cases",
         "working memory under 2 % of the dense activations: in 1 of 1 cases",
+        "1000 permutations, and the moments for intervals, add at most 10 % to encode_update: not measured",
     ]
 
 
@@ -396,8 +397,21 @@ def test_a_cpu_has_its_own_targets_which_the_reference_is_not_held_to():
         "in fp32 at least 2.5 times as fast as eager fp32: in 1 of 1 cases",
         "in bf16 at least 6 times as fast as eager fp32: in 1 of 1 cases",
         "working memory under 2 % of the dense activations: in 2 of 2 cases",
+        "1000 permutations, and the moments for intervals, add at most 10 % to encode_update: not measured",
     ]
     assert "compiled /" not in table.section([result]).split(table.LEGEND)[0]
+
+
+def test_what_permutations_add_is_compared_with_encode_update_of_the_same_backend():
+    cases = []
+    for ratio in (1.04, 1.15):
+        found = one(Case(**vars(TINY) | {"kind": "permutations", "labels": 20, "tokens": 64}))
+        found["ratios"] = {"native": {"encode_update, native": {"median": ratio}, "encode_update, reference": {}}}
+        cases.append(found | {"ours": ["native"]})
+        found["contestants"]["native"] = found["contestants"]["reference"]
+        found["contestants"]["encode_update, native"] = found["contestants"]["encode_update, reference"]
+    assert table.permutations({"cases": cases}).endswith("encode_update: in 1 of 2 cases, 4.0% to 15.0%")
+    assert [row[3] for row in table.other_rows(cases)] == ["encode_update, native"] * 2
 
 
 def test_the_chart_has_the_speeds_of_the_result_and_the_same_bytes_each_time(tmp_path):

@@ -41,7 +41,8 @@ def test_the_study_runs_and_says_what_it_found():
     for row in result["coverage"]:
         assert row["intervals"] > 100 and 0.7 < row["coverage"]["delta"] <= 1
     lines = calibration.summary(result)
-    assert any("family-wise error at 0.05" in line for line in lines) and "of 1 seeds" in lines[-1]
+    assert "family-wise error of maxT at 0.05" in lines[0] and "of 1 seeds" in lines[1]
+    assert all(len(row) == len(calibration.COVERAGE_HEADER) for row in calibration.coverage_rows(result))
 
 
 def test_the_committed_result_is_whole_and_keeps_its_promises(committed):
@@ -50,4 +51,9 @@ def test_the_committed_result_is_whole_and_keeps_its_promises(committed):
     for row in committed["family_wise"]:
         assert 0.03 <= row["family_wise_error"] <= 0.07 and row["adjusted_below_raw"] == 0
     assert len(committed["coverage"]) == len(calibration.CELLS)
+    enough = [row for row in committed["coverage"] if row["active_samples"] >= calibration.ENOUGH]
+    promised = [row for row in enough if row["tail"] != "lognormal 1.0" and row["rewards"] != "binary 0.1"]
+    assert len(promised) == 108
+    for row in promised:
+        assert row["holds"]["delta"] and 0.92 <= row["coverage"].get("bootstrap", 0.95) <= 0.97
     assert sum(row["survivors"] == 0 for row in committed["demo"]) >= 19 and len(committed["demo"]) == 20

@@ -12,6 +12,7 @@ from parity import (
     BF16,
     F16,
     F32,
+    MANY_COLUMNS,
     TRITON,
     Case,
     Place,
@@ -47,6 +48,7 @@ from corrsteer import (
     encode_update,
     steer_add,
     update_moments,
+    update_sums,
 )  # fmt: skip
 from corrsteer.backends import OPERATIONS, Call
 from corrsteer.encoder import PRECISIONS
@@ -72,7 +74,7 @@ def test_triton_refuses_float64_and_what_has_no_product_and_runs_everything_else
         refused = activation == "identity" or precision == "fp64" or dtype == torch.float64
         assert verdict.ok == (not refused), (operation, activation, precision, dtype)
         assert refused == bool(verdict.reason and verdict.fix) or place.device == "cpu"
-    for operation, dtype in itertools.product(("update_moments", "steer_add"), dtypes):
+    for operation, dtype in itertools.product(("update_moments", "update_sums", "steer_add"), dtypes):
         assert place.does(operation, dtype) == (dtype != torch.float64)
 
 
@@ -273,6 +275,20 @@ def test_update_moments_at_real_size_leaves_the_moments_of_all_samples(place, la
     update_moments(z, y, eager, backend="reference")
     update_moments(z, y, got, backend=place.backend)
     assert_moments(got, true_moments(z, y), eager)
+
+
+@pytest.mark.parametrize(("place", "columns"), [at(GPU, n, id=str(n)) for n in (20, 1000)])
+def test_update_sums_at_real_size_adds_the_sums_of_all_samples(place, columns):
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(T, D_SAE, generator=g).sub_(1).relu_().to(place.device)
+    w = torch.randn(T, columns + 3, generator=g).double().to(place.device)
+    got, truth, scale = (torch.zeros(D_SAE, columns + 3, dtype=torch.float64, device=place.device) for _ in range(3))
+    update_sums(z, w, got, (columns, 2, 1), backend=place.backend)
+    update_sums(z, w, truth, (columns, 2, 1), backend="reference")
+    update_sums(z, w.abs(), scale, (columns, 2, 1), backend="reference")  # z is not negative
+    off = (got - truth).abs() / scale.clamp(min=1e-300)
+    assert float(off[:, :columns].max()) <= (1e-5 if columns > MANY_COLUMNS else 1e-12)
+    assert float(off[:, columns:].max()) <= 1e-12
 
 
 @for_each({f"{c.activation} {c.pool}": c for c in (real(), real(pool="mean"), real("topk"))}, places=(GPU,))
