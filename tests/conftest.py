@@ -25,8 +25,8 @@ if not torch.cuda.is_available():
 
 # A GPU machine may have little more than torch, triton and pytest; these files run there, the others need all of it.
 RUN_ANYWHERE = ("test_ops.py", "test_kernels.py", "test_backends.py")
-NEEDED = ("transformers", "sae_lens", "hypothesis", "scipy", "sklearn", "pydantic", "typer", "yaml", "tqdm", "pytest_benchmark",
-          "matplotlib", "build", "pybind11")  # fmt: skip
+NEEDED = ("transformers", "sae_lens", "hypothesis", "scipy", "sklearn", "pydantic", "typer", "yaml", "tqdm",
+          "pytest_benchmark", "matplotlib", "build", "pybind11")  # fmt: skip
 if any(importlib.util.find_spec(package) is None for package in NEEDED):
     collect_ignore = [path.name for path in HERE.glob("test_*.py") if path.name not in RUN_ANYWHERE]
 
