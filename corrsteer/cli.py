@@ -164,16 +164,21 @@ def collect(
     batch_tokens: BatchTokens = None,
     batch_size: BatchSize = None,
     permutations: Annotated[
-        int | None, typer.Option(help="Of the rewards, for p-values; they take 8 bytes each a feature.")
+        int | None, typer.Option(help="Of the rewards, for p-values; each takes 8 bytes a feature.")
     ] = None,
     bootstrap: Annotated[
         int | None, typer.Option(help="Replicates for bootstrap intervals; they take 24 bytes each a feature.")
     ] = None,
     score: Annotated[
         list[str] | None,
-        typer.Option(help="A score to keep permutations of, besides the correlation; give it again for more."),
+        typer.Option(
+            help="A score to keep permutations of, besides the correlation; give it again for more. One of histograms "
+            "(mutual_information, auroc, spearman) takes 32 times the memory."
+        ),
     ] = None,
-    block_size: Annotated[int | None, typer.Option(help="Examples among which rewards are permuted.")] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="Examples among which rewards are permuted; no batch is larger.")
+    ] = None,
     shuffle_seed: Annotated[
         int | None, typer.Option(help="Seed of the examples' order, the permutations and the bootstrap.")
     ] = None,
@@ -192,6 +197,11 @@ def collect(
 ) -> None:
     """Generate and grade a task's completions, and correlate every SAE feature with the reward."""
     given = config_.read(config_.CollectSettings, config, _flags(locals()))
+    from corrsteer.evidence import SCORES
+
+    for name in given.score:
+        if name not in SCORES:
+            raise CorrSteerError(f"score must be among {', '.join(SCORES)}, got {name!r}")
     from corrsteer.collection import CollectionStopped
     from corrsteer.collection import collect as collect_
     from corrsteer.stability import settled_at
@@ -232,7 +242,7 @@ def collect(
                 "feature": int(top.indices),
                 "r": float(top.values),
                 "p_adjusted": p.get(layer),
-                "settled_at": settled[layer],
+                "settled_at": settled.get(layer),
             }
             for layer, top in tops.items()
         },
@@ -240,7 +250,7 @@ def collect(
     best = [
         f"  layer {layer}: top feature {int(top.indices)}, r = {float(top.values):+.3f}"
         + (f", adjusted p {p[layer]:.4f}" if layer in p else "")
-        + f", in front since {settled[layer]} samples"
+        + (f", in front since {settled[layer]} samples" if len(run.snapshots) > 2 else "")
         for layer, top in tops.items()
     ]
     lines = [f"{run.n} samples, mean reward {reward:.3f}, written to {given.out}", *best, *_noted(run.notes)]
@@ -385,7 +395,13 @@ def calibrate(
     text = table(
         ("scale", "reward", "± error", "improved", "worsened"),
         [
-            (f"{p['scale']:g}", f"{p['score']:.4f}", f"{p['error']:.4f}", str(p["improved"]), str(p["worsened"]))
+            (
+                f"{p['scale']:g}",
+                f"{p['score']:.4f}",
+                "-" if p["error"] is None else f"{p['error']:.4f}",
+                str(p["improved"]),
+                str(p["worsened"]),
+            )
             for p in found["curve"]
         ],
         indent="",

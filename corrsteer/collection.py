@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 import corrsteer
 from corrsteer import backends, inference, models, ops, stability
 from corrsteer.capture import KEPT_POSITIONS, Capture
-from corrsteer.encoder import SparseEncoder
+from corrsteer.encoder import SIGNED, SparseEncoder
 from corrsteer.errors import CorrSteerError
-from corrsteer.evidence import Evidence
+from corrsteer.evidence import BINNED, Evidence
 from corrsteer.generation import Decoding, complete, plan_batches, stop_tokens, tokenize
 from corrsteer.models import HookPoint
 from corrsteer.moments import Moments
@@ -32,6 +32,8 @@ from corrsteer.pooling import RunningPool
 from corrsteer.sae_files import Decoder, open_decoder
 from corrsteer.stability import Leader, Snapshot
 from corrsteer.tasks import Task
+
+FEWEST_PERMUTATIONS = 19
 
 
 @dataclass
@@ -64,6 +66,11 @@ class Run:
     _tested: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
+    def n_features(self) -> int:
+        """Features of all layers."""
+        return sum(moments[self.pool].d_sae for moments in self.moments.values())
+
+    @property
     def n(self) -> int:
         """Samples collected."""
         return next(iter(self.moments.values()))[self.pool].n
@@ -71,6 +78,11 @@ class Run:
     def correlation(self, layer: int) -> Tensor:
         """Pearson's r of every feature of a layer with the reward, `[d_sae]`."""
         return self.moments[layer][self.pool].correlation()[0]
+
+    @property
+    def permutations(self) -> int:
+        """How many permutations its p-values come from; 0 if there are none."""
+        return next((by_pool[self.pool].permutations for by_pool in self.evidence.values()), 0)
 
     def testable(self, score: str = "pearson") -> bool:
         """Whether a score's permutations were kept."""
@@ -93,6 +105,7 @@ class Run:
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / "run.json").unlink(missing_ok=True)  # written last, so that half a run is none
         for stale in directory.glob("layer_*.safetensors"):
             stale.unlink()
         for layer, moments in self.moments.items():
@@ -181,7 +194,7 @@ def collect(
     permutations: int = 1000,
     bootstrap: int = 0,
     scores: Sequence[str] = ("pearson",),
-    block_size: int = 256,
+    block_size: int = 512,
     shuffle_seed: int = 0,
     patience: int | None = None,
     buffer_bytes: int = 1 << 30,
@@ -205,11 +218,12 @@ def collect(
     decoding : how to generate.
     hook_offset : layers to add to every hook point. -1 reads each SAE one block early, as the paper's released code
         does; nothing else needs it.
-    permutations : P, of the labels, for p-values, none of which is below 1 / (P + 1). They take 8 · P bytes a feature.
+    permutations : P, of the labels, for p-values, none of which is below 1 / (P + 1); 0, or at least 19. They take
+        8 · P bytes a feature.
     bootstrap : replicates for bootstrap intervals, which take 24 bytes each a feature. Other intervals need none.
-    scores : which scores to keep permutations of, see `Evidence`.
+    scores : which scores to keep permutations of, and what that takes, see `Evidence`.
     block_size : examples in a block, whose pooled activations are kept until the last of them is graded: 4 bytes a
-        feature and example.
+        feature and example. No batch is larger; and as batches go by it, so do sampled completions.
     shuffle_seed : of the examples' order, the permutations and the bootstrap.
     patience : stop early when for so many blocks no layer's best feature has changed, and their intervals lie above
         those of the next ones. P-values are of the samples collected, as if that many had been planned.
@@ -231,9 +245,20 @@ def collect(
     for name in pools:
         if name not in ("mean", "max"):
             raise CorrSteerError(f"pool must be mean or max, got {name!r}")
-    for name, value in (("block_size", block_size), ("patience", patience)):
-        if value is not None and value < 1:
-            raise CorrSteerError(f"{name} must be at least 1, got {value}")
+    for name, value, least in (
+        ("block_size", block_size, 1),
+        ("patience", patience, 1),
+        ("shuffle_seed", shuffle_seed, 0),
+    ):
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise CorrSteerError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if 0 < permutations < FEWEST_PERMUTATIONS:
+        raise CorrSteerError(
+            f"permutations must be 0 or at least {FEWEST_PERMUTATIONS}, as with fewer no p-value can be as small as "
+            f"0.05, got {permutations}"
+        )
+    if permutations and block_size == 1:
+        raise CorrSteerError("block_size must be at least 2 for permutations, which are made within blocks, got 1")
     points = place(model, encoders, hook_offset)
     prompts = tokenize(model, tokenizer, task, decoding)
     devices = {layer: models.device_of(model, point) for layer, point in points.items()}
@@ -248,7 +273,13 @@ def collect(
     def evidence_of(layer: int, name: str, device) -> Evidence:
         return Evidence(encoders[layer].d_sae, seed=shuffle_seed, device=device, **(tested if name == pool else {}))
 
-    _check_memory(encoders, pools, evidence_of, min(block_size, len(task)), permutations, statistics_bytes)
+    for layer, encoder in encoders.items():
+        if evidence_of(layer, pool, "meta").histograms and encoder.activation in SIGNED:
+            raise CorrSteerError(
+                f"scores must not be {', '.join(BINNED)} for encoders[{layer}], whose activation {encoder.activation} "
+                f"can be negative; leave them out, got {', '.join(scores)}"
+            )
+    evidence = _allocated(encoders, pools, evidence_of, devices, min(block_size, len(task)), statistics_bytes)
     run = Run(
         moments={
             layer: {name: Moments(encoder.d_sae, device=devices[layer]) for name in pools}
@@ -259,26 +290,30 @@ def collect(
         rewards=torch.full((len(task),), torch.nan, dtype=torch.float64),
         pool=pool,
         coefficient_pool=coefficient_pool or pool,
-        evidence={layer: {name: evidence_of(layer, name, devices[layer]) for name in pools} for layer in encoders},
+        evidence=evidence,
         provenance=_provenance(model, task, encoders, positions, decoding, hook_offset)
         | {"backends": chosen, "block_size": block_size, "shuffle_seed": shuffle_seed},
     )
     order = list(range(len(task)))
     random.Random(shuffle_seed).shuffle(order)
     blocks = [order[at : at + block_size] for at in range(0, len(order), block_size)]
+    # The longest prompt first, so that what is too large for the memory fails at once; a block keeps its number.
+    numbers = sorted(range(len(blocks)), key=lambda k: -max(len(prompts[i]) for i in blocks[k]))[:1]
+    numbers += [k for k in range(len(blocks)) if k not in numbers]
+    selectable = [layer for layer in encoders if layer != 0] or list(encoders)  # as `select` leaves layer 0 out
     collector = _Collector(
         run, model, tokenizer, encoders, task, prompts, pools, positions, decoding, buffer_bytes, backend
     )
     with tqdm(total=len(task), unit="sample", desc=f"collect {task.name}", disable=not progress) as bar:
         try:
-            for number, block in enumerate(blocks):
-                collector.collect(number, block, bar.update)
-                bar.set_postfix_str(_leader(run), refresh=False)
-                run.snapshots.append(stability.snapshot({layer: e[pool] for layer, e in run.evidence.items()}))
-                if patience and number + 1 < len(blocks) and stability.stable(run.snapshots, patience):
+            for at, number in enumerate(numbers, 1):
+                collector.collect(number, blocks[number], bar.update)
+                if progress:
+                    bar.set_postfix_str(_leader(run), refresh=False)
+                if patience and at < len(blocks) and stability.stable(run.snapshots, patience, selectable):
                     run.notes.append(
-                        f"stopped after {run.n} of {len(task)} samples, as for {patience} blocks every layer had its "
-                        f"best feature, and now has it by more than the intervals are wide"
+                        f"stopped after {run.n} of {len(task)} samples, as for {patience} blocks no layer's best "
+                        f"feature has changed, and its interval now lies above the next one's"
                     )
                     break
         except (Exception, KeyboardInterrupt) as error:  # a GPU out of memory, say: hours of work are in the run
@@ -291,16 +326,21 @@ def collect(
     return run
 
 
-def _check_memory(encoders, pools, evidence_of, block: int, permutations: int, most: int) -> None:
-    """Refuse statistics that would not fit, before anything is generated."""
+def _allocated(encoders, pools, evidence_of, devices, block: int, most: int) -> dict[int, dict[str, Evidence]]:
+    """Evidence of every layer and pooling; refused before anything is generated where it would not fit."""
     kept = sum(evidence_of(layer, name, "meta").nbytes for layer in encoders for name in pools)
     held = sum(4 * block * encoder.d_sae * len(pools) for encoder in encoders.values())
+    remedy = (
+        f"evidence takes {kept / 2**30:.3g} GiB (8 bytes a feature, permutation and score, three times that a "
+        f"bootstrap replicate, and for scores of histograms as often as there are bins), a block of {block} samples "
+        f"{held / 2**30:.3g} GiB; take fewer permutations, replicates or scores, or a smaller block_size"
+    )
     if kept + held > most:
-        raise CorrSteerError(
-            f"statistics_bytes must be at least {kept + held}: evidence of {permutations} permutations and the rest "
-            f"takes {kept / 2**30:.2f} GiB, a block of {block} samples {held / 2**30:.2f} GiB, got {most}; take fewer "
-            f"permutations (8 bytes a feature each), a smaller block_size, or allow more"
-        )
+        raise CorrSteerError(f"statistics_bytes must be at least {kept + held}, got {most}: {remedy}")
+    try:
+        return {layer: {name: evidence_of(layer, name, devices[layer]) for name in pools} for layer in encoders}
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one of the former
+        raise CorrSteerError(f"there is no memory for the statistics ({type(error).__name__}): {remedy}") from error
 
 
 def place(model: nn.Module, encoders: Mapping[int, SparseEncoder], hook_offset: int = 0) -> dict[int, HookPoint]:
@@ -330,28 +370,21 @@ def place(model: nn.Module, encoders: Mapping[int, SparseEncoder], hook_offset: 
     return points
 
 
-@dataclass(frozen=True)
-class _Graded:
-    """A batch: pooled activations by layer and pooling, `[n, d_sae]`, and rewards `[n]`."""
-
-    pooled: dict[int, dict[str, Tensor]]
-    rewards: Tensor
-
-
 @contextlib.contextmanager
 def _uninterrupted():
     """Have an interrupt from the keyboard wait until the end."""
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    if before is None or threading.current_thread() is not threading.main_thread():  # it is not Python's to change
         yield
         return
     waiting = []
-    before = signal.signal(signal.SIGINT, lambda *_: waiting.append(True))
+    signal.signal(signal.SIGINT, lambda *_: waiting.append(True))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
     if waiting:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
 
 @dataclass
@@ -382,18 +415,19 @@ class _Collector:
         }
         rewards = torch.full((len(block),), torch.nan, dtype=torch.float64)
         try:
-            for batch in plan_batches([len(self.prompts[i]) for i in block], self.decoding):
-                graded = self._batch([block[i] for i in batch])
-                for layer, pools in pooled.items():
-                    for pool, rows in pools.items():
-                        rows[batch] = graded.pooled[layer][pool]
-                rewards[batch] = graded.rewards
-                done(len(batch))
-        finally:
-            self._fold(number, block, pooled, rewards)
+            for rows in plan_batches([len(self.prompts[i]) for i in block], self.decoding):
+                self._batch([block[row] for row in rows], rows, pooled, rewards)
+                done(len(rows))
+        except BaseException:
+            with contextlib.suppress(
+                Exception
+            ):  # whatever it is has been noted, and the first reason is the one to give
+                self._fold(number, block, pooled, rewards)
+            raise
+        self._fold(number, block, pooled, rewards)
 
-    def _batch(self, batch: list[int]) -> _Graded:
-        """Generate, grade, encode and pool some examples."""
+    def _batch(self, batch: list[int], rows: list[int], pooled: dict[int, dict[str, Tensor]], rewards: Tensor) -> None:
+        """Generate, grade, encode and pool some examples, into these rows of a block's activations and rewards."""
         examples = [self.task.examples[i] for i in batch]
         running: dict[int, RunningPool] = {}
 
@@ -416,19 +450,20 @@ class _Collector:
             completions = complete(self.model, self.tokenizer, prompts, self.decoding, self.batches, criteria)
         self.batches += 1
         grades = [self.task.grade(completion, example) for completion, example in zip(completions, examples)]
-        pooled = {}
         for layer, encoder in self.encoders.items():
             x, cu_seqlens = self._checked(layer, *capture.packed(layer), examples)
             if capture.flushed:
                 running[layer].add(x, cu_seqlens)
-                pooled[layer] = {pool: running[layer].result(pool) for pool in self.pools}
+                found = {pool: running[layer].result(pool) for pool in self.pools}
             elif len(self.pools) == 1:
                 (pool,) = self.pools
-                pooled[layer] = {pool: ops.encode_pool(x, cu_seqlens, encoder, pool, backend=self.backend)}
+                found = {pool: ops.encode_pool(x, cu_seqlens, encoder, pool, backend=self.backend)}
             else:
                 both = ops.encode_pool(x, cu_seqlens, encoder, "both", backend=self.backend)
-                pooled[layer] = dict(zip(("mean", "max"), both))
-        return _Graded(pooled, torch.tensor(grades, dtype=torch.float64))
+                found = dict(zip(("mean", "max"), both))
+            for pool, values in found.items():
+                pooled[layer][pool][rows] = values
+        rewards[rows] = torch.tensor(grades, dtype=torch.float64)
 
     def _fold(self, number: int, block: list[int], pooled: dict[int, dict[str, Tensor]], rewards: Tensor) -> None:
         """Fold what there is of a block into the run: all of it, or nothing."""
@@ -460,6 +495,9 @@ class _Collector:
                 raise
             finally:
                 self.run.moments, self.run.rewards = fresh, known
+            kept = {layer: evidences[self.run.pool] for layer, evidences in self.run.evidence.items()}
+            if kept:
+                self.run.snapshots.append(stability.snapshot(kept))
 
     def _device(self, layer: int) -> torch.device:
         return self.run.moments[layer][self.run.pool].device

@@ -24,6 +24,7 @@ from corrsteer.errors import CorrSteerError
 from corrsteer.sae_files import Decoder
 
 ACTIVATIONS = ("relu", "jumprelu", "gated", "topk", "abstopk", "identity")
+SIGNED = ("abstopk", "identity")  # that can be negative
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PRECISIONS = {
     "fp32": torch.float32,  # of float32 accuracy; on tensor cores each product is three of tf32

@@ -1,10 +1,11 @@
 """`Histograms`: streaming counts of each feature's pooled activations by size and reward.
 
-Bins are logarithmic, four to an octave, and the same whatever the data: a bin is the leading bits of the
-float32 number. Each feature keeps a window of them, from its largest activation down; what is smaller than the window
-falls into its lowest bin, and what is 0 has a bin of its own. So a histogram adapts to its feature's range, and the
-result does not depend on the order in which samples came or were merged (as in Masson, Rim & Lee, "DDSketch: a fast and
-fully-mergeable quantile sketch with relative-error guarantees", 2019, which collapses the lowest bins too).
+Bins are logarithmic, four to an octave, and the same whatever the data: a bin is the leading bits of the float32
+number. Each feature keeps a window of them, from its largest activation down; what is smaller than the window falls
+into its lowest bin. What is 0 is not counted, as it is what is left of all samples. So a histogram adapts to its
+feature's range, and the result does not depend on the order in which samples came or were merged (as in Masson, Rim &
+Lee, "DDSketch: a fast and fully-mergeable quantile sketch with relative-error guarantees", 2019, which collapses the
+lowest bins too).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SUB = 2  # of them that count: 2^SUB bins an octave, each at most 25 % wide
 class Histograms:
     """Counts `[bins, d_sae, 1 + columns]` float64 of samples, and of each column's weight, in each bin of a feature.
 
-    Bin 0 is for activations of 0. Bin b >= 1 begins at `edges()[b - 1]`; the lowest begins at 0.
+    Bin b begins at `edges()[b]`; the lowest begins at 0, which it does not hold.
 
     Attributes
     ----------
@@ -39,19 +40,22 @@ class Histograms:
     def nbytes(self) -> int:
         return self.top.nbytes + self.counts.nbytes
 
-    @torch.no_grad()
-    def update(self, pooled: Tensor, columns: Tensor, *, backend: str | None = None) -> None:
-        """Count `pooled: [N, d_sae]` with weights `columns: [N, columns]` float64."""
+    def check(self, pooled: Tensor) -> None:
+        """Raise for activations that cannot be counted."""
         if bool((pooled < 0).any()):
             raise CorrSteerError(
                 "pooled must not be negative for scores that are read from histograms (mutual_information, auroc, "
                 "spearman); SAEs with signed activations have only the other scores"
             )
+
+    @torch.no_grad()
+    def update(self, pooled: Tensor, columns: Tensor, *, backend: str | None = None) -> None:
+        """Count `pooled: [N, d_sae]`, which `check` has let through, with weights `columns: [N, columns]` float64."""
         bins = len(self.counts)
         number = (pooled.float().contiguous().view(torch.int32) >> (MANTISSA - SUB)).clamp(min=1)
         number = torch.where(pooled > 0, number, 0)
         self._raise_to(torch.maximum(self.top, number.amax(0)))
-        place = torch.where(pooled > 0, (number - self.top + bins - 1).clamp(min=1), 0)
+        place = torch.where(pooled > 0, (number - self.top + bins - 1).clamp(min=0), -1)
         weights = torch.cat([torch.ones_like(columns[:, :1]), columns], 1)
         for at in range(bins):
             here = place == at
@@ -64,12 +68,12 @@ class Histograms:
         for by in moved.unique().tolist():
             if by > 0:
                 features = (moved == by).nonzero()[:, 0]
-                before = self.counts[1:, features]
+                before = self.counts[:, features]
                 after = torch.zeros_like(before)
                 by = min(by, len(before) - 1)
                 after[: len(before) - by] = before[by:]
                 after[0] = before[: by + 1].sum(0)
-                self.counts[1:, features] = after
+                self.counts[:, features] = after
         self.top = top
 
     @torch.no_grad()
@@ -83,10 +87,8 @@ class Histograms:
         self.counts += theirs.counts
 
     def edges(self) -> Tensor:
-        """`[bins, d_sae]` float32, rising: where bins 1 and up begin, and where the last one ends; 0 for bin 1."""
-        bins = len(self.counts)
-        below = torch.arange(bins - 2, -2, -1, dtype=torch.int32, device=self.top.device)[:, None]
-        number = (self.top[None] - below).clamp(min=0)
-        edges = (number << (MANTISSA - SUB)).view(torch.float32).clone()
+        """`[bins + 1, d_sae]` float32, rising: where each bin begins, and where the last one ends."""
+        below = torch.arange(len(self.counts) - 1, -2, -1, dtype=torch.int32, device=self.top.device)[:, None]
+        edges = ((self.top[None] - below).clamp(min=0) << (MANTISSA - SUB)).view(torch.float32).clone()
         edges[0] = 0
         return edges

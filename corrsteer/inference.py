@@ -22,7 +22,8 @@ FEATURES_AT_A_TIME = 4096  # whose permutations are looked at together: 32 MB at
 # Of the largest score, what counts as equal to the observed one: sums in another order differ by rounding (in float32,
 # on GPUs), and of sparse features many permutations give the very same score.
 TIE = 1e-6
-FAR = 100.0  # standard deviations from 0 of a mean past which sixth moments are rounding errors
+FAR = 50.0  # standard deviations from 0 of a mean past which sixth moments lose too much to rounding
+FEW = 2.0  # samples that carry Σ a b below which its variance is not left to them
 LEVELS = 1 << 16  # of a score, to which the pooled null is rounded (up)
 
 
@@ -46,7 +47,7 @@ def fisher_interval(r: Tensor, n: int, level: float = 0.95) -> tuple[Tensor, Ten
 
 def correlation(evidence: Evidence, features=slice(None), label: int = 0) -> Tensor:
     """Pearson's r, `[features]` float64; 0 where either variance is 0."""
-    return _pearson(evidence, evidence.columns("z1u1", features, label), features, label)[:, 0]
+    return _pearson(evidence, evidence.columns("z1u1", features, label), features, label)[0][:, 0]
 
 
 def delta_interval(
@@ -66,17 +67,22 @@ def delta_interval(
       variance, about n s for a feature of frequency s (the degrees of freedom of Bell & McCaffrey, "Bias reduction in
       standard errors for linear regression with multi-stage samples", 2002, for one regressor).
 
-    The interval is formed on the scale of atanh r.
+    The interval is formed on the scale of atanh r. Where fewer than two samples carry Σ a b, by n / (Σ a⁴/n · Σ b⁴/n),
+    such as those that are both active and rewarded where both are rare, they cannot tell its variance: there the
+    interval is made to hold Fisher's, which is right for features that are independent of the reward.
 
     Returns
     -------
     Low and high ends, `[features]` float64; NaN where the reward or the feature does not vary, where fewer than four
-    samples were seen, and for a feature whose mean is over 100 times its standard deviation.
+    samples were seen, and for a feature whose mean is over 50 times its standard deviation.
     """
-    r, quantile, skew, error = _influence(evidence, level, features, label)
-    centre = torch.atanh(r)
-    low, high = centre - error * _unskewed(quantile, skew), centre - error * _unskewed(-quantile, skew)
-    return torch.tanh(low), torch.tanh(high)
+    of = _influence(evidence, level, features, label)
+    centre = torch.atanh(of.r)
+    low = torch.tanh(centre - of.error * _unskewed(of.quantile, of.skew))
+    high = torch.tanh(centre - of.error * _unskewed(-of.quantile, of.skew))
+    low, high = _widened(low, high, of, evidence.n, level)
+    perfect = (of.r**2 > 1 - 1e-7) & of.error.isfinite()  # the influence of every sample is rounding
+    return torch.where(perfect, of.r, low), torch.where(perfect, of.r, high)
 
 
 def bootstrap_interval(
@@ -91,31 +97,32 @@ def bootstrap_interval(
 
     Returns
     -------
-    As `delta_interval`.
+    As `delta_interval`, and widened where few samples carry it as there.
     """
     if evidence.bootstrap < 20:
         raise CorrSteerError(
             f"evidence must hold at least 20 bootstrap replicates for an interval, got {evidence.bootstrap}; "
             f"collect with bootstrap=500"
         )
-    r, quantile, skew, _ = _influence(evidence, level, features, label)
+    of = _influence(evidence, level, features, label)
     replicates = bootstrap_correlations(evidence, features, label).sort(1).values
-    B = evidence.bootstrap
-    apart = replicates - r[:, None]
+    B, apart = evidence.bootstrap, replicates - of.r[:, None]
     below = ((apart < -TIE).double() + (apart <= TIE).double()).mean(1) / 2
     bias = torch.special.ndtri(below.clamp(1 / B, 1 - 1 / B))
-    acceleration = skew / 6
+    acceleration = of.skew / 6
 
     def at(side: float) -> Tensor:
-        moved = bias + side * quantile
-        rank = torch.special.ndtr(bias + moved / (1 - acceleration * moved)) * (B - 1)
+        moved = bias + side * of.quantile
+        left = 1 - acceleration * moved
+        # past its pole the formula would come back from the other end
+        share = torch.where(left > 0, torch.special.ndtr(bias + moved / left), (moved > 0).double())
+        rank = torch.where(of.quantile.isnan(), torch.nan, share) * (B - 1)
         lower = rank.floor().clamp(0, B - 1).nan_to_num().long()
         upper = (lower + 1).clamp(max=B - 1)
-        share = rank - lower
         ends = (replicates.gather(1, k[:, None])[:, 0] for k in (lower, upper))
-        return torch.lerp(*ends, share)
+        return torch.lerp(*ends, rank - lower)
 
-    return at(-1.0), at(1.0)
+    return _widened(at(-1.0), at(1.0), of, evidence.n, level)
 
 
 def bootstrap_correlations(evidence: Evidence, features=slice(None), label: int = 0) -> Tensor:
@@ -126,7 +133,8 @@ def bootstrap_correlations(evidence: Evidence, features=slice(None), label: int 
     w = w.clamp(min=1)
     z_m2, u_m2 = zz - z * z / w, wuu - wu * wu / w
     varies = (z_m2 > 1e-12 * zz) & (u_m2 > 1e-12 * wuu)
-    return torch.where(varies, (zu - z * wu / w) / torch.where(varies, z_m2 * u_m2, 1).sqrt(), 0)
+    r = (zu - z * wu / w) / torch.where(varies, z_m2 * u_m2, 1).sqrt()
+    return torch.where(varies, r, 0).clamp(-1, 1)
 
 
 def interval(
@@ -138,13 +146,26 @@ def interval(
     if not 0 < level < 1:
         raise CorrSteerError(f"level must lie between 0 and 1, got {level}")
     if method == "fisher":
-        return fisher_interval(correlation(evidence, features, label), evidence.n, level)
+        r, varies = _pearson(evidence, evidence.columns("z1u1", features, label), features, label)
+        ends = fisher_interval(r[:, 0], evidence.n, level)
+        return tuple(torch.where(varies[:, 0], end, torch.nan) for end in ends)
     chosen = delta_interval if method == "delta" else bootstrap_interval
     return chosen(evidence, level, features, label)
 
 
-def _influence(evidence: Evidence, level: float, features, label: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """r, Student's quantile, the skewness of Σ I, and the standard error of atanh r; NaN where there is no interval."""
+@dataclass(frozen=True)
+class _Influence:
+    """`[features]` each: r, Student's quantile, the skewness of Σ I, the standard error of atanh r (NaN where there is
+    no interval), and whether too few samples carry that."""
+
+    r: Tensor
+    quantile: Tensor
+    skew: Tensor
+    error: Tensor
+    few: Tensor
+
+
+def _influence(evidence: Evidence, level: float, features, label: int) -> _Influence:
     n = evidence.n
     k, trusted = _standardised(evidence, features, label)
     r = k[1, 1].clamp(-1, 1)
@@ -162,7 +183,14 @@ def _influence(evidence: Evidence, level: float, features, label: int) -> tuple[
     freedom = (n / torch.maximum(k[4, 0], k[0, 4])).clamp(min=1)
     quantile = torch.from_numpy(stats.t.isf((1 - level) / 2, freedom.cpu().numpy())).to(r.device)
     error = torch.where(trusted, variance.sqrt() / (1 - r**2).clamp(min=1e-12), torch.nan)
-    return r, torch.where(trusted, quantile, torch.nan), skew, error
+    few = n / (k[4, 0] * k[0, 4]).clamp(min=1) < FEW
+    return _Influence(r, torch.where(trusted, quantile, torch.nan), skew, error, few)
+
+
+def _widened(low: Tensor, high: Tensor, of: _Influence, n: int, level: float) -> tuple[Tensor, Tensor]:
+    """Ends that hold Fisher's interval where too few samples say how wide it is."""
+    ends = fisher_interval(of.r, n, level)
+    return torch.where(of.few, low.minimum(ends[0]), low), torch.where(of.few, high.maximum(ends[1]), high)
 
 
 def _unskewed(quantile: Tensor, skew: Tensor) -> Tensor:
@@ -221,17 +249,17 @@ def score(evidence: Evidence, name: str = "pearson", features=slice(None), label
     - `spearman`: the correlation of ranks (Spearman, "The proof and measurement of association between two things",
       1904), of z's bins, for rewards of two values.
     """
-    _check_score(evidence, name)
+    _check_score(evidence, name, label)
     return _observed(evidence, name, features, label)
 
 
 def auroc(evidence: Evidence, features=slice(None), label: int = 0) -> tuple[Tensor, Tensor]:
     """The area under the ROC curve of z for y > 0, and a bound of its error, `[features]` float64 each.
 
-    Pairs that share a bin count as ties. Those of bin 0 are, as both are 0; of another bin's each could go either way
-    by half, so the error is at most half of their share of all pairs.
+    Pairs that share a bin count as ties. Pairs of zeros are; of any others each could go either way by half, so the
+    error is at most half of their share of all pairs.
     """
-    _check_score(evidence, "auroc")
+    _check_score(evidence, "auroc", label)
     total, positive = _binned(evidence, features, label)
     positive = positive[..., 0]
     others = total - positive
@@ -239,14 +267,15 @@ def auroc(evidence: Evidence, features=slice(None), label: int = 0) -> tuple[Ten
     return 0.5 + _auroc(total, positive[..., None])[:, 0] / 2, (positive * others)[1:].sum(0) / pairs / 2
 
 
-def _check_score(evidence: Evidence, name: str) -> None:
+def _check_score(evidence: Evidence, name: str, label: int) -> None:
+    evidence.check_label(label)
     if name not in SCORES:
         raise CorrSteerError(f"score must be one of {', '.join(SCORES)}, got {name!r}")
     if name in BINNED and evidence.histograms is None:
         raise CorrSteerError(
             f"score {name!r} needs histograms, which were not kept; collect with scores=[..., {name!r}]"
         )
-    if name == "spearman" and not all(evidence.two_valued(r) for r in range(evidence.n_labels)):
+    if name == "spearman" and not evidence.two_valued(label) and evidence.low[label] < evidence.high[label]:
         raise CorrSteerError(
             "score 'spearman' needs rewards of two values, one above 0 and one not, since ranks of others cannot be "
             "had in bounded memory; use 'auroc' (of y > 0) or 'pearson'"
@@ -257,17 +286,19 @@ def _observed(evidence: Evidence, name: str, features, label: int) -> Tensor:
     if name == "pearson":
         return correlation(evidence, features, label)
     if name in BINNED:
-        total, positive = _binned(evidence, features, label)
-        value = _of_bins(name, total, positive)[:, 0]
-        return value * correlation(evidence, features, label).sign() if name == "mutual_information" else value
-    power = "2" if name == "squared_ratio" else ""
-    return _of_groups(evidence, name, evidence.columns(f"positive{power}", features, label), features, label)[:, 0]
+        value = _of_bins(name, *_binned(evidence, features, label))[:, 0]
+        value = value * correlation(evidence, features, label).sign() if name == "mutual_information" else value
+    else:
+        positive = evidence.columns("positive2" if name == "squared_ratio" else "positive", features, label)
+        value = _of_groups(evidence, name, positive, features, label)[:, 0]
+    finite = evidence.columns("z2u0", features).isfinite()[:, 0]  # or a sample had an activation that is not
+    return torch.where(finite, value, 0)
 
 
 def _permuted(evidence: Evidence, name: str, features, label: int) -> Tensor:
-    """The score of every permutation, `[features, P]`; without the sign where only its size is asked for."""
+    """The score of every permutation, `[features, P]`; of mutual information without its sign."""
     if name == "pearson":
-        return _pearson(evidence, evidence.columns("permuted", features, label), features, label)
+        return _pearson(evidence, evidence.columns("permuted", features, label), features, label)[0]
     if name in BINNED:
         return _of_bins(name, *_binned(evidence, features, label, permuted=True))
     if name == "squared_ratio":
@@ -290,15 +321,15 @@ def testable(evidence: Evidence, name: str, label: int = 0) -> bool:
     return name != "squared_ratio" or evidence.has("permuted_positive2")
 
 
-def _pearson(evidence: Evidence, cross: Tensor, features, label: int) -> Tensor:
-    """r of `cross: [features, any]`, columns of Σ z u for some order of u."""
+def _pearson(evidence: Evidence, cross: Tensor, features, label: int) -> tuple[Tensor, Tensor]:
+    """r of `cross: [features, any]`, columns of Σ z u for some order of u, and where it exists, `[features, 1]`."""
     n = max(evidence.n, 1)
     z, zz = evidence.columns("z1u0", features), evidence.columns("z2u0", features)
     u, uu = evidence.labels[label, 1], evidence.labels[label, 2]
     z_m2, u_m2 = zz - z * z / n, uu - u * u / n
     varies = (z_m2 > 1e-12 * zz) & (u_m2 > 1e-12 * uu)
     r = (cross - z * (u / n)) / torch.where(varies, z_m2 * u_m2, 1).sqrt()
-    return torch.where(varies, r, 0).clamp(-1, 1)
+    return torch.where(varies, r, 0).clamp(-1, 1), varies
 
 
 def _of_groups(evidence: Evidence, name: str, positive: Tensor, features, label: int) -> Tensor:
@@ -320,11 +351,14 @@ def _of_groups(evidence: Evidence, name: str, positive: Tensor, features, label:
 
 
 def _binned(evidence: Evidence, features, label: int, permuted: bool = False) -> tuple[Tensor, Tensor]:
-    """Samples in each bin, `[bins, features]`, and those with y > 0, `[bins, features, 1]` or, permuted, `[..., P]`."""
+    """Samples in each bin, `[1 + bins, features]`, and those with y > 0, `[1 + bins, features, 1]` or, permuted,
+    `[..., P]`. The first bin is that of zeros, which are what is left."""
     R, P = evidence.n_labels, evidence.permutations
     counts = evidence.histograms.counts[:, features]
     columns = slice(1 + R + label * P, 1 + R + (label + 1) * P) if permuted else slice(1 + label, 2 + label)
-    return counts[..., 0], counts[..., columns]
+    total, positive = counts[..., 0], counts[..., columns]
+    zeros, positive_zeros = evidence.n - total.sum(0), evidence.n_positive[label] - positive.sum(0)
+    return torch.cat([zeros[None], total]), torch.cat([positive_zeros[None], positive])
 
 
 def _of_bins(name: str, total: Tensor, positive: Tensor) -> Tensor:
@@ -381,7 +415,8 @@ def significance(evidences: Mapping[int, Evidence], name: str = "pearson", label
     """Permutation tests of every feature's score, of all layers together.
 
     - `p` = (1 + #{|score_π| >= |score|}) / (P + 1) (Phipson & Smyth, "Permutation p-values should never be zero",
-      2010): exact where samples of a block are exchangeable, whatever their distribution.
+      2010): exact where samples of a block are exchangeable, whatever their distribution. What is tested is that the
+      feature and the reward are independent, not only uncorrelated.
     - Family-wise: the null of the *largest* |score|, with step-down, where the feature of rank k meets only those of
       ranks k and below (Westfall & Young 1993, algorithm 4.1, maxT). Features that go together cost no power.
     - False discoveries: q-values of Benjamini & Hochberg ("Controlling the false discovery rate", 1995), of p-values
@@ -401,20 +436,32 @@ def significance(evidences: Mapping[int, Evidence], name: str = "pearson", label
     ------
     CorrSteerError : where the score's permutations were not kept.
     """
+    if not evidences:
+        raise CorrSteerError("evidences must hold at least one layer, got none")
+    first = next(iter(evidences.values()))
     for layer, evidence in evidences.items():
-        _check_score(evidence, name)
+        _check_score(evidence, name, label)
         if not testable(evidence, name, label):
             raise CorrSteerError(
                 f"score {name!r} of layer {layer} has no permutations to be tested by; collect with permutations=1000 "
                 f"and scores=[..., {name!r}]"
             )
+        mine, others = ((e.permutations, e.seed, e.blocks, e.labels[label, 0]) for e in (evidence, first))
+        if mine != others:
+            raise CorrSteerError(
+                f"evidences must be of the same samples and permutations, but layer {layer} has {evidence!r} of seed "
+                f"{evidence.seed}, and another {first!r} of seed {first.seed}"
+            )
+    if name == "contrastive":
+        name = "point_biserial"
     layers = list(evidences)
     observed = [_observed(evidences[layer], name, slice(None), label).abs().cpu() for layer in layers]
     sizes = [len(values) for values in observed]
     everything = torch.cat(observed)
     home = torch.cat([torch.full((size,), at) for at, size in enumerate(sizes)])
     index = torch.cat([torch.arange(size) for size in sizes])
-    P = evidences[layers[0]].permutations
+    P = first.permutations
+    together = max(1, FEATURES_AT_A_TIME // (8 * first.bins) if name in BINNED else FEATURES_AT_A_TIME)
 
     order = everything.argsort(stable=True)
     largest = torch.zeros(P, dtype=torch.float64)  # of the features below, in each permutation
@@ -423,15 +470,15 @@ def significance(evidences: Mapping[int, Evidence], name: str = "pearson", label
     top = max(float(everything.max()), 1e-300)
     tie = TIE * top
     pooled = torch.zeros(LEVELS + 1, dtype=torch.float64)
-    for at in range(0, len(order), FEATURES_AT_A_TIME):
-        here = order[at : at + FEATURES_AT_A_TIME]
+    for at in range(0, len(order), together):
+        here = order[at : at + together]
         null = torch.empty(len(here), P, dtype=torch.float64)
         for number, layer in enumerate(layers):
             mine = home[here] == number
             if not bool(mine.any()):
                 continue
             evidence = evidences[layer]
-            rows = _permuted(evidence, name, index[here[mine]].to(evidence.device), label).abs().cpu()
+            rows = _permuted(evidence, name, index[here[mine]].to(evidence.device), label).abs().nan_to_num().cpu()
             null[mine] = rows
             running = torch.cat([largest_of_layer[number][None], rows]).cummax(0).values[1:]
             largest_of_layer[number] = running[-1]

@@ -25,13 +25,13 @@ class Point:
     Attributes
     ----------
     scale : what coefficients were multiplied by; 0 is unsteered.
-    score, error : mean reward and its standard error.
+    score, error : mean reward and its standard error; None of a single sample.
     improved, worsened : samples whose reward rose, and fell, against unsteered.
     """
 
     scale: float
     score: float
-    error: float
+    error: float | None
     improved: int
     worsened: int
 
@@ -58,6 +58,10 @@ def calibrate_scale(
     validation : samples that the steering was not selected on.
     scales : to try.
     positions, decoding : as for `evaluate`.
+
+    Raises
+    ------
+    CorrSteerError : for scales that are 0 or not finite, and a steering without features.
     """
     scales = sorted(set(map(float, scales)), key=abs)
     if not scales or not all(math.isfinite(s) and s != 0 for s in scales):
@@ -77,8 +81,13 @@ def calibrate_scale(
     notes, chosen = list(steering.notes), best.scale
     if best.score < unsteered.score:
         chosen = 1.0
-        notes.append(f"no scale of {scales} did as well as unsteered on validation ({unsteered.score:.4f})")
+        notes.append(
+            f"no scale of {scales} did as well as unsteered on validation ({unsteered.score:.4f}), so the coefficients "
+            f"are as they were; try smaller ones, or other features"
+        )
     recorded = {"scale": chosen, "curve": [asdict(point) for point in curve]}
+    if "calibration" in steering.provenance:  # whose scale is in the coefficients already
+        recorded["previous"] = steering.provenance["calibration"]
     recorded["validation"] = {"task": validation.name, "n": len(validation), "positions": positions}
     features = [
         replace(
@@ -93,5 +102,5 @@ def calibrate_scale(
     )
 
 
-def _error(rewards: Sequence[float]) -> float:
-    return statistics.stdev(rewards) / math.sqrt(len(rewards)) if len(rewards) > 1 else math.nan
+def _error(rewards: Sequence[float]) -> float | None:
+    return statistics.stdev(rewards) / math.sqrt(len(rewards)) if len(rewards) > 1 else None

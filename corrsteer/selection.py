@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,11 @@ def select(
 
     Returns
     -------
-    The steering. Where nothing can be selected it has no features, and its notes say why.
+    The steering. Where nothing can be selected it has no features, and the first of its notes says why.
+
+    Raises
+    ------
+    CorrSteerError : for unknown choices, and where the run does not hold what they need.
     """
     for name, value, known in (
         ("strategy", strategy, STRATEGIES),
@@ -90,6 +94,15 @@ def select(
             f"alpha needs p-values, but the run has no permutations of the score {score!r}; "
             f"collect with permutations=1000 and scores=[{score!r}]"
         )
+    if alpha is not None and correction != "bh" and run.n and run.permutations < 1 / alpha - 1:
+        raise CorrSteerError(
+            f"alpha must be at least {1 / (run.permutations + 1):.3g}, the smallest p-value of {run.permutations} "
+            f"permutations, got {alpha:g}; collect with {math.ceil(1 / alpha) - 1} permutations or more"
+        )
+    if not run.evidence and (score, interval) != ("pearson", "delta"):
+        raise CorrSteerError(
+            f"score {score!r} and interval {interval!r} need evidence, which this run does not hold; collect again"
+        )
     if strategy == "pruned" and (model is None or tokenizer is None or validation is None):
         raise CorrSteerError("strategy 'pruned' steers the model: give model, tokenizer and validation")
     unknown = set(layers or ()) - set(run.moments)
@@ -97,39 +110,42 @@ def select(
         raise CorrSteerError(f"layers must be among those collected, {sorted(run.moments)}, got {sorted(unknown)}")
     layers = sorted(layers if layers is not None else set(run.moments) - {0})
 
-    table = {
-        layer: _top_features(run, layer, score, coefficient, direction, interval, top_k)
-        for layer in sorted(run.moments)
-    }
-    candidates = [table[layer][0] for layer in layers if table[layer]]
+    described = _Describer(run, score, coefficient, interval)
+    table, candidates, chosen = {}, [], []
+    for layer in sorted(run.moments):
+        rank = described.rank(layer, direction)
+        table[layer] = described.best(layer, rank, top_k)
+        if layer in layers and table[layer]:
+            candidates += table[layer][:1]
+            surviving = rank if alpha is None else rank * (described.p(layer, correction) <= alpha)
+            chosen += described.best(layer, surviving, 1)
     if strategy == "single":
-        candidates = sorted(candidates, key=lambda f: -abs(_ranked_by(f)))[:1]
-    chosen = [f for f in candidates if alpha is None or getattr(f, CORRECTIONS[correction]) <= alpha]
-    notes = list(run.notes)
-    n_positive = int(next(iter(run.moments.values()))[run.pool].n_positive[0])
-    if not notes and n_positive == 0:
+        chosen = sorted(chosen, key=lambda f: -abs(_ranked_by(f)))[:1]
+    moments = next(iter(run.moments.values()))[run.pool]
+    n_positive, reasons = int(moments.n_positive[0]), []
+    if run.n and not bool(moments.label_varies()[0]):
+        reasons = []  # the run's own notes say so
+    elif n_positive == 0:
         chosen = []
-        notes.append(
+        reasons.append(
             "no reward was above 0, so every coefficient, a mean over the samples with reward > 0, would be 0; "
             "shift the reward so that good samples have a positive one"
         )
+    elif n_positive == run.n and score != "pearson":
+        reasons.append(f"every reward was above 0, so the score {score!r}, which compares with the others, is 0")
+    elif not layers:
+        reasons.append("no layer is left to select from: layer 0 is left out unless it is named in layers=[0]")
+    elif candidates and not chosen:
+        reasons.append(_none_survives(run, candidates, alpha, correction))
+    elif not chosen:
+        what = "correlation with the reward" if score == "pearson" else f"score {score!r}"
+        reasons.append(
+            f"no feature of layers {layers} has a {'nonzero' if direction == 'both' else direction} {what} "
+            f"over {run.n} samples"
+        )
     if coefficient == "contrastive" and chosen and n_positive == run.n:
-        notes.append("every reward was above 0, so the contrastive coefficient has nothing to subtract")
-    if not chosen and not layers:
-        notes.append("no layer is left to select from: layer 0 is left out unless it is named in layers=[0]")
-    elif candidates and not chosen and not notes:
-        notes.append(_none_survives(run, candidates, alpha, correction))
-    elif not chosen and not notes:
-        notes.append(
-            f"no feature of layers {layers} has a {'nonzero' if direction == 'both' else direction} correlation "
-            f"with the reward over {run.n} samples"
-        )
-    by_chance = [f for f in chosen if f.by_chance]
-    if by_chance:
-        notes.append(
-            f"{len(by_chance)} of {len(chosen)} selected features chance explains (adjusted p > {CHANCE}): "
-            + ", ".join(f"layer {f.layer} feature {f.index} (p {f.p_adjusted:.2f})" for f in by_chance)
-        )
+        reasons.append("every reward was above 0, so the contrastive coefficient has nothing to subtract")
+    notes = reasons + list(run.notes)
     steering = Steering(
         chosen,
         _directions(run, chosen, encoders),
@@ -151,6 +167,13 @@ def select(
     )
     if strategy == "pruned" and chosen:
         steering = _prune(steering, model, tokenizer, validation, positions, scale, decoding or Decoding(), progress)
+    by_chance = [f for f in steering.features if f.by_chance]
+    if by_chance and alpha is None:
+        steering.notes.append(
+            f"{len(by_chance)} of {len(steering.features)} selected features chance alone could explain "
+            f"(adjusted p > {CHANCE}): "
+            + ", ".join(f"layer {f.layer} feature {f.index} (p {f.p_adjusted:.2f})" for f in by_chance)
+        )
     return steering
 
 
@@ -161,58 +184,78 @@ def _ranked_by(feature: Feature) -> float:
 def _none_survives(run: Run, candidates: list[Feature], alpha: float, correction: str) -> str:
     """What to say where no feature is left."""
     least = min(getattr(f, CORRECTIONS[correction]) for f in candidates)
-    tested = sum(moments[run.pool].d_sae for moments in run.moments.values())
+    everything = f"{run.n_features} features of {len(run.moments)} layers"
+    family = "the features of its layer" if correction == "layer" else everything
     return (
-        f"no feature survives alpha={alpha:g} ({correction}): among {tested} features of {len(run.moments)} layers and "
-        f"{run.n} samples, chance alone explains what correlates best (smallest corrected p {least:.3g}); "
-        f"collect more samples, or steer along none of these"
+        f"no feature survives alpha={alpha:g} ({correction}): among {family}, over {run.n} samples, chance alone could "
+        f"explain what ranks best (smallest corrected p {least:.3g}); collect more samples, or steer along none of it"
     )
 
 
-def _top_features(
-    run: Run, layer: int, score: str, coefficient: str, direction: str, interval: str, k: int
-) -> list[Feature]:
-    """A layer's best features in the given direction; those with a score of 0 are never among them."""
-    moments, r = run.moments[layer][run.pool], run.correlation(layer)
-    evidence = run.evidence.get(layer, {}).get(run.pool)
-    if evidence is None and score != "pearson":
-        raise CorrSteerError(f"score {score!r} needs evidence, which this run does not hold; collect again")
-    value = r if score == "pearson" else inference.score(evidence, score).to(r.device)
-    rank = {"positive": value, "negative": -value, "both": value.abs()}[direction]
-    of_coefficient = run.moments[layer][run.coefficient_pool]
-    c = of_coefficient.coefficient(coefficient)[0]
-    frequency, group = moments.frequency(), moments.group_frequency()[:, 0]
-    best, indices = rank.topk(min(k, len(rank)))
-    indices = indices[best > 0]
-    known = {}
-    if evidence is not None and len(indices):
-        known["low"], known["high"] = inference.interval(evidence, interval, features=indices)
-        other = run.evidence[layer][run.coefficient_pool]
-        known["coefficient_error"] = inference.coefficient_error(other, of_coefficient, coefficient, indices)
-    if len(indices) and run.testable(score):
-        tested = run.significance(score)[layer]
-        at = indices.to(tested.p.device)
-        known |= {"p_value": tested.p[at], "p_layer": tested.p_layer[at]}
-        known |= {"p_adjusted": tested.p_adjusted[at], "q_value": tested.q[at]}
-    if score != "pearson":
-        known["score"] = value[indices]
-    columns = {name: [None if math.isnan(v) else v for v in values.tolist()] for name, values in known.items()}
-    features = []
-    for at, index in enumerate(indices.tolist()):
-        features.append(
+@dataclass(frozen=True)
+class _Describer:
+    """What is said of a run's features, by the score and coefficient asked for."""
+
+    run: Run
+    score: str
+    coefficient: str
+    interval: str
+
+    def value(self, layer: int) -> Tensor:
+        """Each feature's score, `[d_sae]`."""
+        if self.score == "pearson":
+            return self.run.correlation(layer)
+        return inference.score(self.run.evidence[layer][self.run.pool], self.score)
+
+    def rank(self, layer: int, direction: str) -> Tensor:
+        """The same, the better the larger; what is not above 0 is not in that direction."""
+        value = self.value(layer)
+        return {"positive": value, "negative": -value, "both": value.abs()}[direction]
+
+    def p(self, layer: int, correction: str) -> Tensor:
+        """Each feature's corrected p-value, `[d_sae]`."""
+        tested = self.run.significance(self.score)[layer]
+        p = {"maxT": tested.p_adjusted, "layer": tested.p_layer, "bh": tested.q}[correction]
+        return p.to(self.run.correlation(layer).device)
+
+    def best(self, layer: int, rank: Tensor, k: int) -> list[Feature]:
+        """The k features that rank best; those that rank 0 are never among them."""
+        run, (best, indices) = self.run, rank.topk(min(k, len(rank)))
+        indices = indices[best > 0]
+        if len(indices) == 0:
+            return []
+        moments, of_coefficient = run.moments[layer][run.pool], run.moments[layer][run.coefficient_pool]
+        r, value = run.correlation(layer)[indices], self.value(layer)[indices]
+        group = moments.group_frequency()[:, 0, indices]
+        c = of_coefficient.coefficient(self.coefficient)[0, indices]
+        columns = {
+            "correlation": r,
+            "coefficient": torch.where(value < 0, -c.abs(), c),
+            "frequency": moments.frequency()[indices],
+            "frequency_positive": group[POSITIVE],
+            "frequency_negative": group[NEGATIVE],
+        }
+        if self.score != "pearson":
+            columns["score"] = value
+        if layer in run.evidence:
+            evidence, other = (run.evidence[layer][pool] for pool in (run.pool, run.coefficient_pool))
+            columns["low"], columns["high"] = inference.interval(evidence, self.interval, features=indices)
+            columns["coefficient_error"] = inference.coefficient_error(other, of_coefficient, self.coefficient, indices)
+        if run.testable(self.score):
+            tested = run.significance(self.score)[layer]
+            for name, p in (("value", tested.p), ("layer", tested.p_layer), ("adjusted", tested.p_adjusted)):
+                columns[f"p_{name}"] = p[indices.to(p.device)]
+            columns["q_value"] = tested.q[indices.to(tested.q.device)]
+        rows = zip(indices.tolist(), *(column.tolist() for column in columns.values()))
+        return [
             Feature(
                 hook_point=str(run.points[layer]),
                 layer=layer,
                 index=index,
-                correlation=float(r[index]),
-                coefficient=-abs(float(c[index])) if value[index] < 0 else float(c[index]),
-                frequency=float(frequency[index]),
-                frequency_positive=float(group[POSITIVE, index]),
-                frequency_negative=float(group[NEGATIVE, index]),
-                **{name: values[at] for name, values in columns.items()},
+                **{name: None if math.isnan(number) else number for name, number in zip(columns, numbers)},
             )
-        )
-    return features
+            for index, *numbers in rows
+        ]
 
 
 def _directions(run: Run, features: list[Feature], encoders: Mapping[int, SparseEncoder] | None) -> Tensor:

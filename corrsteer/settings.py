@@ -59,7 +59,7 @@ class CollectSettings(TaskSettings, ModelSettings):
     permutations: int = Field(default=1000, ge=0)
     bootstrap: int = Field(default=0, ge=0)
     score: list[str] = ["pearson"]
-    block_size: int = Field(default=256, ge=1)
+    block_size: int = Field(default=512, ge=1)
     shuffle_seed: int = Field(default=0, ge=0)
     patience: int | None = Field(default=None, ge=1)
     statistics_bytes: int = Field(default=16 << 30, ge=1)

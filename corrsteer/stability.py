@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +14,12 @@ from corrsteer.evidence import Evidence
 
 @dataclass(frozen=True)
 class Leader:
-    """A feature of a snapshot: its number, r, and the delta interval's ends (NaN where there is none)."""
+    """A feature of a snapshot: its number, r, and the ends of the delta interval, None where there is none."""
 
     feature: int
     r: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,16 @@ def snapshot(evidences: Mapping[int, Evidence]) -> Snapshot:
         best = inference.correlation(evidence).topk(min(2, evidence.d_sae))
         low, high = inference.delta_interval(evidence, features=best.indices)
         rows = torch.stack([best.values, low, high], 1).tolist()
+        rows = [[None if math.isnan(value) else value for value in row] for row in rows]
         leaders[layer] = tuple(Leader(i, *row) for i, row in zip(best.indices.tolist(), rows))
     return Snapshot(next(iter(evidences.values())).n, leaders)
 
 
 def settled_at(snapshots: Sequence[Snapshot]) -> dict[int, int]:
-    """Layer -> samples after which its best feature was the final one, and stayed it."""
-    settled = {}
+    """Layer -> samples after which its best feature was the final one, and stayed it; empty without snapshots."""
+    settled: dict[int, int] = {}
+    if not snapshots:
+        return settled
     for layer, (final, *_) in snapshots[-1].leaders.items():
         since = len(snapshots) - 1
         while since and snapshots[since - 1].leaders[layer][0].feature == final.feature:
@@ -51,12 +55,19 @@ def settled_at(snapshots: Sequence[Snapshot]) -> dict[int, int]:
     return settled
 
 
-def stable(snapshots: Sequence[Snapshot], patience: int) -> bool:
-    """Whether in the last `patience` + 1 snapshots no layer's best feature changed, and in the last one each best
-    feature's interval lies above the next one's."""
+def stable(snapshots: Sequence[Snapshot], patience: int, layers: Collection[int]) -> bool:
+    """Whether in the last `patience` + 1 snapshots no best feature of these layers changed, and in the last one each
+    best feature's interval lies above the next one's."""
     if len(snapshots) <= patience:
         return False
     first, last = snapshots[-1 - patience], snapshots[-1]
-    if any(n > first.n for n in settled_at(snapshots).values()):
+    settled = settled_at(snapshots)
+    if any(settled[layer] > first.n for layer in layers):
         return False
-    return all(best.low > (rest[0].high if rest else -1) for best, *rest in last.leaders.values())
+    return all(_apart(*last.leaders[layer]) for layer in layers)
+
+
+def _apart(best: Leader, next_best: Leader | None = None) -> bool:
+    if next_best is None:
+        return True
+    return None not in (best.low, next_best.high) and best.low > next_best.high

@@ -26,7 +26,8 @@ from corrsteer.errors import CorrSteerError
 from corrsteer.models import HookPoint
 from corrsteer.passes import check_positions, track
 
-FORMAT = "corrsteer.steering/1"
+FORMAT = "corrsteer.steering/2"
+READ = (FORMAT, "corrsteer.steering/1")  # whose features said less
 CHANCE = 0.05  # adjusted p above which a feature is said to be what chance explains
 
 
@@ -43,7 +44,7 @@ class Feature:
     frequency : share of samples in which it is active; `frequency_positive` and `frequency_negative` the same
         among the samples with reward > 0 and <= 0.
     score : what it was ranked by, if not by the correlation.
-    low, high : ends of the correlation's interval.
+    low, high : ends of the correlation's 95 % interval.
     p_value, p_layer, p_adjusted, q_value : how often chance gives as large a score: to this feature, to any feature of
         its layer, to any of all layers, and the false discovery rate; see `inference.Significance`.
     coefficient_error : the coefficient's standard error.
@@ -160,7 +161,7 @@ class Steering:
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
+                if metadata.get("format") not in READ:
                     raise CorrSteerError(
                         f"{path} is not a corrsteer steering file: its format must be {FORMAT!r}, "
                         f"got {metadata.get('format')!r}"

@@ -90,8 +90,11 @@ def test_collect_select_evaluate_and_generate_hand_over_to_each_other(world, col
 
 
 def test_alpha_drops_what_chance_explains_and_says_so_in_words(world, collected):
-    result = run("select", world / "run", "--out", world / "none.safetensors", "--alpha", 1e-9, ok=False)
-    assert "no feature survives alpha=1e-09 (maxT)" in result.output and not (world / "none.safetensors").exists()
+    p = min(top["p_adjusted"] for top in collected["layers"].values())
+    result = run("select", world / "run", "--out", world / "none.safetensors", "--alpha", p - 1e-4, ok=False)
+    assert (
+        f"no feature survives alpha={p - 1e-4:g} (maxT)" in result.output and not (world / "none.safetensors").exists()
+    )
     arguments = ("--alpha", 0.999, "--correction", "bh", "--interval", "fisher", "--score", "contrastive", "--json")
     kept = json.loads(run("select", world / "run", "--out", world / "s2.safetensors", *arguments).stdout)["features"]
     assert kept and all(f["q_value"] <= 0.999 and f["score"] is not None for f in kept)
@@ -117,7 +120,7 @@ def test_calibrate_writes_the_best_scale_into_the_coefficients(world, collected)
     before, after = (Steering.load(path).features[0].coefficient for path in (steering, scaled))
     assert after == pytest.approx(found["scale"] * before)
     assert found["validation"]["n"] == 12 and Steering.load(scaled).provenance["calibration"]["curve"] == found["curve"]
-    assert "scale" in run("calibrate", *arguments).stdout
+    assert f"scale {found['scale']:g}, written into the coefficients" in run("calibrate", *arguments).stdout
 
 
 def test_select_pruned_validates_on_the_runs_own_task(world, collected):

@@ -1,5 +1,6 @@
 """collect: what it gathers, what it refuses before it starts, and what it keeps when it must stop."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -113,21 +114,73 @@ def test_evidence_depends_on_the_seed_and_the_blocks_and_not_on_batches(model):
 def test_statistics_that_would_not_fit_are_refused_with_their_size_before_anything_is_generated(model, monkeypatch):
     monkeypatch.setattr(model, "generate", lambda *a, **k: pytest.fail("generated"), raising=False)
     with pytest.raises(
-        CorrSteerError, match=r"statistics_bytes must be at least 80\d+: evidence of 100000 permutations"
+        CorrSteerError, match=r"statistics_bytes must be at least 80\d+, got 10000000: evidence takes"
     ):
         gather(model, permutations=100_000, encoders=worlds.encoders((1,), d_sae=100), statistics_bytes=10**7)
 
 
 def test_patience_stops_a_collection_whose_best_features_are_clear(model, monkeypatch):
-    def stable(snapshots, patience):
-        assert patience == 2
+    def stable(snapshots, patience, layers):
+        assert patience == 2 and layers == [1, 2]
         return len(snapshots) >= 3
 
     monkeypatch.setattr("corrsteer.stability.stable", stable)
     run = gather(model, block_size=8, patience=2)
     assert run.n == int(run.rewards.isfinite().sum()) == 24 and len(run.snapshots) == 3
     assert "stopped after 24 of 40 samples" in run.notes[0] and select(run, "all").features
-    assert gather(model, block_size=20, patience=2).notes == [], "the last block is the last anyhow"
+    assert gather(model, block_size=14, patience=2).notes == [], "the last block is the last anyhow"
+
+
+def test_a_part_of_a_block_is_of_the_samples_that_were_graded(model):
+    """Stopped in the middle of a block, whose batches go by length: the run is that of its samples alone."""
+    task, calls = worlds.task(), []
+
+    def grader(completion, example):
+        calls.append(1)
+        if len(calls) > 24:
+            raise KeyboardInterrupt
+        return worlds.digits_up(completion, example)
+
+    decoding = Decoding(max_new_tokens=5, batch_size=8)
+    with pytest.raises(CollectionStopped, match="interrupted") as stopped:
+        gather(model, task=dataclasses.replace(task, grader=grader), decoding=decoding, permutations=20)
+    part = stopped.value.run
+    there = part.rewards.isfinite().nonzero()[:, 0].tolist()
+    assert len(there) == part.n == 24 and len({len(task.examples[i].prompt) for i in there}) > 1
+    fresh = gather(model, task=dataclasses.replace(task, examples=tuple(task.examples[i] for i in there)))
+    assert torch.equal(part.rewards[there], fresh.rewards) and 0 < fresh.rewards.mean() < 1
+    for layer in fresh.moments:
+        torch.testing.assert_close(part.correlation(layer), fresh.correlation(layer), rtol=0, atol=1e-5)
+        evidence = part.evidence[layer]["max"]
+        torch.testing.assert_close(inference.correlation(evidence), part.correlation(layer), rtol=0, atol=1e-9)
+    assert part.snapshots[-1].n == 24
+
+
+def test_examples_are_shuffled_by_the_seed_and_the_longest_prompt_is_generated_first(model):
+    def graded(**settings):
+        seen = []
+        task = worlds.task(grader=lambda completion, example: float(seen.append(example.prompt) or len(seen) % 2))
+        gather(model, task=task, block_size=10, decoding=Decoding(max_new_tokens=2), **settings)
+        return seen
+
+    one, other = graded(), graded(shuffle_seed=1)
+    given = [example.prompt for example in worlds.task().examples]
+    assert sorted(one) == sorted(other) == sorted(given) and one != other
+    assert sorted(one[:10]) != sorted(given[:10]) and sorted(one[:10]) != sorted(other[:10])
+    assert len(one[0]) == max(map(len, given))
+
+
+def test_no_memory_for_the_statistics_is_said_before_anything_is_generated(model, monkeypatch):
+    zeros = torch.zeros
+
+    def none_left(*shape, device=None, **options):
+        if str(device) == "cpu" and shape[0] == (48, 1000):
+            raise torch.OutOfMemoryError("too much")
+        return zeros(*shape, device=device, **options)
+
+    monkeypatch.setattr("torch.zeros", none_left)
+    with pytest.raises(CorrSteerError, match="no memory for the statistics .OutOfMemoryError.: evidence takes"):
+        gather(model, permutations=1000)
 
 
 def test_evidence_that_cannot_be_added_to_is_given_up_and_the_rest_of_the_run_kept(model, monkeypatch):
@@ -169,6 +222,11 @@ def test_shuffled_rewards_are_the_same_rewards_of_other_examples(model):
     shuffled = gather(model, task=control).rewards
     assert not torch.equal(shuffled, run.rewards) and torch.equal(shuffled.sort().values, run.rewards.sort().values)
     assert control.grader_name == "shuffled rewards"
+    again = [with_shuffled_rewards(worlds.task(), run.rewards.tolist(), seed=seed) for seed in (1, 2)]
+    same, other = ([task.grade("", e) for e in task.examples] for task in again)
+    assert same == shuffled.tolist() != other
+    with pytest.raises(CorrSteerError, match="rewards must be finite"):
+        with_shuffled_rewards(worlds.task(), [float("nan")] * 40)
     with pytest.raises(CorrSteerError, match="rewards must be those of the task's 40 examples, got 3"):
         with_shuffled_rewards(worlds.task(), [1.0, 0.0, 1.0])
 
@@ -333,7 +391,15 @@ REFUSED = {
         {"task": Task.from_rows([{"prompt": "1" * 125, "answer": "1"}])},
         r":1: the prompt has 126 tokens",
     ),
-    "a block of no samples": ({"block_size": 0}, "block_size must be at least 1, got 0"),
+    "a block of no samples": ({"block_size": 0}, "block_size must be a whole number of at least 1, got 0"),
+    "half a block": ({"block_size": 2.5}, "block_size must be a whole number of at least 1, got 2.5"),
+    "a negative seed": ({"shuffle_seed": -1}, "shuffle_seed must be a whole number of at least 0, got -1"),
+    "too few permutations": ({"permutations": 10}, "permutations must be 0 or at least 19, .* got 10"),
+    "blocks of one": ({"block_size": 1}, "block_size must be at least 2 for permutations"),
+    "histograms of signed activations": (
+        {"encoders": {1: SparseEncoder.identity(128)}, "scores": ("pearson", "auroc")},
+        r"scores must not be mutual_information, auroc, spearman for encoders\[1\], whose activation identity",
+    ),
     "an unknown score": ({"scores": ("kendall",)}, "scores must be among pearson, "),
     "an unknown backend": ({"backend": "magic"}, "backend must be one of"),
 }

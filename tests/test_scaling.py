@@ -11,7 +11,7 @@ from corrsteer import CorrSteerError, Steering, calibrate_scale, evaluate, selec
 def world():
     """A model, and a steering that writes an even digit, which is the reward."""
     model, tokenizer = worlds.model(), worlds.tokenizer()
-    steering = select(made_run(layers=(1, 2)), "single")
+    steering = select(made_run(layers=(1, 2), permutations=19), "single")
     steering.directions = model.lm_head.weight.detach()[tokenizer.convert_tokens_to_ids("4")][None].clone()
     return model, tokenizer, steering
 
@@ -34,10 +34,40 @@ def test_the_best_scale_goes_into_the_coefficients_and_the_whole_curve_is_kept(w
     best = max(found["curve"][1:], key=lambda p: p["score"])
     assert best["score"] > result.unsteered and found["scale"] == best["scale"]
     assert scaled.features[0].coefficient == best["scale"] * steering.features[0].coefficient
+    assert scaled.features[0].coefficient_error == best["scale"] * steering.features[0].coefficient_error > 0
+    assert found["validation"] == {"task": validation.name, "n": 24, "positions": "generated"}
     once = evaluate(model, tokenizer, validation, scaled, **settings)
     assert once.steered == best["score"], "what is written is what was measured"
     scaled.save(tmp_path / "s")
     assert Steering.load(tmp_path / "s").provenance["calibration"] == found
+
+
+def test_a_steering_that_is_calibrated_again_keeps_the_earlier_curve(world):
+    model, tokenizer, steering = world
+    settings = {"scales": (2.0,), "decoding": DECODING, "progress": False}
+    once = calibrate_scale(model, tokenizer, steering, worlds.task(4), **settings)
+    twice = calibrate_scale(model, tokenizer, once, worlds.task(4), **settings)
+    assert twice.provenance["calibration"]["previous"] == once.provenance["calibration"]
+
+
+def test_samples_are_steered_at_the_positions_asked_for(world, monkeypatch):
+    model, tokenizer, steering = world
+    asked = []
+
+    def spy(*arguments, positions, **options):
+        asked.append(positions)
+        return evaluate(*arguments, positions=positions, **options)
+
+    monkeypatch.setattr("corrsteer.scaling.evaluate", spy)
+    settings = {"scales": (2.0,), "decoding": DECODING, "progress": False, "positions": "prompt"}
+    scaled = calibrate_scale(model, tokenizer, steering, worlds.task(4), **settings)
+    assert asked == ["prompt"] == [scaled.provenance["calibration"]["validation"]["positions"]]
+
+
+def test_a_single_sample_has_no_standard_error(world):
+    model, tokenizer, steering = world
+    scaled = calibrate_scale(model, tokenizer, steering, worlds.task(1), scales=(1,), decoding=DECODING, progress=False)
+    assert scaled.provenance["calibration"]["curve"][1]["error"] is None
 
 
 def test_of_equal_scores_the_smallest_scale_is_taken(world):

@@ -122,20 +122,85 @@ def test_alpha_keeps_what_survives_and_by_default_nothing_is_dropped_but_said():
     run = made_run(permutations=199, effect=0.0)
     everything = select(run, "all")
     assert len(everything.features) == 2 and all(f.by_chance for f in everything.features)
-    assert "2 of 2 selected features chance explains (adjusted p > 0.05): layer 1 feature" in everything.notes[0]
+    assert "2 of 2 selected features chance alone could explain (adjusted p > 0.05): layer 1" in everything.notes[0]
     nothing = select(run, "all", alpha=0.05)
     assert nothing.features == [] and nothing.table == everything.table
-    assert "no feature survives alpha=0.05 (maxT): among 36 features of 3 layers and 200 samples" in nothing.notes[0]
+    assert "no feature survives alpha=0.05 (maxT): among 36 features of 3 layers, over 200 samples" in nothing.notes[0]
     assert nothing.provenance["selection"]["alpha"] == 0.05
 
 
-@pytest.mark.parametrize(("correction", "name"), (("maxT", "p_adjusted"), ("layer", "p_layer"), ("bh", "q_value")))
-def test_alpha_is_compared_with_the_p_value_of_the_correction_asked_for(correction, name):
-    run = made_run(permutations=199, effect=0.25)
+CORRECTED = {"maxT": "p_adjusted", "layer": "p_layer", "bh": "q_value"}
+
+
+@pytest.mark.parametrize("correction", CORRECTED)
+def test_alpha_is_compared_with_the_p_value_of_the_correction_asked_for(correction):
+    run = made_run(permutations=399, effect=0.15)
     best = select(run, "all").features
-    alpha = sorted(getattr(f, name) for f in best)[0] + 1e-9
-    kept = select(run, "all", alpha=alpha, correction=correction).features
-    assert kept == [f for f in best if getattr(f, name) <= alpha] and 0 < len(kept)
+    values = {name: [getattr(f, name) for f in best] for name in CORRECTED.values()}
+    assert len({tuple(v) for v in values.values()}) == 3, "they must differ for this to mean anything"
+    for alpha in (*values["p_adjusted"], *values["p_layer"], *values["q_value"]):
+        kept = select(run, "all", alpha=alpha, correction=correction).features
+        assert kept == [f for f in best if getattr(f, CORRECTED[correction]) <= alpha]
+
+
+def test_alpha_keeps_the_best_of_what_survives_even_if_something_else_ranks_higher():
+    """By `contrastive` a feature of large activations ranks first, and is noise; p-values do not mind its size."""
+    run = made_run(permutations=199, effect=0.6)
+    for layer in (1, 2):
+        g = torch.Generator().manual_seed(layer)
+        y, z = run.rewards, torch.rand(200, 12, generator=g)
+        z[:, 5] *= 1000
+        z[:, 7] += 0.5 * y
+        run.moments[layer], run.evidence[layer] = {"max": Moments(12)}, {"max": Evidence(12, permutations=199)}
+        run.moments[layer]["max"].update(z, y)
+        run.evidence[layer]["max"].update(z, y, 0)
+    run.moments.pop(0), run.evidence.pop(0)
+    direction = {"score": "contrastive", "direction": "both"}
+    assert chosen(select(run, "all", **direction)) == [(1, 5), (2, 5)]
+    assert chosen(select(run, "all", alpha=0.05, **direction)) == [(1, 7), (2, 7)]
+
+
+def test_an_alpha_that_no_p_value_can_reach_is_refused_with_the_permutations_it_takes():
+    run = made_run(permutations=19)
+    assert select(run, "all", alpha=0.05).features
+    with pytest.raises(
+        CorrSteerError, match="alpha must be at least 0.05, .* of 19 permutations, got 0.001; collect with 999"
+    ):
+        select(run, "all", alpha=0.001)
+    assert select(run, "all", alpha=0.01, correction="bh").notes is not None
+
+
+def test_the_reason_that_nothing_is_selected_comes_first_whatever_else_is_noted():
+    run = made_run(permutations=199, effect=0.0)
+    run.notes.append("stopped after 200 of 300 samples")
+    steering = select(run, "all", alpha=0.05)
+    assert steering.notes[0].startswith("no feature survives alpha=0.05") and steering.notes[1] == run.notes[0]
+    for layer in run.moments:
+        run.moments[layer] = {"max": Moments(12)}
+        run.moments[layer]["max"].update(torch.rand(50, 12), -(torch.arange(50) % 2).float())
+    steering = select(run, "all")
+    assert steering.features == [] and "no reward was above 0" in steering.notes[0]
+
+
+def test_scores_that_compare_with_rewards_of_0_say_so_where_there_are_none():
+    run = made_run(layers=(1,), permutations=19)
+    z = torch.rand(50, 12)
+    run.moments[1], run.evidence[1] = {"max": Moments(12)}, {"max": Evidence(12)}
+    run.moments[1]["max"].update(z, 1 + z[:, 3])
+    run.evidence[1]["max"].update(z, 1 + z[:, 3], 0)
+    assert "every reward was above 0, so the score 'contrastive'" in select(run, "all", score="contrastive").notes[0]
+
+
+def test_the_note_on_chance_is_of_what_pruning_kept(steered_world, monkeypatch):
+    model, tokenizer, steering, _ = steered_world
+    run = made_run(layers=(1, 2), permutations=199, effect=0.0)
+    monkeypatch.setattr("corrsteer.selection._directions", lambda *_: steering.directions)
+    run.points = {layer: HookPoint(3) for layer in run.points}
+    pruned = select(
+        run, "pruned", model=model, tokenizer=tokenizer, validation=worlds.task(24, seed=5), decoding=DECODING,
+        scale=200.0, progress=False,
+    )  # fmt: skip
+    assert len(pruned.features) == 1 and "1 of 1 selected features chance alone could explain" in pruned.notes[-1]
 
 
 @pytest.mark.parametrize("score", ("point_biserial", "contrastive", "squared_ratio", "mutual_information", "auroc"))
@@ -149,6 +214,7 @@ def test_other_scores_rank_the_same_way_with_their_own_p_values(score):
             assert f.index == int((sign * values).argmax()) and f.score == float(values[f.index])
             assert f.correlation == float(run.correlation(f.layer)[f.index]) and sign * f.coefficient > 0
             assert f.p_value == float(run.significance(score)[f.layer].p[f.index])
+            assert math.copysign(1, f.coefficient) == math.copysign(1, f.score)
     best = select(run, "single", score=score).features[0]
     assert best.score == max(f.score for f in select(run, "all", score=score).features)
 
@@ -224,8 +290,9 @@ def test_a_decoder_that_is_gone_is_named_with_what_to_do(tmp_path):
     (
         ({"strategy": "best"}, "strategy must be one of single, all, pruned, got 'best'"),
         ({"score": "kendall"}, "score must be one of pearson, point_biserial, .*, got 'kendall'"),
-        ({"score": "auroc"}, "score 'auroc' needs evidence, which this run does not hold"),
+        ({"score": "auroc"}, "score 'auroc' and interval 'delta' need evidence, which this run does not hold"),
         ({"alpha": 0.05}, "alpha needs p-values, but the run has no permutations of the score 'pearson'; collect with"),
+        ({"interval": "fisher"}, "score 'pearson' and interval 'fisher' need evidence"),
         ({"alpha": 5}, "alpha must lie between 0 and 1, got 5"),
         ({"correction": "holm"}, "correction must be one of maxT, layer, bh, got 'holm'"),
         ({"interval": "exact"}, "interval must be one of delta, fisher, bootstrap, got 'exact'"),

@@ -1,7 +1,5 @@
 """Snapshots: what was in front when, and when to stop."""
 
-import math
-
 import torch
 
 from corrsteer import Evidence
@@ -42,10 +40,19 @@ def test_a_layer_has_settled_when_its_final_feature_came_to_the_front_for_good()
 
 def test_stable_asks_for_patience_and_for_intervals_that_are_apart():
     apart, close = taken(10, (1, 0.3)), taken(10, (1, 0.1))
-    assert stable([apart] * 4, 3) and not stable([apart] * 3, 3)
-    assert not stable([apart] * 3 + [close], 3)
-    assert stable([close] * 3 + [apart], 3), "only the last intervals must be apart"
-    assert not stable([taken(5, (2, 0.3)), taken(6, (1, 0.3)), apart, apart], 3)
-    assert not stable([taken(10, (1, math.nan))] * 4, 3)
+    assert stable([apart] * 4, 3, [0]) and not stable([apart] * 3, 3, [0])
+    assert not stable([apart] * 3 + [close], 3, [0])
+    assert stable([close] * 3 + [apart], 3, [0]), "only the last intervals must be apart"
+    assert not stable([taken(5, (2, 0.3)), taken(6, (1, 0.3)), apart, apart], 3, [0])
+    assert not stable([taken(10, (1, None))] * 4, 3, [0])
+    two = [taken(10, (1, 0.3), (2, 0.1))] * 4
+    assert stable(two, 3, [0]) and not stable(two, 3, [0, 1]), "of the layers that are asked about"
     alone = Snapshot(10, {0: (Leader(1, 0.5, 0.1, 0.9),)})
-    assert stable([alone] * 2, 1), "a layer of one feature has no other to be apart from"
+    assert stable([alone] * 2, 1, [0]), "a layer of one feature has no other to be apart from"
+
+
+def test_a_feature_without_an_interval_has_none_in_its_snapshot():
+    evidence = Evidence(1)
+    evidence.update(torch.rand(3, 1), torch.tensor([0.0, 1, 1]), 0)
+    assert snapshot({0: evidence}).leaders[0][0].low is None
+    assert settled_at([]) == {}

@@ -101,7 +101,7 @@ def _run(seed: int, say: Callable[[str], None], progress: bool) -> dict[str, Any
     best = {layer: rows[0] for layer, rows in steerings["all"].table.items() if rows}
     say(feature_table(best.values(), {NAMES[s]: steering.features for s, steering in steerings.items()}))
     say(
-        f"   Adjusted p: how often any of all {_features(run)} features correlates as well when rewards are permuted "
+        f"   Adjusted p: how often any of all {run.n_features} features correlates as well when rewards are permuted "
         f"({PERMUTATIONS} times);\n   `chance` stands beside those above {CHANCE}.\n"
     )
 
@@ -165,10 +165,6 @@ def _collect(model, tokenizer, encoders, task, decoding, progress) -> Run:
     )  # fmt: skip
 
 
-def _features(run: Run) -> int:
-    return sum(moments[run.pool].d_sae for moments in run.moments.values())
-
-
 def _control(seed: int, say: Callable[[str], None], progress: bool) -> dict[str, Any]:
     started = time.monotonic()
     model, tokenizer, encoders = load()
@@ -188,7 +184,7 @@ def _control(seed: int, say: Callable[[str], None], progress: bool) -> dict[str,
         )
     else:
         say(
-            f"No feature survives alpha = {ALPHA}: the largest of {_features(run)} correlations is what chance gives.\n"
+            f"No feature survives alpha = {ALPHA}: the largest of {run.n_features} correlations is what chance gives.\n"
             f"There is nothing to find here, and nothing was found."
         )
     return {

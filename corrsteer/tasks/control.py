@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,10 +18,18 @@ def with_shuffled_rewards(task: Task, rewards: Sequence[float], seed: int = 0) -
     ----------
     rewards : of the task's examples, in their order, such as `Run.rewards`.
     seed : of the shuffle.
+
+    Raises
+    ------
+    TaskError : for rewards of another number, or that are not finite.
     """
     if len(rewards) != len(task):
         raise TaskError(f"rewards must be those of the task's {len(task)} examples, got {len(rewards)}")
     shuffled = [float(reward) for reward in rewards]
+    if not all(map(math.isfinite, shuffled)):
+        raise TaskError(
+            "rewards must be finite, got NaN or infinite ones; take the rewards of a run that went to its end"
+        )
     random.Random(seed).shuffle(shuffled)
     given = dict(zip((example.source for example in task.examples), shuffled))
     return replace(task, grader=lambda completion, example: given[example.source], grader_name="shuffled rewards")

@@ -74,6 +74,8 @@ struct Kernels {
     bool (*reaches)(const float* row, float least, bool absolute);
     // Means and maxima over each sample's tokens, [samples, panel] each, null if not wanted.
     void (*pool)(const float* tile, const Chunk&, const int32_t* cu_seqlens, float* mean, float* maximum, Carry);
+    // A bit for each of a panel's features that is not 0, NaN being one that is not.
+    uint64_t (*active)(const float* row);
     void (*occupied)(const float* pooled, int64_t samples, Occupied&);
     void (*moments)(const float* pooled, int64_t samples, const Occupied&, PanelMoments&);
     // `deviation` is y less its mean over the chunk, `positive` is 1 or 0, of each sample.

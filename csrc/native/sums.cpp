@@ -65,13 +65,14 @@ void update_sums(const Kernels& kernels, const Rows& pooled, int64_t features, c
             double* raised = z + panel * most;
             float* line = &converted[worker * panel];
             int64_t found[WIDEST_PANEL] = {};
+            std::fill(line + width, line + panel, 0.0f);
             for (int64_t j = 0; j < n; j++) {
                 const char* from = static_cast<const char*>(pooled.row(first + j)) + feature * size_of(pooled.dtype);
                 widen(pooled.dtype, from, width, line);
-                for (int64_t i = 0; i < width; i++) {
+                for (uint64_t lanes = kernels.active(line); lanes; lanes &= lanes - 1) {
+                    const int i = __builtin_ctzll(lanes);
                     row[i * most + found[i]] = int32_t(j);
-                    z[i * most + found[i]] = line[i];
-                    found[i] += line[i] != 0.0f;
+                    z[i * most + found[i]++] = line[i];
                 }
             }
             for (size_t b = 0; b < blocks.size(); b++) {
