@@ -532,6 +532,8 @@ def plan(
     from corrsteer import planning
     from corrsteer.tables import table
 
+    if not 0 < confidence < 1:
+        raise CorrSteerError(f"confidence must be between 0 and 1, got {confidence:g}")
     needed = planning.samples_to_see(activations, frequency, 1 - confidence)
     missed = {n: planning.miss_probability(n, activations, frequency) for n in (samples, needed.as_published)}
     low, high = planning.correlation_bounds(frequency, reward_rate)

@@ -203,6 +203,7 @@ def _unskewed(quantile: Tensor, skew: Tensor) -> Tensor:
 
 def _standardised(evidence: Evidence, features, label: int) -> tuple[dict[tuple[int, int], Tensor], Tensor]:
     """Moments E[a^p b^q] by (p, q), `[features]` each, and for which features they can be trusted."""
+    evidence.check_label(label)
     n = max(evidence.n, 1)
     labels = evidence.labels[label] / n
 
@@ -446,8 +447,7 @@ def significance(evidences: Mapping[int, Evidence], name: str = "pearson", label
                 f"score {name!r} of layer {layer} has no permutations to be tested by; collect with permutations=1000 "
                 f"and scores=[..., {name!r}]"
             )
-        mine, others = ((e.permutations, e.seed, e.blocks, e.labels[label, 0]) for e in (evidence, first))
-        if mine != others:
+        if _samples(evidence, label) != _samples(first, label):
             raise CorrSteerError(
                 f"evidences must be of the same samples and permutations, but layer {layer} has {evidence!r} of seed "
                 f"{evidence.seed}, and another {first!r} of seed {first.seed}"
@@ -503,6 +503,12 @@ def significance(evidences: Mapping[int, Evidence], name: str = "pearson", label
     q = benjamini_hochberg((1 + exceeding[level]) / (1 + pooled.sum()))
     parts = zip(*(values.split(sizes) for values in (p, p_layer, p_adjusted, q)))
     return {layer: Significance(*part) for layer, part in zip(layers, parts)}
+
+
+def _samples(evidence: Evidence, label: int) -> tuple:
+    """What evidences of the same samples and permutations have in common."""
+    rewards = (float(t[label]) for t in (evidence.labels[:, 0], evidence.n_positive, evidence.low, evidence.high))
+    return (evidence.permutations, evidence.seed, evidence.blocks, *rewards)
 
 
 def benjamini_hochberg(p: Tensor) -> Tensor:

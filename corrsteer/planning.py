@@ -127,8 +127,8 @@ def detectable_correlation(
 def samples_to_detect(r: float, features: int = 16384, layers: int = 1, alpha: float = 0.05, power: float = 0.8) -> int:
     """The fewest samples whose `detectable_correlation` is at most |r|: ((c + Φ⁻¹(power)) / atanh r)² + 3."""
     _correlation(r)
-    if r == 0:
-        raise CorrSteerError("r (correlation) must differ from 0 to be detected, got 0")
+    if abs(r) < 1e-9:
+        raise CorrSteerError(f"r (correlation) must differ from 0 by 1e-9 or more to be detected, got {r}")
     return _up((_separation(features, layers, alpha, power) / math.atanh(abs(r))) ** 2 + 3, 4)
 
 
@@ -217,6 +217,8 @@ def _separation(features: int, layers: int, alpha: float, power: float) -> float
     if power <= alpha:
         raise CorrSteerError(f"power must be above alpha={alpha:.4g}, got {power:.4g}")
     level = -math.expm1(math.log1p(-alpha) / _tests(features, layers))
+    if level < 1e-300:
+        raise CorrSteerError(f"alpha must be at least 1e-300 for each of the tests, got {alpha}")
     return NORMAL.inv_cdf(power) - NORMAL.inv_cdf(level / 2)
 
 

@@ -144,7 +144,7 @@ def test_the_delta_interval_is_formed_from_every_samples_influence(labels):
 
     low, high = inference.delta_interval(evidence, 0.9)
     expected, expected_high = (np.tanh(np.arctanh(r) - error * unskewed(q)) for q in (quantile, -quantile))
-    fisher = inference.interval(evidence, "fisher", 0.9)
+    fisher = [end.numpy() for end in inference.interval(evidence, "fisher", 0.9)]
     np.testing.assert_allclose(low, np.where(few, np.minimum(expected, fisher[0]), expected), atol=1e-9)
     np.testing.assert_allclose(high, np.where(few, np.maximum(expected_high, fisher[1]), expected_high), atol=1e-9)
     few = torch.tensor([3, 1])
@@ -202,9 +202,11 @@ def test_where_there_is_no_interval_it_is_nan_and_the_others_stay():
     evidence = Evidence(3)
     evidence.update(z.float(), torch.from_numpy(rng.standard_normal(50)), 0)
     assert inference.delta_interval(evidence)[0].isnan().tolist() == [True, True, False]
-    constant = Evidence(3)
+    constant = Evidence(3, bootstrap=20)
     constant.update(z.float(), torch.ones(50), 0)
-    assert bool(inference.delta_interval(constant)[0].isnan().all())
+    for method in inference.METHODS:
+        assert all(bool(end.isnan().all()) for end in inference.interval(constant, method))
+    assert inference.interval(evidence, "fisher")[0].isnan().tolist() == [True, False, False]
 
 
 def test_a_perfect_correlation_has_an_interval_that_ends_at_1():
@@ -213,6 +215,10 @@ def test_a_perfect_correlation_has_an_interval_that_ends_at_1():
     evidence.update(z, z[:, 0], 0)
     low, high = inference.delta_interval(evidence)
     assert float(low) > 0.99 and float(high) <= 1
+    for offset in range(20):  # where every sample's influence is rounding
+        evidence = Evidence(1)
+        evidence.update(z + offset / 7, 3 * z[:, 0].double() + offset, 0)
+        assert float(inference.delta_interval(evidence)[0]) > 0.999
 
 
 def test_bad_choices_of_interval_are_named():
@@ -223,6 +229,35 @@ def test_bad_choices_of_interval_are_named():
         inference.interval(evidence, level=95)
     with pytest.raises(CorrSteerError, match="at least 20 bootstrap replicates .* got 0; collect with bootstrap=500"):
         inference.interval(evidence, "bootstrap")
+
+
+@pytest.mark.parametrize("active", (1, 2, 3, 5, 12))
+def test_a_bootstrap_interval_of_very_few_active_samples_holds_r_and_does_not_cross(active):
+    """Where the acceleration is large BCa's formula has a pole, past which it would give the other end."""
+    rng = np.random.default_rng(active)
+    z = np.zeros((400, 40), dtype=np.float32)
+    for column in z.T:
+        column[rng.choice(400, active, replace=False)] = rng.exponential(size=active)
+    evidence = Evidence(40, bootstrap=200)
+    evidence.update(torch.from_numpy(z), torch.from_numpy((rng.random(400) < 0.5).astype(float)), 0)
+    r = inference.correlation(evidence)
+    for level in (0.95, 0.99):
+        low, high = inference.interval(evidence, "bootstrap", level)
+        assert bool(((low <= r) & (r <= high) & (low < high)).all())
+
+
+def test_where_hardly_any_sample_is_both_active_and_rewarded_intervals_still_hold_the_truth():
+    """Rewards of 0.05, features of 0.05, 1000 samples, independent: 2.5 samples are both, and often none."""
+    rng = np.random.default_rng(0)
+    hits = {"delta": 0, "bootstrap": 0}
+    for run in range(20):
+        z = (rng.random((1000, 100)) < 0.05) * rng.exponential(size=(1000, 100))
+        evidence = Evidence(100, bootstrap=200, seed=run)
+        evidence.update(torch.from_numpy(z).float(), torch.from_numpy((rng.random(1000) < 0.05).astype(float)), 0)
+        for method in hits:
+            low, high = inference.interval(evidence, method)
+            hits[method] += int(((low <= 0) & (0 <= high)).sum())
+    assert all(n / 2000 > 0.94 for n in hits.values()), hits
 
 
 # Tests
@@ -303,6 +338,88 @@ def test_two_valued_rewards_need_no_columns_of_their_own_for_the_groups_scores(n
     assert not inference.testable(real, name)
     with pytest.raises(CorrSteerError, match=f"score '{name}' of layer 3 has no permutations to be tested by"):
         inference.significance({3: real}, name)
+
+
+def test_contrastive_tests_do_not_mind_the_size_of_activations():
+    rng = np.random.default_rng(3)
+    z = rng.exponential(size=(200, 6)).astype(np.float32)
+    y = (rng.random(200) < 0.5).astype(float)
+    z[:, 2] += 0.8 * y
+    plain, scaled = Evidence(6, permutations=99), Evidence(6, permutations=99)
+    plain.update(torch.from_numpy(z), torch.from_numpy(y), 0)
+    z[:, 4] *= 1e7
+    scaled.update(torch.from_numpy(z), torch.from_numpy(y), 0)
+    one, other = (inference.significance({0: e}, "contrastive")[0] for e in (plain, scaled))
+    for name in ("p", "p_layer", "p_adjusted", "q"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-3, atol=1e-3)
+    assert one.p_adjusted[2] == 0.01
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_an_activation_that_is_not_a_number_spoils_its_own_feature_alone(name):
+    rng = np.random.default_rng(0)
+    z, y = torch.from_numpy(rng.exponential(size=(60, 4)).astype(np.float32)), torch.arange(60) % 2
+    for bad in (float("nan"), float("inf")):
+        spoilt = z.clone()
+        spoilt[7, 2] = bad
+        clean, other = (Evidence(4, permutations=19, scores=SCORES) for _ in range(2))
+        clean.update(z, y, 0)
+        other.update(spoilt, y, 0)
+        kept = [0, 1, 3]
+        torch.testing.assert_close(inference.score(other, name)[kept], inference.score(clean, name)[kept])
+        assert inference.score(other, name)[2] == 0
+        one, two = (inference.significance({0: e}, name)[0].p for e in (clean, other))
+        assert torch.equal(one[kept], two[kept]) and two[2] == 1
+
+
+def test_evidences_that_do_not_belong_together_are_refused():
+    of = {"permutations": 19, "d": 5}
+    first, other_seed, other_size = made(**of)[0], made(**of)[0], made(permutations=29, d=5)[0]
+    other_seed.seed = 1
+    fewer = made(n=200, **of)[0]
+    other_rewards = made(seed=9, **of)[0]
+    for wrong in (other_seed, other_size, fewer, other_rewards):
+        with pytest.raises(
+            CorrSteerError, match="must be of the same samples and permutations, but layer 2 has Evidence"
+        ):
+            inference.significance({1: first, 2: wrong})
+    with pytest.raises(CorrSteerError, match="evidences must hold at least one layer, got none"):
+        inference.significance({})
+
+
+@pytest.mark.parametrize("label", (-1, 1, 2))
+def test_a_label_that_does_not_exist_is_refused(label):
+    evidence, *_ = made(d=3, permutations=5, scores=SCORES, bootstrap=20)
+    for name in SCORES:
+        with pytest.raises(CorrSteerError, match=rf"label must lie in 0..0, got {label}"):
+            inference.score(evidence, name, label=label)
+    for method in inference.METHODS:
+        with pytest.raises(CorrSteerError, match="label must lie in 0..0"):
+            inference.interval(evidence, method, label=label)
+
+
+def test_labels_are_scored_and_tested_each_for_itself():
+    rng = np.random.default_rng(1)
+    z = rng.exponential(size=(120, 5)).astype(np.float32) * (rng.random((120, 5)) < 0.5)
+    y = np.column_stack([rng.random(120) < 0.4, z[:, 1] + rng.standard_normal(120)]).astype(float)
+    settings = {"permutations": 29, "bootstrap": 25, "scores": SCORES}
+    both, alone = Evidence(5, 2, **settings), [Evidence(5, **settings) for _ in range(2)]
+    both.update(torch.from_numpy(z), torch.from_numpy(y), 4)
+    for label in (0, 1):
+        alone[label].update(torch.from_numpy(z), torch.from_numpy(y[:, label]), 4)
+        for name in SCORES:
+            if name == "spearman" and label == 1:
+                continue
+            torch.testing.assert_close(inference.score(both, name, label=label), inference.score(alone[label], name))
+            one, other = (
+                inference.significance({0: e}, name, label=k)[0] for e, k in ((both, label), (alone[label], 0))
+            )
+            assert torch.equal(one.p_adjusted, other.p_adjusted)
+        for method in inference.METHODS:
+            torch.testing.assert_close(
+                torch.stack(inference.interval(both, method, label=label)),
+                torch.stack(inference.interval(alone[label], method)),
+            )
 
 
 def test_many_features_are_tested_in_parts_with_the_same_result(monkeypatch):

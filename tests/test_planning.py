@@ -245,7 +245,9 @@ def test_plan_says_where_a_rare_feature_cannot_correlate_so_much():
     "arguments, message",
     [
         (("--frequency", 2), "s (frequency) must be between 1e-9 and 1, got 2.0"),
-        (("--confidence", 1), "delta (1 - confidence) must be between 0 and 1, got 0.0"),
+        (("--confidence", 95), "confidence must be between 0 and 1, got 95"),
+        (("--alpha", 1e-320), "alpha must be at least 1e-300 for each of the tests, got 1e-320"),
+        (("--correlation", 1e-99), "r (correlation) must differ from 0 by 1e-9 or more to be detected, got 1e-99"),
         (("--samples", 0), "n (samples) must be a whole number of at least 1, got 0"),
     ],
 )
