@@ -321,6 +321,7 @@ def collect(
                 reason = str(error)
             else:
                 reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+            _note_constant_reward(run)
             raise CollectionStopped(reason, run) from error
     _note_constant_reward(run)
     return run
@@ -419,9 +420,8 @@ class _Collector:
                 self._batch([block[row] for row in rows], rows, pooled, rewards)
                 done(len(rows))
         except BaseException:
-            with contextlib.suppress(
-                Exception
-            ):  # whatever it is has been noted, and the first reason is the one to give
+            # Should folding fail as well, that has been noted, and the first reason is the one to give.
+            with contextlib.suppress(Exception):
                 self._fold(number, block, pooled, rewards)
             raise
         self._fold(number, block, pooled, rewards)
@@ -530,9 +530,9 @@ def _leader(run: Run) -> str:
 
 def _note_constant_reward(run: Run) -> None:
     moments = next(iter(run.moments.values()))[run.pool]
-    if not bool(moments.label_varies().any()):
+    if run.n and not bool(moments.label_varies().any()):
         run.notes.append(
-            f"every one of the {run.n} rewards was {run.rewards[0].item():g}, so nothing correlates with them and no "
+            f"every one of the {run.n} rewards was {run.rewards.nanmean().item():g}, so nothing correlates with them and no "
             f"feature can be selected; use a task that the model solves sometimes"
         )
 

@@ -6,6 +6,7 @@ activation z with the reward y; a and b are z and y, centred and scaled to varia
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from corrsteer.evidence import BINNED, ORDER, SCORES, Evidence
 from corrsteer.moments import COEFFICIENTS
 
 METHODS = ("delta", "fisher", "bootstrap")
-FEATURES_AT_A_TIME = 4096  # whose permutations are looked at together: 32 MB at 1000 permutations
+FEATURES_AT_A_TIME = 4096  # whose permutations are looked at together, 32 MB an array of 1000; fewer where binned
 # Of the largest score, what counts as equal to the observed one: sums in another order differ by rounding (in float32,
 # on GPUs), and of sparse features many permutations give the very same score.
 TIE = 1e-6
@@ -211,11 +212,10 @@ def _standardised(evidence: Evidence, features, label: int) -> tuple[dict[tuple[
         return evidence.columns(f"z{p}u{q}", features, label)[:, 0] / n if p else labels[q]
 
     z, u = raw(1, 0), raw(0, 1)
-    binomial = [[1.0], [1, 1], [1, 2, 1], [1, 3, 3, 1], [1, 4, 6, 4, 1], [1, 5, 10, 10, 5, 1], [1, 6, 15, 20, 15, 6, 1]]
     raws = {(p, q): raw(p, q) for p in range(ORDER + 1) for q in range(ORDER + 1 - p)}
     central = {
         (p, q): sum(
-            binomial[p][i] * binomial[q][j] * (-z) ** (p - i) * (-u) ** (q - j) * raws[i, j]
+            math.comb(p, i) * math.comb(q, j) * (-z) ** (p - i) * (-u) ** (q - j) * raws[i, j]
             for i in range(p + 1)
             for j in range(q + 1)
         )
@@ -461,7 +461,7 @@ def significance(evidences: Mapping[int, Evidence], name: str = "pearson", label
     home = torch.cat([torch.full((size,), at) for at, size in enumerate(sizes)])
     index = torch.cat([torch.arange(size) for size in sizes])
     P = first.permutations
-    together = max(1, FEATURES_AT_A_TIME // (8 * first.bins) if name in BINNED else FEATURES_AT_A_TIME)
+    together = max(1, FEATURES_AT_A_TIME // first.bins if name in BINNED else FEATURES_AT_A_TIME)
 
     order = everything.argsort(stable=True)
     largest = torch.zeros(P, dtype=torch.float64)  # of the features below, in each permutation

@@ -123,8 +123,8 @@ def select(
         chosen = sorted(chosen, key=lambda f: -abs(_ranked_by(f)))[:1]
     moments = next(iter(run.moments.values()))[run.pool]
     n_positive, reasons = int(moments.n_positive[0]), []
-    if run.n and not bool(moments.label_varies()[0]):
-        reasons = []  # the run's own notes say so
+    if not bool(moments.label_varies()[0]):
+        pass  # the run's own notes say so
     elif n_positive == 0:
         chosen = []
         reasons.append(
@@ -288,6 +288,6 @@ def _prune(steering, model, tokenizer, validation, positions, scale, decoding, p
         [steering.features[at] for at in kept],
         steering.directions[kept],
         steering.table,
-        steering.notes + notes,
+        notes + steering.notes,
         steering.provenance,
     )
