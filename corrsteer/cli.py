@@ -348,7 +348,7 @@ def select(
         "notes": steering.notes,
     }
     rows = [f for layer_rows in steering.table.values() for f in layer_rows]
-    text = feature_table(rows, {"selected": steering.features})
+    text = feature_table(rows, {"selected": steering.features}, every_coefficient=True)
     _print(
         result, json, "\n".join([text, f"{len(steering.features)} features written to {out}", *_noted(steering.notes)])
     )

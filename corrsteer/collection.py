@@ -532,8 +532,8 @@ def _note_constant_reward(run: Run) -> None:
     moments = next(iter(run.moments.values()))[run.pool]
     if run.n and not bool(moments.label_varies().any()):
         run.notes.append(
-            f"every one of the {run.n} rewards was {run.rewards.nanmean().item():g}, so nothing correlates with them and no "
-            f"feature can be selected; use a task that the model solves sometimes"
+            f"every one of the {run.n} rewards was {run.rewards.nanmean().item():g}, so nothing correlates with them "
+            f"and no feature can be selected; use a task that the model solves sometimes"
         )
 
 

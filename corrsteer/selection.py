@@ -227,7 +227,8 @@ class _Describer:
         moments, of_coefficient = run.moments[layer][run.pool], run.moments[layer][run.coefficient_pool]
         r, value = run.correlation(layer)[indices], self.value(layer)[indices]
         group = moments.group_frequency()[:, 0, indices]
-        c = of_coefficient.coefficient(self.coefficient)[0, indices]
+        every = {kind: of_coefficient.coefficient(kind)[0, indices] for kind in COEFFICIENTS}
+        c, errors = every[self.coefficient], {}
         columns = {
             "correlation": r,
             "coefficient": torch.where(value < 0, -c.abs(), c),
@@ -240,22 +241,30 @@ class _Describer:
         if layer in run.evidence:
             evidence, other = (run.evidence[layer][pool] for pool in (run.pool, run.coefficient_pool))
             columns["low"], columns["high"] = inference.interval(evidence, self.interval, features=indices)
-            columns["coefficient_error"] = inference.coefficient_error(other, of_coefficient, self.coefficient, indices)
+            errors = {kind: inference.coefficient_error(other, of_coefficient, kind, indices) for kind in COEFFICIENTS}
+            columns["coefficient_error"] = errors[self.coefficient]
         if run.testable(self.score):
             tested = run.significance(self.score)[layer]
             for name, p in (("value", tested.p), ("layer", tested.p_layer), ("adjusted", tested.p_adjusted)):
                 columns[f"p_{name}"] = p[indices.to(p.device)]
             columns["q_value"] = tested.q[indices.to(tested.q.device)]
-        rows = zip(indices.tolist(), *(column.tolist() for column in columns.values()))
+        values = {name: _known(column) for name, column in columns.items()}
+        pairs = {kind: (_known(every[kind]), _known(errors[kind])) for kind in errors}
         return [
             Feature(
                 hook_point=str(run.points[layer]),
                 layer=layer,
                 index=index,
-                **{name: None if math.isnan(number) else number for name, number in zip(columns, numbers)},
+                **{name: column[at] for name, column in values.items()},
+                coefficients={kind: [value[at], error[at]] for kind, (value, error) in pairs.items()} or None,
             )
-            for index, *numbers in rows
+            for at, index in enumerate(indices.tolist())
         ]
+
+
+def _known(column: Tensor) -> list[float | None]:
+    """Numbers as JSON can have them."""
+    return [None if math.isnan(number) else number for number in column.tolist()]
 
 
 def _directions(run: Run, features: list[Feature], encoders: Mapping[int, SparseEncoder] | None) -> Tensor:

@@ -48,6 +48,7 @@ class Feature:
     p_value, p_layer, p_adjusted, q_value : how often chance gives as large a score: to this feature, to any feature of
         its layer, to any of all layers, and the false discovery rate; see `inference.Significance`.
     coefficient_error : the coefficient's standard error.
+    coefficients : every kind of coefficient, as `Moments.coefficient` gives it, and its standard error, by kind.
 
     The last ones are None where they are not known, as for a run without permutations.
     """
@@ -68,6 +69,7 @@ class Feature:
     p_adjusted: float | None = None
     q_value: float | None = None
     coefficient_error: float | None = None
+    coefficients: dict[str, list[float | None]] | None = None
 
     @property
     def by_chance(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from corrsteer.moments import COEFFICIENTS
 from corrsteer.steering import Feature
 
 
@@ -19,11 +20,20 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], indent: str = " 
     )
 
 
-def feature_table(features: Iterable[Feature], selected_by: Mapping[str, Sequence[Feature]] | None = None) -> str:
-    """One feature a row, what chance explains marked; with `selected_by`, which selections hold it."""
+def feature_table(
+    features: Iterable[Feature],
+    selected_by: Mapping[str, Sequence[Feature]] | None = None,
+    every_coefficient: bool = False,
+) -> str:
+    """One feature a row, marked where chance could explain it; with `selected_by`, which selections hold it.
+
+    `every_coefficient` adds those that were not chosen, with their standard errors.
+    """
     features, selected_by = list(features), selected_by or {}
     header = ["layer", "feature", "r", "95 % interval", "adjusted p", "coefficient", "active", "if right", "if wrong"]
     scored = any(f.score is not None for f in features)
+    kinds = COEFFICIENTS if every_coefficient else ()
+    header[6:6] = kinds
     rows = [
         (
             str(f.layer),
@@ -32,7 +42,8 @@ def feature_table(features: Iterable[Feature], selected_by: Mapping[str, Sequenc
             f"{f.correlation:+.3f}",
             "-" if f.low is None else f"{f.low:+.3f} to {f.high:+.3f}",
             "-" if f.p_adjusted is None else f"{f.p_adjusted:.4f}" + " chance" * f.by_chance,
-            f"{f.coefficient:+.3f}" + ("" if f.coefficient_error is None else f" ± {f.coefficient_error:.3f}"),
+            _with_error(f.coefficient, f.coefficient_error),
+            *(_with_error(*(f.coefficients or {}).get(kind, (None, None))) for kind in kinds),
             f"{f.frequency:.1%}",
             f"{f.frequency_positive:.1%}",
             f"{f.frequency_negative:.1%}",
@@ -43,3 +54,9 @@ def feature_table(features: Iterable[Feature], selected_by: Mapping[str, Sequenc
     if scored:
         header.insert(2, "score")
     return table([*header, *selected_by], rows)
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:+.3f}" + ("" if error is None else f" ± {error:.3f}")

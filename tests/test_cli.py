@@ -143,7 +143,8 @@ def test_select_pruned_validates_on_the_runs_own_task(world, collected):
 
 def test_without_json_results_are_text_on_stdout_and_progress_is_on_stderr(world, collected):
     result = run("select", world / "run", "--out", world / "s.safetensors", "--top-k", 3)
-    assert "coefficient" in result.stdout and "2 features written to" in result.stdout
+    assert "mean_positive_active" in result.stdout and "2 features written to" in result.stdout
+    assert "contrastive" in result.stdout and " ± " in result.stdout and " to " in result.stdout
 
 
 def test_one_yaml_file_serves_every_command_and_takes_hyphens_and_a_mapping_of_saes(world, collected, tmp_path):

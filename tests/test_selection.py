@@ -13,6 +13,7 @@ from corrsteer.evaluation import Graded, grade, mcnemar
 from corrsteer.evidence import SCORES
 from corrsteer.generation import Decoding
 from corrsteer.models import HookPoint
+from corrsteer.moments import COEFFICIENTS
 
 DECODING = Decoding(max_new_tokens=3)
 
@@ -112,7 +113,12 @@ def test_the_table_gives_intervals_p_values_and_standard_errors():
                     run.evidence[layer]["mean"], run.moments[layer]["mean"], "mean_positive"
                 )
                 assert f.coefficient_error == pytest.approx(float(error[f.index])) and f.score is None
-    assert all(f.p_value is f.low is f.coefficient_error is None for f in select(made_run(), "all").features)
+                for kind, (value, spread) in f.coefficients.items():
+                    assert value == float(run.moments[layer]["mean"].coefficient(kind)[0, f.index]) and spread > 0
+                assert list(f.coefficients) == list(COEFFICIENTS)
+    assert all(
+        f.p_value is f.low is f.coefficient_error is f.coefficients is None for f in select(made_run(), "all").features
+    )
 
 
 def test_alpha_keeps_what_survives_and_by_default_nothing_is_dropped_but_said():
