@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 import corrsteer
 from corrsteer import backends, inference, models, ops, stability
+from corrsteer import scores as scores_
 from corrsteer.capture import KEPT_POSITIONS, Capture
 from corrsteer.encoder import SIGNED, SparseEncoder
 from corrsteer.errors import CorrSteerError
@@ -87,7 +88,7 @@ class Run:
     def testable(self, score: str = "pearson") -> bool:
         """Whether a score's permutations were kept."""
         kept = [by_pool[self.pool] for by_pool in self.evidence.values()]
-        return bool(kept) and self.n > 0 and all(inference.testable(evidence, score) for evidence in kept)
+        return bool(kept) and self.n > 0 and all(scores_.testable(evidence, score) for evidence in kept)
 
     def significance(self, score: str = "pearson") -> dict[int, inference.Significance]:
         """P-values of every layer's features by layer, see `inference.significance`; computed once for a score."""

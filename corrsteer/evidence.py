@@ -78,7 +78,7 @@ class Evidence:
     n_labels : R, number of reward columns; all of them are permuted alike.
     permutations : P, how many; 0 for no tests. The smallest p-value is 1 / (P + 1).
     bootstrap : B, how many replicates; 0 for no bootstrap intervals.
-    scores : which scores' permutations are kept (see `inference.score`). `pearson` costs one column a permutation;
+    scores : which scores' permutations are kept (see `scores.score`). `pearson` costs one column a permutation;
         `point_biserial` and `contrastive` another one together, unless rewards take two values, when they need none;
         `squared_ratio` one; `mutual_information`, `auroc` and `spearman` together one for each of the `bins`.
     bins : of each feature's histogram, kept if one of the last three scores is asked for.

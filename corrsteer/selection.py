@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from corrsteer import inference
+from corrsteer import inference, scores
 from corrsteer.collection import Run
 from corrsteer.encoder import SparseEncoder
 from corrsteer.errors import CorrSteerError
@@ -53,7 +53,7 @@ def select(
     run : what `collect` returned.
     strategy : `single`, the one feature with the highest correlation over all layers; `all`, the top feature of
         every layer; `pruned`, those of `all` whose feature, steered alone, beats the unsteered validation score.
-    score : what features are ranked by, see `inference.score`; `pearson`, as the paper.
+    score : what features are ranked by, see `scores.score`; `pearson`, as the paper.
     alpha : keep only features whose p-value, corrected for their number, is at most this. By default nothing is
         dropped, and a note says which of the selected features chance explains.
     correction : `maxT`, the chance that any feature of any layer does as well (family-wise, Westfall & Young);
@@ -205,7 +205,7 @@ class _Describer:
         """Each feature's score, `[d_sae]`."""
         if self.score == "pearson":
             return self.run.correlation(layer)
-        return inference.score(self.run.evidence[layer][self.run.pool], self.score)
+        return scores.score(self.run.evidence[layer][self.run.pool], self.score)
 
     def rank(self, layer: int, direction: str) -> Tensor:
         """The same, the better the larger; what is not above 0 is not in that direction."""

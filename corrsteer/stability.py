@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from corrsteer import inference
+from corrsteer import inference, scores
 from corrsteer.evidence import Evidence
 
 
@@ -34,7 +34,7 @@ def snapshot(evidences: Mapping[int, Evidence]) -> Snapshot:
     """What is in front now."""
     leaders = {}
     for layer, evidence in evidences.items():
-        best = inference.correlation(evidence).topk(min(2, evidence.d_sae))
+        best = scores.correlation(evidence).topk(min(2, evidence.d_sae))
         low, high = inference.delta_interval(evidence, features=best.indices)
         rows = torch.stack([best.values, low, high], 1).tolist()
         rows = [[None if math.isnan(value) else value for value in row] for row in rows]

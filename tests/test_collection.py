@@ -19,7 +19,7 @@ from corrsteer import (
     collect,
     encode,
     encode_pool,
-    inference,
+    scores,
     select,
 )
 from corrsteer.collection import CollectionStopped
@@ -90,7 +90,7 @@ def test_collected_evidence_is_of_the_same_samples_and_says_the_same_r(model):
             evidence = run.evidence[layer][pool]
             assert evidence.n == run.n == 40 and evidence.blocks == {0, 1, 2}
             torch.testing.assert_close(
-                inference.correlation(evidence), run.moments[layer][pool].correlation()[0], rtol=0, atol=1e-9
+                scores.correlation(evidence), run.moments[layer][pool].correlation()[0], rtol=0, atol=1e-9
             )
         # what the coefficient is read from is not what is tested
         assert (run.evidence[layer]["max"].permutations, run.evidence[layer]["mean"].permutations) == (50, 0)
@@ -152,7 +152,7 @@ def test_a_part_of_a_block_is_of_the_samples_that_were_graded(model):
     for layer in fresh.moments:
         torch.testing.assert_close(part.correlation(layer), fresh.correlation(layer), rtol=0, atol=1e-5)
         evidence = part.evidence[layer]["max"]
-        torch.testing.assert_close(inference.correlation(evidence), part.correlation(layer), rtol=0, atol=1e-9)
+        torch.testing.assert_close(scores.correlation(evidence), part.correlation(layer), rtol=0, atol=1e-9)
     assert part.snapshots[-1].n == 24
 
 

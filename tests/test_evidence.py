@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import everywhere
 
-from corrsteer import CorrSteerError, Evidence, inference
+from corrsteer import CorrSteerError, Evidence, inference, scores
 from corrsteer.evidence import ORDER, SCORES
 
 SETTINGS = {"permutations": 19, "bootstrap": 11, "scores": SCORES, "bins": 12, "seed": 5}
@@ -107,7 +107,7 @@ def test_any_order_of_blocks_and_any_merge_give_the_same_statistics(data):
     whole = stream(z, y, blocks)
     assert_same(merged, with_origin(whole, merged.origin))  # a state's origin is that of the block that came first
     for score in ("pearson", "auroc"):
-        one, other = (inference.score(e, score) for e in (merged, whole))
+        one, other = (scores.score(e, score) for e in (merged, whole))
         torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
     one, other = (inference.significance({0: e})[0].p_adjusted for e in (merged, whole))
     assert torch.equal(one, other)

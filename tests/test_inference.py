@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import mutual_info_score, roc_auc_score
 
-from corrsteer import CorrSteerError, Evidence, Moments, inference
+from corrsteer import CorrSteerError, Evidence, Moments, inference, scores
 from corrsteer.evidence import SCORES
 from corrsteer.moments import COEFFICIENTS
 
@@ -48,7 +48,7 @@ def bins_of(evidence, z):
 @pytest.mark.parametrize("labels", ("binary", "real"))
 def test_pearson_is_scipys_and_that_of_the_moments(labels):
     evidence, moments, z, y = made(labels=labels)
-    r = inference.correlation(evidence)
+    r = scores.correlation(evidence)
     np.testing.assert_allclose(r, [stats.pearsonr(column, y)[0] for column in z.T], atol=1e-12)
     torch.testing.assert_close(r, moments.correlation()[0], rtol=0, atol=1e-12)
 
@@ -57,17 +57,17 @@ def test_pearson_is_scipys_and_that_of_the_moments(labels):
 def test_point_biserial_is_scipys_of_whether_the_reward_is_positive(labels):
     evidence, _, z, y = made(labels=labels)
     expected = [stats.pointbiserialr(y > 0, column)[0] for column in z.T]
-    np.testing.assert_allclose(inference.score(evidence, "point_biserial"), expected, atol=1e-12)
+    np.testing.assert_allclose(scores.score(evidence, "point_biserial"), expected, atol=1e-12)
 
 
 def test_contrastive_and_squared_ratio_compare_the_groups_means_and_mean_squares():
     evidence, moments, z, y = made(labels="real")
     above, below = z[y > 0], z[y <= 0]
-    np.testing.assert_allclose(inference.score(evidence, "contrastive"), above.mean(0) - below.mean(0), atol=1e-12)
-    torch.testing.assert_close(inference.score(evidence, "contrastive"), moments.coefficient("contrastive")[0])
+    np.testing.assert_allclose(scores.score(evidence, "contrastive"), above.mean(0) - below.mean(0), atol=1e-12)
+    torch.testing.assert_close(scores.score(evidence, "contrastive"), moments.coefficient("contrastive")[0])
     a, b = (above**2).mean(0), (below**2).mean(0)
-    np.testing.assert_allclose(inference.score(evidence, "squared_ratio"), (a - b) / (a + b), atol=1e-12)
-    ratio = (1 + inference.score(evidence, "squared_ratio")) / (1 - inference.score(evidence, "squared_ratio"))
+    np.testing.assert_allclose(scores.score(evidence, "squared_ratio"), (a - b) / (a + b), atol=1e-12)
+    ratio = (1 + scores.score(evidence, "squared_ratio")) / (1 - scores.score(evidence, "squared_ratio"))
     np.testing.assert_allclose(ratio, a / b, rtol=1e-9)
 
 
@@ -76,26 +76,26 @@ def test_mutual_information_is_scikit_learns_of_the_same_bins_with_the_sign_of_r
     bins = bins_of(evidence, z)
     expected = np.array([mutual_info_score(y > 0, bins[:, i]) for i in range(z.shape[1])])
     expected *= np.sign([stats.pearsonr(column, y)[0] for column in z.T])
-    np.testing.assert_allclose(inference.score(evidence, "mutual_information"), expected, atol=1e-12)
+    np.testing.assert_allclose(scores.score(evidence, "mutual_information"), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("bins", (8, 32))
 def test_auroc_is_scikit_learns_of_the_same_bins_and_of_the_activations_within_its_bound(bins):
     evidence, _, z, y = made(scores=("auroc",), bins=bins)
-    area, bound = inference.auroc(evidence)
+    area, bound = scores.auroc(evidence)
     binned = bins_of(evidence, z)
     for i in range(z.shape[1]):
         assert float(area[i]) == pytest.approx(roc_auc_score(y, binned[:, i]), abs=1e-12)
         assert abs(float(area[i]) - roc_auc_score(y, z[:, i])) <= float(bound[i]) + 1e-12
     assert 0 < float(bound.max()) < (0.5 if bins == 8 else 0.03)
-    torch.testing.assert_close(inference.score(evidence, "auroc"), 2 * area - 1)
+    torch.testing.assert_close(scores.score(evidence, "auroc"), 2 * area - 1)
 
 
 def test_spearman_is_scipys_of_the_same_bins():
     evidence, _, z, y = made(scores=("spearman",))
     bins = bins_of(evidence, z)
     expected = [stats.spearmanr(bins[:, i], y)[0] for i in range(z.shape[1])]
-    np.testing.assert_allclose(inference.score(evidence, "spearman"), expected, atol=1e-12)
+    np.testing.assert_allclose(scores.score(evidence, "spearman"), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", SCORES)
@@ -103,23 +103,23 @@ def test_a_feature_that_never_varies_and_rewards_of_one_group_score_0(name):
     evidence = Evidence(2, permutations=9, scores=SCORES)
     z = torch.stack([torch.zeros(30), torch.linspace(0.1, 1, 30)], 1)
     evidence.update(z, torch.arange(30) % 2, 0)
-    assert inference.score(evidence, name)[0] == 0 and inference.significance({0: evidence}, name)[0].p[0] == 1
+    assert scores.score(evidence, name)[0] == 0 and inference.significance({0: evidence}, name)[0].p[0] == 1
     if name in ("pearson", "spearman"):
         return
     evidence = Evidence(2, scores=SCORES)
     evidence.update(z, torch.ones(30), 0)
-    assert not bool(inference.score(evidence, name).any())
+    assert not bool(scores.score(evidence, name).any())
 
 
 def test_scores_that_were_not_collected_or_have_no_meaning_are_refused():
     evidence, *_ = made()
     with pytest.raises(CorrSteerError, match="score 'auroc' needs histograms, which were not kept; collect with"):
-        inference.score(evidence, "auroc")
+        scores.score(evidence, "auroc")
     with pytest.raises(CorrSteerError, match="score must be one of pearson, "):
-        inference.score(evidence, "kendall")
+        scores.score(evidence, "kendall")
     evidence, *_ = made(labels="real", scores=("spearman",))
     with pytest.raises(CorrSteerError, match="'spearman' needs rewards of two values"):
-        inference.score(evidence, "spearman")
+        scores.score(evidence, "spearman")
 
 
 # Intervals
@@ -186,7 +186,7 @@ def test_the_bootstrap_interval_agrees_with_the_delta_interval_where_there_is_mu
 @pytest.mark.parametrize("method", inference.METHODS)
 def test_intervals_hold_r_and_narrow_with_data_and_widen_with_the_level(method):
     small, large = (made(n=n, bootstrap=200, seed=4)[0] for n in (200, 2000))
-    r = inference.correlation(small)
+    r = scores.correlation(small)
     (low, high), (low_, high_) = (inference.interval(small, method, level) for level in (0.8, 0.99))
     assert bool(((low_ < low) & (low < r) & (r < high) & (high < high_)).all())
     assert bool(((low_ > -1) & (high_ < 1)).all())
@@ -240,7 +240,7 @@ def test_a_bootstrap_interval_of_very_few_active_samples_holds_r_and_does_not_cr
         column[rng.choice(400, active, replace=False)] = rng.exponential(size=active)
     evidence = Evidence(40, bootstrap=200)
     evidence.update(torch.from_numpy(z), torch.from_numpy((rng.random(400) < 0.5).astype(float)), 0)
-    r = inference.correlation(evidence)
+    r = scores.correlation(evidence)
     for level in (0.95, 0.99):
         low, high = inference.interval(evidence, "bootstrap", level)
         assert bool(((low <= r) & (r <= high) & (low < high)).all())
@@ -321,21 +321,21 @@ def test_benjamini_hochberg_is_scipys(p):
 @pytest.mark.parametrize("name", SCORES)
 def test_every_scores_permutations_are_that_score_of_permuted_rewards(name):
     evidence, _, z, y = made(n=200, d=6, permutations=7, scores=SCORES)
-    permuted = inference._permuted(evidence, name, slice(None), 0)
+    permuted = scores.permuted(evidence, name, slice(None), 0)
     for at, order in enumerate(orders(evidence, 200)):
         again = Evidence(6, scores=SCORES)
         again.update(torch.from_numpy(z).float(), torch.from_numpy(y[order]), 0)
-        torch.testing.assert_close(permuted[:, at].abs(), inference.score(again, name).abs(), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(permuted[:, at].abs(), scores.score(again, name).abs(), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ("point_biserial", "contrastive"))
 def test_two_valued_rewards_need_no_columns_of_their_own_for_the_groups_scores(name):
     without, with_ = (made(permutations=30, scores=scores)[0] for scores in (("pearson",), SCORES))
-    assert not without.has("permuted_positive") and inference.testable(without, name)
-    one, other = (inference._permuted(e, name, slice(None), 0) for e in (without, with_))
+    assert not without.has("permuted_positive") and scores.testable(without, name)
+    one, other = (scores.permuted(e, name, slice(None), 0) for e in (without, with_))
     torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
     real = made(permutations=30, labels="real")[0]
-    assert not inference.testable(real, name)
+    assert not scores.testable(real, name)
     with pytest.raises(CorrSteerError, match=f"score '{name}' of layer 3 has no permutations to be tested by"):
         inference.significance({3: real}, name)
 
@@ -366,8 +366,8 @@ def test_an_activation_that_is_not_a_number_spoils_its_own_feature_alone(name):
         clean.update(z, y, 0)
         other.update(spoilt, y, 0)
         kept = [0, 1, 3]
-        torch.testing.assert_close(inference.score(other, name)[kept], inference.score(clean, name)[kept])
-        assert inference.score(other, name)[2] == 0
+        torch.testing.assert_close(scores.score(other, name)[kept], scores.score(clean, name)[kept])
+        assert scores.score(other, name)[2] == 0
         one, two = (inference.significance({0: e}, name)[0].p for e in (clean, other))
         assert torch.equal(one[kept], two[kept]) and two[2] == 1
 
@@ -392,7 +392,7 @@ def test_a_label_that_does_not_exist_is_refused(label):
     evidence, *_ = made(d=3, permutations=5, scores=SCORES, bootstrap=20)
     for name in SCORES:
         with pytest.raises(CorrSteerError, match=rf"label must lie in 0..0, got {label}"):
-            inference.score(evidence, name, label=label)
+            scores.score(evidence, name, label=label)
     for method in inference.METHODS:
         with pytest.raises(CorrSteerError, match="label must lie in 0..0"):
             inference.interval(evidence, method, label=label)
@@ -410,7 +410,7 @@ def test_labels_are_scored_and_tested_each_for_itself():
         for name in SCORES:
             if name == "spearman" and label == 1:
                 continue
-            torch.testing.assert_close(inference.score(both, name, label=label), inference.score(alone[label], name))
+            torch.testing.assert_close(scores.score(both, name, label=label), scores.score(alone[label], name))
             one, other = (
                 inference.significance({0: e}, name, label=k)[0] for e, k in ((both, label), (alone[label], 0))
             )

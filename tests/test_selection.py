@@ -8,7 +8,7 @@ import torch
 import worlds
 from scipy.stats import binomtest
 
-from corrsteer import CorrSteerError, Evidence, Moments, Run, Steering, collect, evaluate, inference, select
+from corrsteer import CorrSteerError, Evidence, Moments, Run, Steering, collect, evaluate, inference, scores, select
 from corrsteer.evaluation import Graded, grade, mcnemar
 from corrsteer.evidence import SCORES
 from corrsteer.generation import Decoding
@@ -216,7 +216,7 @@ def test_other_scores_rank_the_same_way_with_their_own_p_values(score):
         steering = select(run, "all", score=score, direction=direction)
         for f in steering.features:
             evidence = run.evidence[f.layer]["max"]
-            values = inference.score(evidence, score)
+            values = scores.score(evidence, score)
             assert f.index == int((sign * values).argmax()) and f.score == float(values[f.index])
             assert f.correlation == float(run.correlation(f.layer)[f.index]) and sign * f.coefficient > 0
             assert f.p_value == float(run.significance(score)[f.layer].p[f.index])
