@@ -313,17 +313,11 @@ def select(
         "model": model, "task": task, "grader": grader, "part": part, "limit": limit, "dtype": dtype,
         "device": device, "positions": positions, "scale": scale,
     }  # fmt: skip
-    if not out.parent.is_dir():
-        raise CorrSteerError(f"out {out} cannot be written: there is no folder {out.parent}")
+    _check_folder(out)
     loaded = Run.load(run)
     pruning: dict[str, Any] = {}
     if strategy == "pruned":
-        recorded = loaded.provenance.get("settings", {}) | {
-            "part": "validation",
-            "positions": "generated",
-            "limit": None,
-        }
-        given = config_.read(config_.EvaluateSettings, config, flags, recorded)
+        given = config_.read(config_.EvaluateSettings, config, flags, _recorded(loaded.provenance, "validation"))
         validation = _task(given)
         model_, tokenizer = _model(given)
         pruning = {
@@ -377,12 +371,10 @@ def calibrate(
     from corrsteer.steering import Steering
     from corrsteer.tables import table
 
-    if not out.parent.is_dir():
-        raise CorrSteerError(f"out {out} cannot be written: there is no folder {out.parent}")
+    _check_folder(out)
     flags = _flags(locals(), "steering", "out")
     loaded = Steering.load(steering)
-    recorded = loaded.provenance.get("settings", {}) | {"part": "validation", "positions": "generated", "limit": None}
-    given = config_.read(config_.EvaluateSettings, config, flags, recorded)
+    given = config_.read(config_.EvaluateSettings, config, flags, _recorded(loaded.provenance, "validation"))
     validation = _task(given)
     model_, tokenizer = _model(given)
     loaded.check(model_)
@@ -447,8 +439,7 @@ def evaluate(
 
     flags = _flags(locals(), "steering")
     loaded = Steering.load(steering)
-    recorded = loaded.provenance.get("settings", {}) | {"part": "test", "positions": "generated", "limit": None}
-    given = config_.read(config_.EvaluateSettings, config, flags, recorded)
+    given = config_.read(config_.EvaluateSettings, config, flags, _recorded(loaded.provenance, "test"))
     task_ = _task(given)
     model_, tokenizer = _model(given)
     loaded.check(model_)
@@ -498,7 +489,7 @@ def generate(
 
     flags = _flags(locals(), "steering", "prompt")
     loaded = Steering.load(steering)
-    recorded = loaded.provenance.get("settings", {}) | {"positions": "generated", "part": "all", "task": "prompts"}
+    recorded = _recorded(loaded.provenance, "all") | {"task": "prompts"}
     given = config_.read(config_.EvaluateSettings, config, flags, recorded)
     model_, tokenizer = _model(given)
     loaded.check(model_)
@@ -593,6 +584,17 @@ def _flags(given: dict[str, Any], *others: str) -> dict[str, Any]:
     """A command's options but those that are not settings."""
     names = set(config_.CollectSettings.model_fields) | set(config_.EvaluateSettings.model_fields)
     return {name: value for name, value in given.items() if name in names and name not in others}
+
+
+def _check_folder(out: Path) -> None:
+    """See that a file can be written before what goes into it is made."""
+    if not out.parent.is_dir():
+        raise CorrSteerError(f"out {out} cannot be written: there is no folder {out.parent}")
+
+
+def _recorded(provenance: dict[str, Any], part: str) -> dict[str, Any]:
+    """The settings of a collection, but for what it does not decide: which part of the task, and how to steer."""
+    return provenance.get("settings", {}) | {"part": part, "positions": "generated", "limit": None}
 
 
 def _significance(run):

@@ -96,7 +96,7 @@ class Run:
             kept = {layer: by_pool[self.pool] for layer, by_pool in self.evidence.items()}
             if not kept:
                 raise CorrSteerError("this run holds no evidence to test features by; collect again")
-            self._tested = {(score, self.n): inference.significance(kept, score)}
+            self._tested[score, self.n] = inference.significance(kept, score)
         return self._tested[score, self.n]
 
     def save(self, directory) -> None:
@@ -299,8 +299,8 @@ def collect(
     random.Random(shuffle_seed).shuffle(order)
     blocks = [order[at : at + block_size] for at in range(0, len(order), block_size)]
     # The longest prompt first, so that what is too large for the memory fails at once; a block keeps its number.
-    numbers = sorted(range(len(blocks)), key=lambda k: -max(len(prompts[i]) for i in blocks[k]))[:1]
-    numbers += [k for k in range(len(blocks)) if k not in numbers]
+    first = max(range(len(blocks)), key=lambda k: max(len(prompts[i]) for i in blocks[k]))
+    numbers = [first, *(k for k in range(len(blocks)) if k != first)]
     selectable = [layer for layer in encoders if layer != 0] or list(encoders)  # as `select` leaves layer 0 out
     collector = _Collector(
         run, model, tokenizer, encoders, task, prompts, pools, positions, decoding, buffer_bytes, backend

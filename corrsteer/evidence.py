@@ -23,6 +23,7 @@ its standard deviation; permuted sums on the `triton` backend, which multiplies 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -87,7 +88,7 @@ class Evidence:
 
     Attributes
     ----------
-    sums : `[D, 21 + 2 R + ...]` joint moments Σ z^p u^q, and Σ z and Σ z² over samples with y > 0.
+    sums : `[D, 6 + 17 R]` joint moments Σ z^p u^q, and Σ z and Σ z² over samples with y > 0.
     resampled : `[D, ...]` sums of permuted labels and bootstrap replicates; `columns` finds its way in both.
     labels : `[R, 7]` Σ u^q for q = 0 to 6; the first is the number of samples.
     bootstrap_labels : `[1 + 2 R, B]` Σ w, then Σ w u and Σ w u² of each label.
@@ -132,9 +133,8 @@ class Evidence:
         for name in scores:
             if name not in SCORES:
                 raise CorrSteerError(f"scores must be among {', '.join(SCORES)}, got {name!r}")
-        self.d_sae, self.n_labels, self.permutations, self.bootstrap = map(
-            int, (d_sae, n_labels, permutations, bootstrap)
-        )
+        self.d_sae, self.n_labels = int(d_sae), int(n_labels)
+        self.permutations, self.bootstrap = int(permutations), int(bootstrap)
         self.scores = tuple(name for name in SCORES if name in scores)
         self.bins, self.seed = int(bins), int(seed)
         R, P, B = self.n_labels, self.permutations, self.bootstrap
@@ -232,12 +232,12 @@ class Evidence:
             "positive": positive,
             "positive2": positive,
             "permuted": _permute(u, permuted),
-            "permuted_positive": _permute(positive, permuted),
             "bootstrap": drawn,
             "bootstrap2": drawn,
             "bootstrap_u": (drawn[:, None] * u[:, :, None]).flatten(1),
         }
-        weights["permuted_positive2"] = weights["permuted_positive"]
+        if self.histograms or self.has("permuted_positive") or self.has("permuted_positive2"):
+            weights["permuted_positive"] = weights["permuted_positive2"] = _permute(positive, permuted)
         for name, layout in self._layouts.items():
             if layout.width:
                 columns = torch.cat([weights[group] for group in layout.groups], 1).to(self.device)
@@ -262,14 +262,11 @@ class Evidence:
 
     def _permutations(self, n: int, block: int) -> Tensor:
         """`[P, n]`: in each row, which sample's label each sample of a block gets."""
-        rng = np.random.default_rng([self.seed, block, 0])
-        rows = np.tile(np.arange(n, dtype=np.int64), (self.permutations, 1))
-        return torch.from_numpy(rng.permuted(rows, axis=1))
+        return _orders(self.seed, int(block), self.permutations, n)
 
     def _bootstrap_weights(self, n: int, block: int) -> Tensor:
         """`[n, B]`, how often each replicate has each sample of a block."""
-        rng = np.random.default_rng([self.seed, block, 1])
-        return torch.from_numpy(rng.poisson(1.0, (n, self.bootstrap)).astype(np.float64))
+        return _draws(self.seed, int(block), self.bootstrap, n)
 
     @torch.no_grad()
     def merge(self, other: Evidence) -> None:
@@ -371,6 +368,22 @@ class Evidence:
 
     def __repr__(self) -> str:
         return f"Evidence(n={self.n}, d_sae={self.d_sae}, permutations={self.permutations}, bootstrap={self.bootstrap})"
+
+
+# Of the last block, as the evidence of every layer and pooling asks for the same.
+
+
+@functools.lru_cache(maxsize=1)
+def _orders(seed: int, block: int, permutations: int, n: int) -> Tensor:
+    rng = np.random.default_rng([seed, block, 0])
+    rows = np.tile(np.arange(n, dtype=np.int64), (permutations, 1))
+    return torch.from_numpy(rng.permuted(rows, axis=1))
+
+
+@functools.lru_cache(maxsize=1)
+def _draws(seed: int, block: int, bootstrap: int, n: int) -> Tensor:
+    rng = np.random.default_rng([seed, block, 1])
+    return torch.from_numpy(rng.poisson(1.0, (n, bootstrap)).astype(np.float64))
 
 
 def _permute(values: Tensor, permuted: Tensor) -> Tensor:

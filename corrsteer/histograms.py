@@ -10,6 +10,8 @@ lowest bins too).
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -79,7 +81,7 @@ class Histograms:
     @torch.no_grad()
     def merge(self, other: Histograms) -> None:
         """Add the counts of other samples."""
-        theirs = Histograms.__new__(Histograms)
+        theirs = copy.copy(other)
         theirs.top, theirs.counts = other.top.to(self.top.device), other.counts.to(self.counts.device, copy=True)
         top = torch.maximum(self.top, theirs.top)
         self._raise_to(top)

@@ -298,7 +298,8 @@ def significance(evidences: Mapping[int, Evidence], name: str = "pearson", label
     order = everything.argsort(stable=True)
     largest = torch.zeros(P, dtype=torch.float64)  # of the features below, in each permutation
     largest_of_layer = torch.zeros(len(layers), P, dtype=torch.float64)
-    as_large = torch.zeros(3, len(everything))  # permutations as extreme: its own, its layer's, everybody's
+    # permutations as extreme as each feature: its own, its layer's, everybody's
+    as_large = torch.zeros(3, len(everything), dtype=torch.float64)
     top = max(float(everything.max()), 1e-300)
     tie = TIE * top
     pooled = torch.zeros(LEVELS + 1, dtype=torch.float64)
@@ -315,15 +316,15 @@ def significance(evidences: Mapping[int, Evidence], name: str = "pearson", label
             running = torch.cat([largest_of_layer[number][None], rows]).cummax(0).values[1:]
             largest_of_layer[number] = running[-1]
             bound = everything[here[mine]][:, None] - tie
-            as_large[1, here[mine]] = (running >= bound).sum(1).float()
+            as_large[1, here[mine]] = (running >= bound).sum(1).double()
         bound = everything[here][:, None] - tie
         running = torch.cat([largest[None], null]).cummax(0).values[1:]
         largest = running[-1]
-        as_large[0, here] = (null >= bound).sum(1).float()
-        as_large[2, here] = (running >= bound).sum(1).float()
+        as_large[0, here] = (null >= bound).sum(1).double()
+        as_large[2, here] = (running >= bound).sum(1).double()
         levels = (null * (LEVELS / top)).clamp(max=LEVELS).ceil().int()
         pooled += torch.bincount(levels.flatten(), minlength=LEVELS + 1)
-    p, p_layer, p_adjusted = (1 + as_large.double()) / (P + 1)
+    p, p_layer, p_adjusted = (1 + as_large) / (P + 1)
     downwards = order.flip(0)
     p_adjusted[downwards] = p_adjusted[downwards].cummax(0).values
     for number in range(len(layers)):

@@ -22,7 +22,7 @@ from corrsteer.tasks import Task
 
 STRATEGIES = ("single", "all", "pruned")
 DIRECTIONS = ("positive", "negative", "both")
-CORRECTIONS = {"maxT": "p_adjusted", "layer": "p_layer", "bh": "q_value"}  # and the p-values they are
+CORRECTIONS = {"maxT": "p_adjusted", "layer": "p_layer", "bh": "q"}  # and what `Significance` calls them
 
 
 def select(
@@ -55,7 +55,7 @@ def select(
         every layer; `pruned`, those of `all` whose feature, steered alone, beats the unsteered validation score.
     score : what features are ranked by, see `scores.score`; `pearson`, as the paper.
     alpha : keep only features whose p-value, corrected for their number, is at most this. By default nothing is
-        dropped, and a note says which of the selected features chance explains.
+        dropped, and a note says which of the selected features chance alone could explain.
     correction : `maxT`, the chance that any feature of any layer does as well (family-wise, Westfall & Young);
         `layer`, any feature of its layer; `bh`, the false discovery rate (Benjamini & Hochberg).
     interval : of the correlation, 95 %: `delta`, `bootstrap` or `fisher`, see `inference`.
@@ -94,9 +94,10 @@ def select(
             f"alpha needs p-values, but the run has no permutations of the score {score!r}; "
             f"collect with permutations=1000 and scores=[{score!r}]"
         )
-    if alpha is not None and correction != "bh" and run.n and run.permutations < 1 / alpha - 1:
+    smallest = 1 / (run.permutations + 1)
+    if alpha is not None and correction != "bh" and run.n and alpha < smallest:
         raise CorrSteerError(
-            f"alpha must be at least {1 / (run.permutations + 1):.3g}, the smallest p-value of {run.permutations} "
+            f"alpha must be at least {smallest:.3g}, the smallest p-value of {run.permutations} "
             f"permutations, got {alpha:g}; collect with {math.ceil(1 / alpha) - 1} permutations or more"
         )
     if not run.evidence and (score, interval) != ("pearson", "delta"):
@@ -111,19 +112,24 @@ def select(
     layers = sorted(layers if layers is not None else set(run.moments) - {0})
 
     described = _Describer(run, score, coefficient, interval)
-    table, candidates, chosen = {}, [], []
+    table, chosen, dropped = {}, [], []  # dropped: corrected p-values of the best of layers in which none survives
     for layer in sorted(run.moments):
-        rank = described.rank(layer, direction)
-        table[layer] = described.best(layer, rank, top_k)
-        if layer in layers and table[layer]:
-            candidates += table[layer][:1]
-            surviving = rank if alpha is None else rank * (described.p(layer, correction) <= alpha)
-            chosen += described.best(layer, surviving, 1)
+        value = described.value(layer)
+        rank = {"positive": value, "negative": -value, "both": value.abs()}[direction]
+        table[layer] = best = described.best(layer, value, rank, top_k)
+        if layer in layers and best and alpha is not None:
+            p = getattr(run.significance(score)[layer], CORRECTIONS[correction]).to(rank.device)
+            dropped.append(float(p[best[0].index]))
+            best = described.best(layer, value, rank * (p <= alpha), 1)
+        if layer in layers:
+            chosen += best[:1]
     if strategy == "single":
         chosen = sorted(chosen, key=lambda f: -abs(_ranked_by(f)))[:1]
     moments = next(iter(run.moments.values()))[run.pool]
     n_positive, reasons = int(moments.n_positive[0]), []
-    if not bool(moments.label_varies()[0]):
+    if run.n == 0:
+        reasons.append("no sample was collected")
+    elif not bool(moments.label_varies()[0]):
         pass  # the run's own notes say so
     elif n_positive == 0:
         chosen = []
@@ -135,8 +141,8 @@ def select(
         reasons.append(f"every reward was above 0, so the score {score!r}, which compares with the others, is 0")
     elif not layers:
         reasons.append("no layer is left to select from: layer 0 is left out unless it is named in layers=[0]")
-    elif candidates and not chosen:
-        reasons.append(_none_survives(run, candidates, alpha, correction))
+    elif dropped and not chosen:
+        reasons.append(_none_survives(run, min(dropped), alpha, correction))
     elif not chosen:
         what = "correlation with the reward" if score == "pearson" else f"score {score!r}"
         reasons.append(
@@ -181,9 +187,8 @@ def _ranked_by(feature: Feature) -> float:
     return feature.correlation if feature.score is None else feature.score
 
 
-def _none_survives(run: Run, candidates: list[Feature], alpha: float, correction: str) -> str:
+def _none_survives(run: Run, least: float, alpha: float, correction: str) -> str:
     """What to say where no feature is left."""
-    least = min(getattr(f, CORRECTIONS[correction]) for f in candidates)
     everything = f"{run.n_features} features of {len(run.moments)} layers"
     family = "the features of its layer" if correction == "layer" else everything
     return (
@@ -207,25 +212,14 @@ class _Describer:
             return self.run.correlation(layer)
         return scores.score(self.run.evidence[layer][self.run.pool], self.score)
 
-    def rank(self, layer: int, direction: str) -> Tensor:
-        """The same, the better the larger; what is not above 0 is not in that direction."""
-        value = self.value(layer)
-        return {"positive": value, "negative": -value, "both": value.abs()}[direction]
-
-    def p(self, layer: int, correction: str) -> Tensor:
-        """Each feature's corrected p-value, `[d_sae]`."""
-        tested = self.run.significance(self.score)[layer]
-        p = {"maxT": tested.p_adjusted, "layer": tested.p_layer, "bh": tested.q}[correction]
-        return p.to(self.run.correlation(layer).device)
-
-    def best(self, layer: int, rank: Tensor, k: int) -> list[Feature]:
-        """The k features that rank best; those that rank 0 are never among them."""
+    def best(self, layer: int, value: Tensor, rank: Tensor, k: int) -> list[Feature]:
+        """The k features that rank best, of scores `value`; those whose rank is not above 0 are never among them."""
         run, (best, indices) = self.run, rank.topk(min(k, len(rank)))
         indices = indices[best > 0]
         if len(indices) == 0:
             return []
         moments, of_coefficient = run.moments[layer][run.pool], run.moments[layer][run.coefficient_pool]
-        r, value = run.correlation(layer)[indices], self.value(layer)[indices]
+        r, value = run.correlation(layer)[indices], value[indices]
         group = moments.group_frequency()[:, 0, indices]
         every = {kind: of_coefficient.coefficient(kind)[0, indices] for kind in COEFFICIENTS}
         c, errors = every[self.coefficient], {}

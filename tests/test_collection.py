@@ -1,5 +1,6 @@
 """collect: what it gathers, what it refuses before it starts, and what it keeps when it must stop."""
 
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -113,9 +114,7 @@ def test_evidence_depends_on_the_seed_and_the_blocks_and_not_on_batches(model):
 
 def test_statistics_that_would_not_fit_are_refused_with_their_size_before_anything_is_generated(model, monkeypatch):
     monkeypatch.setattr(model, "generate", lambda *a, **k: pytest.fail("generated"), raising=False)
-    with pytest.raises(
-        CorrSteerError, match=r"statistics_bytes must be at least 80\d+, got 10000000: evidence takes"
-    ):
+    with pytest.raises(CorrSteerError, match=r"statistics_bytes must be at least 80\d+, got 10000000: evidence takes"):
         gather(model, permutations=100_000, encoders=worlds.encoders((1,), d_sae=100), statistics_bytes=10**7)
 
 
@@ -198,6 +197,43 @@ def test_evidence_that_cannot_be_added_to_is_given_up_and_the_rest_of_the_run_ke
     run = stopped.value.run
     assert run.n == 32 and run.evidence == {} and "no intervals or tests" in run.notes[0]
     assert not run.testable() and select(run, "all").features[0].p_adjusted is None
+
+
+def test_of_two_failures_the_first_is_the_reason(model, monkeypatch):
+    def grader(completion, example, seen=[]):  # noqa: B006
+        seen.append(1)
+        if len(seen) > 20:
+            raise ValueError("the grader's own")
+        return float(len(seen) % 2)
+
+    def fails(self, *arguments, **options):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(Evidence, "update", fails)
+    with pytest.raises(CollectionStopped, match="the grader's own") as stopped:
+        gather(model, task=worlds.task(grader=grader))
+    assert stopped.value.run.n == 16 and "no intervals or tests" in stopped.value.run.notes[0]
+
+
+def test_a_collection_runs_in_a_thread_of_its_own_as_well(model):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        run = pool.submit(gather, model).result()
+    assert torch.equal(run.correlation(1), gather(model).correlation(1))
+
+
+def test_a_run_that_was_saved_without_evidence_loads_and_selects_as_before(model, tmp_path):
+    run = gather(model)
+    run.save(tmp_path)
+    described = json.loads((tmp_path / "run.json").read_text())
+    del described["evidence"], described["snapshots"]
+    (tmp_path / "run.json").write_text(json.dumps(described))
+    for path in tmp_path.glob("*.evidence.safetensors"):
+        path.unlink()
+    loaded = Run.load(tmp_path)
+    assert loaded.evidence == {} and loaded.snapshots == [] and not loaded.testable()
+    chosen = {"layers": [1, 2], "encoders": worlds.encoders()}
+    one, other = ([(f.layer, f.index) for f in select(r, "all", **chosen).features] for r in (run, loaded))
+    assert one == other and one
 
 
 def test_an_interrupt_while_a_block_is_folded_in_waits_for_its_end(model, monkeypatch):

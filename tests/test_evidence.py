@@ -1,12 +1,12 @@
 """Evidence: streaming equals batch, permutations included, for any order of blocks, any merge and any origin."""
 
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import everywhere
+from safetensors.torch import save_file
 
 from corrsteer import CorrSteerError, Evidence, inference, scores
 from corrsteer.evidence import ORDER, SCORES
@@ -204,6 +204,9 @@ def test_files_that_are_no_evidence_are_refused(tmp_path):
     evidence.save(tmp_path / "e")
     with pytest.raises(CorrSteerError, match="is damaged .sums has another shape"):
         Evidence.load(tmp_path / "e")
+    save_file({"sums": torch.zeros(1)}, tmp_path / "other", metadata={"format": "corrsteer.moments/1"})
+    with pytest.raises(CorrSteerError, match=r"other is not an evidence file of this version .corrsteer.evidence/1"):
+        Evidence.load(tmp_path / "other")
     (tmp_path / "e").write_bytes((tmp_path / "e").read_bytes()[:-4])
     with pytest.raises(CorrSteerError, match="is damaged"):
         Evidence.load(tmp_path / "e")

@@ -209,7 +209,7 @@ def test_the_note_on_chance_is_of_what_pruning_kept(steered_world, monkeypatch):
     assert len(pruned.features) == 1 and "1 of 1 selected features chance alone could explain" in pruned.notes[-1]
 
 
-@pytest.mark.parametrize("score", ("point_biserial", "contrastive", "squared_ratio", "mutual_information", "auroc"))
+@pytest.mark.parametrize("score", SCORES[1:])
 def test_other_scores_rank_the_same_way_with_their_own_p_values(score):
     run = made_run(permutations=49, scores=SCORES)
     for direction, sign in (("positive", 1), ("negative", -1)):
@@ -226,8 +226,20 @@ def test_other_scores_rank_the_same_way_with_their_own_p_values(score):
 
 
 def test_p_values_are_computed_once_for_a_score():
+    run = made_run(permutations=19, scores=SCORES)
+    first = run.significance()
+    assert run.significance("auroc") is not first and run.significance() is first
+    with pytest.raises(CorrSteerError, match="this run holds no evidence to test features by; collect again"):
+        made_run().significance()
+
+
+def test_a_run_without_samples_selects_nothing_and_says_why():
     run = made_run(permutations=19)
-    assert run.significance() is run.significance()
+    for layer in run.moments:
+        run.moments[layer], run.evidence[layer] = {"max": Moments(12)}, {"max": Evidence(12, permutations=19)}
+    for alpha in (None, 0.05):
+        steering = select(run, "all", alpha=alpha)
+        assert steering.features == [] and steering.notes == ["no sample was collected"]
 
 
 def test_directions_are_the_decoder_rows_of_the_selected_features():

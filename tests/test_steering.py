@@ -585,6 +585,17 @@ def test_the_payload_of_the_test_above_does_run_when_it_is_unpickled(tmp_path):
     assert (tmp_path / "ran").exists()
 
 
+def test_a_file_of_the_release_before_loads_with_what_it_said(tmp_path):
+    """Its features had no interval, no p-values and no standard error."""
+    numbers = ("correlation", "coefficient", "frequency", "frequency_positive", "frequency_negative")
+    feature = {"hook_point": "blocks.1.hook_resid_post", "layer": 1, "index": 3} | dict.fromkeys(numbers, 0.5)
+    described = {"features": [feature], "table": {"1": [feature]}, "notes": [], "provenance": {}}
+    metadata = {"format": "corrsteer.steering/1", "steering": json.dumps(described)}
+    save_file({"directions": torch.ones(1, WIDTH)}, tmp_path / "s", metadata=metadata)
+    (loaded,) = Steering.load(tmp_path / "s").features
+    assert loaded == Feature(**feature) and loaded.p_adjusted is None and not loaded.by_chance
+
+
 @pytest.mark.parametrize(
     ("steering", "message"),
     [
