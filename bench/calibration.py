@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 
 from bench import record
 from corrsteer import inference
-from corrsteer.evidence import Evidence
-from corrsteer.tables import table
+from corrsteer.report.tables import table
+from corrsteer.stats.evidence import Evidence
 
 ALPHA, LEVEL = 0.05, 0.95
 WITHIN = {"family_wise": (0.03, 0.07), "coverage": (0.93, 0.97)}  # what is promised

@@ -2,7 +2,7 @@
 
 import torch
 
-from corrsteer import doctor
+from corrsteer.cli import doctor
 
 KEPT = ("processor", "machine", "system", "python_version")
 

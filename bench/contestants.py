@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench import eager, truth
+from bench import eager, ground_truth
 from bench.shapes import Case, lengths
 from corrsteer import (
     Evidence,
@@ -94,8 +94,8 @@ def _encode_update(case: Case, device: torch.device, backends: tuple[str, ...]) 
 
     def verdict(first: tuple[Moments, ...]) -> dict:
         rounded = sets[0].weight.to(WEIGHT_DTYPES.get(case.precision, torch.float32))
-        exact, allowed = encoder_of(rounded), truth.TOLERANCE[case.precision]
-        checks = [truth.check(sets[0].x, cu_seqlens, y, exact, m, how, allowed) for m, how in zip(first, pools)]
+        exact, allowed = encoder_of(rounded), ground_truth.TOLERANCE[case.precision]
+        checks = [ground_truth.check(sets[0].x, cu_seqlens, y, exact, m, how, allowed) for m, how in zip(first, pools)]
         return min(checks, key=lambda check: check["ok"])  # a wrong one, if there is one
 
     def ours(backend: str) -> Contestant:
@@ -180,7 +180,7 @@ def _encode_update(case: Case, device: torch.device, backends: tuple[str, ...]) 
             pooled = add(0, first)[:, features].double()
             order = first._permutations(len(sizes), *first.blocks).to(device)
             u = y[:, 0].double() - first.origin[0]
-            return truth.check_close(first.columns("permuted", features), pooled.T @ u[order].T, 1e-5)
+            return ground_truth.check_close(first.columns("permuted", features), pooled.T @ u[order].T, 1e-5)
 
         return Contestant(lambda at: add(at, evidence), check, holds=evidence.nbytes)
 
@@ -213,7 +213,7 @@ def _update_moments(case: Case, device: torch.device, backends: tuple[str, ...])
         def check() -> dict:
             first = Moments(case.d_sae, case.labels, device=device)
             update_moments(sets[0], y, first, backend=backend)
-            return truth.check_pooled(sets[0], y, first)
+            return ground_truth.check_pooled(sets[0], y, first)
 
         kept = Moments(case.d_sae, case.labels, device=device)
         return Contestant(lambda at: update_moments(sets[at % len(sets)], y, kept, backend=backend), check)
@@ -241,9 +241,9 @@ def _update_sums(case: Case, device: torch.device, backends: tuple[str, ...]) ->
 
     def ours(backend: str) -> Contestant:
         def check() -> dict:
-            first, features = zeros(), truth.some_features(case.d_sae).to(device)
+            first, features = zeros(), ground_truth.some_features(case.d_sae).to(device)
             update_sums(sets[0], weights, first, backend=backend)
-            return truth.check_close(first[features], sets[0][:, features].double().T @ weights, 1e-5)
+            return ground_truth.check_close(first[features], sets[0][:, features].double().T @ weights, 1e-5)
 
         kept = zeros()
         return Contestant(lambda at: update_sums(sets[at % len(sets)], weights, kept, backend=backend), check)
@@ -264,7 +264,9 @@ def _steer_add(case: Case, device: torch.device, backends: tuple[str, ...]) -> F
     def ours(backend: str) -> Contestant:
         def check() -> dict:
             steered = steer_add(h.clone(), 1000 * vectors, row_vector, backend=backend)
-            return truth.check_close(steered, h.double() + 1000 * vectors.double(), 4 * truth.TOLERANCE[case.precision])
+            return ground_truth.check_close(
+                steered, h.double() + 1000 * vectors.double(), 4 * ground_truth.TOLERANCE[case.precision]
+            )
 
         return Contestant(lambda at: steer_add(h, vectors, row_vector, backend=backend), check)
 

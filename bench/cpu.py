@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from bench import contestants, measure, record, shapes, table
-from corrsteer import backends
+from corrsteer.ops import registry
 
 SECONDS = 4.0  # of timing a case
 DEVICE = torch.device("cpu")
@@ -21,9 +21,9 @@ def backends_of(case: shapes.Case) -> list[str]:
     dtype = contestants.X_DTYPES.get(case.precision, torch.bfloat16)
     encoder = (case.activation, case.precision) if case.kind in ("encode_update", "permutations") else ()
     operation = "encode_update" if case.kind == "permutations" else case.kind
-    call = backends.Call(operation, DEVICE, dtype, *encoder)
+    call = registry.Call(operation, DEVICE, dtype, *encoder)
     slow = ("triton", "reference") if case.d_in * case.d_sae > 1 << 22 else ("triton",)
-    return [b.name for b in backends.registered() if b.name not in slow and backends.judge(b, call).ok]
+    return [b.name for b in registry.registered() if b.name not in slow and registry.judge(b, call).ok]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 import torch
 
 from bench import measure, record, shapes, table
-from corrsteer import backends, cuda_backend
+from corrsteer.ops import cuda_backend, registry
 
 SECONDS = 2.0  # of timing a case
 TESTS_SHARE = 0.5  # of the time, at most
@@ -68,7 +68,7 @@ def run(
 
 def backends_of(case: shapes.Case, backend: str) -> list[str]:
     """The backend that everything is about, and for steering the compiled one, where it has been built."""
-    call = backends.Call("steer_add", torch.device("cuda"), torch.bfloat16)
+    call = registry.Call("steer_add", torch.device("cuda"), torch.bfloat16)
     steers = case.kind.startswith("steer") and cuda_backend.verify(call).ok
     return [backend, "cuda"] if steers else [backend]
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from bench import record
 from corrsteer import planning
-from corrsteer.tables import table
+from corrsteer.report.tables import table
 
 # Values of an active feature: how they are drawn, and their raw moments E[v^i].
 TAILS: dict[str, tuple[Callable, Callable]] = {

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import corrsteer
-from corrsteer import native_backend
+from corrsteer.ops import native_backend
 
 SCHEMA, VERSION = "corrsteer.bench", 1
 ROOT = Path(__file__).resolve().parent.parent

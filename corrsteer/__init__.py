@@ -7,60 +7,72 @@ The pipeline is `collect`, `select`, `Steering.apply`, `evaluate`; the operation
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from corrsteer.version import __version__
 
 _HOME = {
-    "SparseEncoder": "encoder",
-    "Moments": "moments",
-    "Evidence": "evidence",
+    "SparseEncoder": "sae.encoder",
+    "Task": "tasks",
+    "Moments": "ops",
     "encode": "ops",
     "encode_pool": "ops",
     "encode_update": "ops",
     "steer_add": "ops",
     "update_moments": "ops",
     "update_sums": "ops",
-    "HookPoint": "models",
-    "Capture": "capture",
-    "Task": "tasks",
-    "Run": "collection",
-    "collect": "collection",
-    "select": "selection",
-    "calibrate_scale": "scaling",
-    "Steering": "steering",
-    "apply_rows": "steering",
-    "evaluate": "evaluation",
+    "HookPoint": "lm.hook_points",
+    "Capture": "lm.capture",
+    "Decoding": "lm.generation",
+    "Evidence": "stats.evidence",
+    "Steering": "steering.steering",
+    "apply_rows": "steering.steering",
+    "Run": "runs.run",
+    "collect": "runs.collect",
+    "select": "experiments.selection",
+    "calibrate_scale": "experiments.scaling",
+    "evaluate": "experiments.evaluation",
     "CorrSteerError": "errors",
     "BackendUnavailable": "errors",
 }
-__all__ = sorted(_HOME)
+_MODULES = {
+    "inference": "stats.inference",
+    "planning": "stats.planning",
+    "scores": "stats.scores",
+    "stability": "stats.stability",
+    "demo": "demo",
+}
+__all__ = sorted({*_HOME, *_MODULES, "__version__"})
 
 if TYPE_CHECKING:
-    from corrsteer.capture import Capture
-    from corrsteer.collection import Run, collect
-    from corrsteer.encoder import SparseEncoder
+    from corrsteer import demo
     from corrsteer.errors import BackendUnavailable, CorrSteerError
-    from corrsteer.evaluation import evaluate
-    from corrsteer.evidence import Evidence
-    from corrsteer.models import HookPoint
-    from corrsteer.moments import Moments
-    from corrsteer.ops import encode, encode_pool, encode_update, steer_add, update_moments, update_sums
-    from corrsteer.scaling import calibrate_scale
-    from corrsteer.selection import select
-    from corrsteer.steering import Steering, apply_rows
+    from corrsteer.experiments.evaluation import evaluate
+    from corrsteer.experiments.scaling import calibrate_scale
+    from corrsteer.experiments.selection import select
+    from corrsteer.lm.capture import Capture
+    from corrsteer.lm.generation import Decoding
+    from corrsteer.lm.hook_points import HookPoint
+    from corrsteer.ops import Moments, encode, encode_pool, encode_update, steer_add, update_moments, update_sums
+    from corrsteer.runs.collect import collect
+    from corrsteer.runs.run import Run
+    from corrsteer.sae.encoder import SparseEncoder
+    from corrsteer.stats import inference, planning, scores, stability
+    from corrsteer.stats.evidence import Evidence
+    from corrsteer.steering.steering import Steering, apply_rows
     from corrsteer.tasks import Task
 
 
-def __getattr__(name: str):
-    if name == "demo":  # a subpackage, imported on first use
-        return importlib.import_module("corrsteer.demo")
-    if name not in _HOME:
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value = importlib.import_module(f"corrsteer.{_MODULES[name]}")
+    elif name in _HOME:
+        value = getattr(importlib.import_module(f"corrsteer.{_HOME[name]}"), name)
+    else:
         raise AttributeError(f"module 'corrsteer' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"corrsteer.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(set(globals()) | set(__all__))

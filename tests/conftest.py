@@ -24,11 +24,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A GPU machine may have little more than torch, triton and pytest; these files run there, the others need all of it.
-RUN_ANYWHERE = ("test_ops.py", "test_kernels.py", "test_backends.py")
+RUN_ANYWHERE = ("ops/test_operations.py", "kernels/test_kernels.py", "ops/test_registry.py")
 NEEDED = ("transformers", "sae_lens", "hypothesis", "scipy", "sklearn", "pydantic", "typer", "yaml", "tqdm",
           "pytest_benchmark", "matplotlib", "build", "pybind11")  # fmt: skip
 if any(importlib.util.find_spec(package) is None for package in NEEDED):
-    collect_ignore = [path.name for path in HERE.glob("test_*.py") if path.name not in RUN_ANYWHERE]
+    files = [path.relative_to(HERE).as_posix() for path in HERE.rglob("test_*.py")]
+    collect_ignore = [path for path in files if path not in RUN_ANYWHERE]
 
 COMPILED = "test_resources.py"
 
@@ -50,7 +51,7 @@ def pytest_collection_finish(session):
 @pytest.fixture
 def poisoned():
     """Memory that torch.empty gives is full of NaN, and has margins around it that nobody may write to."""
-    from parity import poison
+    from memory import poison
 
     with poison():
         yield
@@ -58,7 +59,7 @@ def poisoned():
 
 @pytest.fixture(autouse=True)
 def instruction_set(request, monkeypatch):
-    """At a place (see `parity.py`) that names an instruction set, that one is used."""
+    """At a place (see `places.py`) that names an instruction set, that one is used."""
     parameters = getattr(getattr(request.node, "callspec", None), "params", {})
     if name := getattr(parameters.get("place"), "instruction_set", ""):
         monkeypatch.setenv("CORRSTEER_INSTRUCTION_SET", name)

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from corrsteer import Evidence, Moments
+from corrsteer import Evidence, Moments, update_moments
 
 
 def made(n=300, d=25, seed=0, labels="binary", effect=0.5, **settings):
@@ -17,7 +17,7 @@ def made(n=300, d=25, seed=0, labels="binary", effect=0.5, **settings):
     evidence, moments = Evidence(d, **settings), Moments(d)
     for block, at in enumerate(range(0, n, 100)):
         evidence.update(torch.from_numpy(z[at : at + 100]), torch.from_numpy(y[at : at + 100]), block)
-        moments.update(torch.from_numpy(z[at : at + 100]), torch.from_numpy(y[at : at + 100]))
+        update_moments(torch.from_numpy(z[at : at + 100]), torch.from_numpy(y[at : at + 100]), moments)
     return evidence, moments, z.astype(float), y
 
 

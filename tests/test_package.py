@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import corrsteer
-from corrsteer import doctor
+from corrsteer.cli import doctor
 
 
 def python(code, **options):
@@ -38,7 +38,7 @@ def test_every_public_name_can_be_imported_and_is_documented():
         assert getattr(corrsteer, name).__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         corrsteer.nothing  # noqa: B018
-    python("import corrsteer.collection; import corrsteer; assert callable(corrsteer.collect), corrsteer.collect")
+    python("import corrsteer.runs.collect; import corrsteer; assert callable(corrsteer.collect), corrsteer.collect")
 
 
 @pytest.mark.parametrize("where", ("the repository", "elsewhere"))

@@ -1,6 +1,6 @@
 """Tiny randomly initialised Hugging Face models, one per architecture that hook points have to fit.
 
-`PLACES` says in plain module names where each kind of hook point sits, independently of `corrsteer.models`.
+`PLACES` says in plain module names where each kind of hook point sits, independently of `corrsteer.lm.hook_points`.
 """
 
 import functools

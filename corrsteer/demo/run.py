@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from corrsteer.collection import Run, collect
 from corrsteer.demo import sums
-from corrsteer.encoder import SparseEncoder
-from corrsteer.evaluation import evaluate, grade
-from corrsteer.generation import Decoding
-from corrsteer.selection import STRATEGIES, select
-from corrsteer.steering import CHANCE
-from corrsteer.tables import feature_table, table
+from corrsteer.experiments.evaluation import evaluate
+from corrsteer.experiments.selection import STRATEGIES, select
+from corrsteer.lm.generation import Decoding
+from corrsteer.report.tables import feature_table, table
+from corrsteer.rollouts.grading import grade
+from corrsteer.runs.collect import collect
+from corrsteer.runs.run import Run
+from corrsteer.sae.encoder import SparseEncoder
+from corrsteer.steering.features import CHANCE
 from corrsteer.tasks import Task, with_shuffled_rewards
 
 HERE = Path(__file__).parent
@@ -148,9 +151,9 @@ def _run(seed: int, say: Callable[[str], None], progress: bool) -> dict[str, Any
         "backends": backends,
         "reward": float(run.rewards.mean()),
         "samples": {"train": len(train), "validation": len(validation), "test": len(test)},
-        "features": {str(layer): vars(feature) for layer, feature in best.items()},
+        "features": {str(layer): asdict(feature) for layer, feature in best.items()},
         "strategies": {
-            s: {"features": [vars(f) for f in steerings[s].features], "notes": steerings[s].notes}
+            s: {"features": [asdict(f) for f in steerings[s].features], "notes": steerings[s].notes}
             | e.to_dict(examples=False)
             for s, e in evaluations.items()
         },
@@ -193,7 +196,7 @@ def _control(seed: int, say: Callable[[str], None], progress: bool) -> dict[str,
         "shuffled": True,
         "samples": run.n,
         "reward": float(run.rewards.mean()),
-        "features": {str(layer): vars(feature) for layer, feature in best.items()},
-        "survivors": [vars(feature) for feature in steering.features],
+        "features": {str(layer): asdict(feature) for layer, feature in best.items()},
+        "survivors": [asdict(feature) for feature in steering.features],
         "notes": steering.notes,
     }

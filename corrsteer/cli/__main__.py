@@ -1,0 +1,5 @@
+"""`python -m corrsteer.cli`."""
+
+from corrsteer.cli import main
+
+main()

@@ -1,0 +1,58 @@
+"""`corrsteer calibrate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from corrsteer.cli.app import Json, command, emit
+from corrsteer.cli.options import Given
+from corrsteer.cli.settings import CalibrateSettings
+
+
+@command
+def calibrate(
+    steering: Annotated[Path, typer.Option(help="Steering file that `corrsteer select` wrote.")],
+    out: Annotated[Path, typer.Option(help="Steering file to write, with the chosen scale in its coefficients.")],
+    given: Given[CalibrateSettings],
+    try_scale: Annotated[
+        list[float] | None, typer.Option(help="A scale to try; give it again for more. By default 0.25 to 3.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Choose how strongly to steer, by the score of the validation part of the task that was collected on."""
+    from corrsteer.cli import inputs
+    from corrsteer.experiments.scaling import SCALES, calibrate_scale
+    from corrsteer.report.tables import table
+    from corrsteer.steering.steering import Steering
+
+    inputs.check_folder(out)
+    loaded = Steering.load(steering)
+    settings = given.read(inputs.recorded(loaded.provenance, "validation"))
+    validation = inputs.load_task(settings)
+    model, tokenizer = inputs.load_model(settings)
+    loaded.check(model)
+    scaled = calibrate_scale(
+        model, tokenizer, loaded, validation,
+        scales=try_scale or SCALES, positions=settings.positions, decoding=inputs.decoding(settings),
+    )  # fmt: skip
+    scaled.save(out)
+    found = scaled.provenance["calibration"]
+    text = table(
+        ("scale", "reward", "± error", "improved", "worsened"),
+        [
+            (
+                f"{p['scale']:g}",
+                f"{p['score']:.4f}",
+                "-" if p["error"] is None else f"{p['error']:.4f}",
+                str(p["improved"]),
+                str(p["worsened"]),
+            )
+            for p in found["curve"]
+        ],
+        indent="",
+    )
+    done = f"scale {found['scale']:g}, written into the coefficients of {out}"
+    emit({"out": str(out), **found}, json, f"{text}\n{done}", scaled.notes)

@@ -1,0 +1,118 @@
+"""`corrsteer collect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from corrsteer.cli.app import Json, command, emit
+from corrsteer.cli.options import Given
+from corrsteer.cli.settings import CollectSettings
+from corrsteer.errors import CorrSteerError
+
+if TYPE_CHECKING:
+    from corrsteer.runs.run import Run
+
+
+@command
+def collect(
+    given: Given[CollectSettings],
+    force: Annotated[bool, typer.Option("--force", help="Replace a run that is already there.")] = False,
+    json: Json = False,
+) -> None:
+    """Generate and grade a task's completions, and correlate every SAE feature with the reward."""
+    settings = given.read()
+    from corrsteer.stats.evidence import SCORES
+
+    for name in settings.score:
+        if name not in SCORES:
+            raise CorrSteerError(f"score must be among {', '.join(SCORES)}, got {name!r}")
+    from corrsteer.cli import inputs
+    from corrsteer.experiments.selection import selectable
+    from corrsteer.runs.collect import CollectionStopped
+    from corrsteer.runs.collect import collect as collect_
+
+    _prepare(settings.out, force)
+    task = inputs.load_task(settings)
+    model, tokenizer = inputs.load_model(settings)
+    encoders = inputs.load_encoders(settings.sae, model)
+    if settings.precision:
+        encoders = {layer: encoder.to(precision=settings.precision) for layer, encoder in encoders.items()}
+    same = ("pool", "coefficient_pool", "positions", "hook_offset", "permutations", "bootstrap", "block_size",
+            "shuffle_seed", "patience", "statistics_bytes", "buffer_bytes", "backend")  # fmt: skip
+    try:
+        run = collect_(
+            model,
+            tokenizer,
+            encoders,
+            task,
+            decoding=inputs.decoding(settings),
+            scores=tuple(dict.fromkeys(("pearson", *settings.score))),
+            patience_layers=selectable(encoders) or None,
+            **{name: getattr(settings, name) for name in same},
+        )
+    except CollectionStopped as stopped:
+        if stopped.run.n == 0:
+            raise
+        _save(stopped.run, settings)
+        raise CorrSteerError(f"{stopped}, in {settings.out}") from None
+    _save(run, settings)
+    _print(run, settings.out, json)
+
+
+def _print(run: Run, out: Path, json: bool) -> None:
+    """The mean reward, and the top feature of each layer."""
+    from corrsteer.stats.stability import settled_at
+
+    reward = run.rewards.nanmean().item()
+    tops = {layer: run.correlation(layer).max(0) for layer in run.moments}
+    tested = run.significance() if run.testable() else {}
+    p = {layer: float(of_layer.p_adjusted[tops[layer].indices]) for layer, of_layer in tested.items()}
+    settled = settled_at(run.snapshots)
+    result = {
+        "out": str(out),
+        "samples": run.n,
+        "reward": reward,
+        "notes": run.notes,
+        "layers": {
+            str(layer): {
+                "feature": int(top.indices),
+                "r": float(top.values),
+                "p_adjusted": p.get(layer),
+                "settled_at": settled.get(layer),
+            }
+            for layer, top in tops.items()
+        },
+    }
+    best = [
+        f"  layer {layer}: top feature {int(top.indices)}, r = {float(top.values):+.3f}"
+        + (f", adjusted p {p[layer]:.4f}" if layer in p else "")
+        + (f", in front since {settled[layer]} samples" if len(run.snapshots) > 2 else "")
+        for layer, top in tops.items()
+    ]
+    text = "\n".join([f"{run.n} samples, mean reward {reward:.3f}, written to {out}", *best])
+    emit(result, json, text, run.notes)
+
+
+def _prepare(out: Path, force: bool) -> None:
+    """See that a run can be written before it is collected."""
+    if (out / "run.json").exists() and not force:
+        raise CorrSteerError(f"out {out} already holds a run; give another directory, or --force to replace it")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise CorrSteerError(f"out {out} cannot be written to ({error.strerror}); give another directory") from None
+
+
+def _save(run: Run, settings: CollectSettings) -> None:
+    """Write the run, with the settings that it takes to evaluate on the same task with the same model."""
+    recorded = settings.model_dump(mode="json", exclude={"out", "sae"})
+    for name in ("task", "model"):
+        if Path(recorded[name]).exists():
+            recorded[name] = str(Path(recorded[name]).resolve())
+    run.provenance["settings"] = recorded
+    run.save(settings.out)

@@ -1,0 +1,89 @@
+"""What settings stand for: tasks, models, encoders and decoding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from corrsteer.cli.settings import ModelSettings, TaskSettings
+from corrsteer.errors import CorrSteerError
+from corrsteer.lm.generation import Decoding
+from corrsteer.lm.hook_points import width
+from corrsteer.sae.encoder import SparseEncoder
+from corrsteer.tasks import Task
+
+
+def load_task(given: TaskSettings) -> Task:
+    """The part of a task that was asked for."""
+    options = {
+        "grader": given.grader, "prompt_field": given.prompt_field, "answer_field": given.answer_field,
+        "chat": given.chat, "system": given.system,
+    }  # fmt: skip
+    if given.task.endswith((".jsonl", ".json")) or Path(given.task).is_file():
+        task = Task.from_jsonl(given.task, **options)
+    else:
+        name, _, config = given.task.partition(":")
+        task = Task.from_dataset(name, config or None, split=given.split, **options)
+    if given.part != "all":
+        parts = dict(zip(("train", "validation", "test"), task.split(seed=given.split_seed)))
+        if len(parts[given.part]) == 0:
+            raise CorrSteerError(
+                f"the {given.part} part of {given.task} is empty, as it has only {len(task)} examples; use --part all"
+            )
+        task = parts[given.part]
+    return task if given.limit is None else task.take(given.limit)
+
+
+def load_encoders(sources: list[str], model: nn.Module) -> dict[int, SparseEncoder]:
+    """Encoders by layer, of entries LAYER=SOURCE."""
+    encoders: dict[int, SparseEncoder] = {}
+    for entry in sources:
+        layer, separator, source = entry.partition("=")
+        if not separator or not layer.isdigit():
+            raise CorrSteerError(f"sae must be LAYER=SOURCE, got {entry!r}")
+        if int(layer) in encoders:
+            raise CorrSteerError(f"sae gives layer {layer} twice; give one SAE a layer")
+        if source == "identity":
+            encoders[int(layer)] = SparseEncoder.identity(width(model))
+        elif ":" in source and not Path(source).is_dir():
+            encoders[int(layer)] = SparseEncoder.from_pretrained(*source.split(":", 1))
+        else:
+            encoders[int(layer)] = SparseEncoder.load(source)
+    return encoders
+
+
+def load_model(given: ModelSettings) -> tuple[nn.Module, Any]:
+    """A model and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    placement: dict[str, Any] = {}
+    if given.device != "auto":
+        placement["device_map"] = given.device
+    elif torch.cuda.is_available():
+        placement["device_map"] = "auto"
+    dtype = given.dtype if given.dtype == "auto" else getattr(torch, given.dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(given.model, dtype=dtype, **placement).eval()
+        return model, AutoTokenizer.from_pretrained(given.model)
+    except (OSError, ValueError, RuntimeError, AssertionError, ImportError) as error:  # they raise as they like
+        raise CorrSteerError(f"model {given.model!r} cannot be loaded on device {given.device!r}: {error}") from error
+
+
+def decoding(given: ModelSettings) -> Decoding:
+    """How completions are generated."""
+    names = ("max_new_tokens", "temperature", "top_p", "seed", "batch_tokens", "batch_size")
+    return Decoding(**{name: getattr(given, name) for name in names})
+
+
+def recorded(provenance: dict[str, Any], part: str) -> dict[str, Any]:
+    """The settings of a collection, but for what it does not decide: which part of the task, and how to steer."""
+    return provenance.get("settings", {}) | {"part": part, "positions": "generated", "limit": None}
+
+
+def check_folder(out: Path) -> None:
+    """See that a file can be written before what goes into it is made."""
+    if not out.parent.is_dir():
+        raise CorrSteerError(f"out {out} cannot be written: there is no folder {out.parent}")

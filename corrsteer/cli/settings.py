@@ -1,0 +1,201 @@
+"""Settings of the command line: one model a command, read from YAML, overridden by flags, checked by pydantic.
+
+Every option is declared here, once; its flag is derived from it (see `options`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from corrsteer.errors import CorrSteerError
+
+
+class Settings(BaseModel):
+    """Settings of a command. A field's description is the help of its flag."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ChatSettings(Settings):
+    """How a prompt is wrapped."""
+
+    chat: bool = Field(default=False, description="Wrap prompts in the tokenizer's chat template.")
+    system: str | None = Field(default=None, description="System message, with --chat.")
+
+
+class TaskSettings(ChatSettings):
+    """A task: its rows, its grader, and which part of it."""
+
+    task: str = Field(description="JSONL file, or a dataset on the hub as NAME or NAME:CONFIG.")
+    grader: str = Field(
+        default="exact", description="exact, choice, number, contains, regex, regex:PATTERN or module:function."
+    )
+    split: str = Field(default="train", description="Split of a hub dataset.")
+    prompt_field: str = Field(default="prompt", description="Name of the prompt in each row.")
+    answer_field: str | None = Field(default="answer", description="Name of the answer in each row.")
+    part: Literal["all", "train", "validation", "test"] = Field(
+        default="all", description="all, or the train (80 %), validation (10 %) or test (10 %) part of the task."
+    )
+    split_seed: int = Field(default=0, description="Seed of that division.")
+    limit: int | None = Field(default=None, ge=1, description="Use only the first so many examples of the part.")
+
+
+class ModelSettings(Settings):
+    """A model and how it generates."""
+
+    model: str = Field(description="Hugging Face model: a name on the hub or a directory.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto, float32, bfloat16 or float16."
+    )
+    device: str = Field(default="auto", description="auto (spread over the GPUs, else CPU), cpu, cuda, cuda:1, ...")
+    max_new_tokens: int = Field(default=32, ge=1, description="Longest completion, in tokens.")
+    temperature: float = Field(default=0.0, ge=0, description="0 decodes greedily.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus to sample from.")
+    seed: int = Field(default=0, description="Seed of the sampling.")
+    batch_tokens: int = Field(
+        default=16384, ge=1, description="Most tokens in a batch, padding and completions counted."
+    )
+    batch_size: int = Field(default=256, ge=1, description="Most prompts in a batch.")
+
+
+class SteeringSettings(Settings):
+    """How a steering is applied."""
+
+    positions: Literal["generated", "all", "prompt"] = Field(
+        default="generated", description="generated, all or prompt: which tokens are steered."
+    )
+    scale: float = Field(default=1.0, description="Multiplies the steering coefficients.")
+
+
+class CollectSettings(TaskSettings, ModelSettings):
+    """What `corrsteer collect` needs."""
+
+    sae: list[str] = Field(
+        min_length=1,
+        description="LAYER=SOURCE, once for each layer. SOURCE is a directory written by SAELens, RELEASE:SAE_ID of a "
+        "published SAE, or `identity` for the residual dimensions themselves.",
+    )
+    out: Path = Field(description="Directory to write the run to.")
+    pool: Literal["max", "mean"] = Field(
+        default="max", description="max or mean over a sample's tokens, for the correlation."
+    )
+    coefficient_pool: Literal["max", "mean"] | None = Field(
+        default=None, description="The same for the coefficient; by default as pool."
+    )
+    positions: Literal["generated", "all"] = Field(
+        default="generated", description="generated, or all to read the prompt as well."
+    )
+    hook_offset: int = Field(default=0, description="-1 reads one block early, as the paper's code does.")
+    permutations: int = Field(
+        default=1000, ge=0, description="Of the rewards, for p-values; each takes 8 bytes a feature."
+    )
+    bootstrap: int = Field(
+        default=0, ge=0, description="Replicates for bootstrap intervals; they take 24 bytes each a feature."
+    )
+    score: list[str] = Field(
+        default=["pearson"],
+        description="A score to keep permutations of, besides the correlation; give it again for more. One of "
+        "histograms (mutual_information, auroc, spearman) takes 32 times the memory.",
+    )
+    block_size: int = Field(
+        default=512, ge=1, description="Examples among which rewards are permuted; no batch is larger."
+    )
+    shuffle_seed: int = Field(
+        default=0, ge=0, description="Seed of the examples' order, the permutations and the bootstrap."
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Stop when for so many blocks more samples have changed no layer's best feature; layer 0, which "
+        "select leaves out, is not waited for.",
+    )
+    statistics_bytes: int = Field(
+        default=16 << 30, ge=1, description="The most memory that statistics may take, in bytes."
+    )
+    buffer_bytes: int = Field(default=1 << 30, ge=1, description="Memory for captured residuals, in bytes.")
+    precision: Literal["fp32", "bf16x2", "bf16", "fp16"] | None = Field(
+        default=None, description="The encoders' weights: fp32, bf16x2, bf16 or fp16; by default as stored."
+    )
+    backend: str | None = Field(default=None, description="A backend's name; by default the fastest that runs.")
+    part: Literal["all", "train", "validation", "test"] = Field(
+        default="train", description="all, or the train (80 %), validation (10 %) or test (10 %) part of the task."
+    )
+
+    @field_validator("sae", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        """In YAML a mapping of layers to sources, or a single LAYER=SOURCE, will do."""
+        if isinstance(value, dict):
+            return [f"{layer}={source}" for layer, source in value.items()]
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("score", mode="before")
+    @classmethod
+    def _scores(cls, value: Any) -> Any:
+        """In YAML a single name will do."""
+        return [value] if isinstance(value, str) else value
+
+
+class EvaluateSettings(TaskSettings, ModelSettings, SteeringSettings):
+    """What `corrsteer evaluate` needs, and `corrsteer select --strategy pruned` for its validation."""
+
+
+class CalibrateSettings(TaskSettings, ModelSettings):
+    """What `corrsteer calibrate` needs, which chooses the scale itself."""
+
+    positions: Literal["generated", "all", "prompt"] = SteeringSettings.model_fields["positions"]
+
+
+class GenerateSettings(ChatSettings, ModelSettings, SteeringSettings):
+    """What `corrsteer generate` needs, whose prompts come from the command line."""
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def read(kind: type[S], config: Path | None, flags: dict[str, Any], defaults: dict[str, Any] | None = None) -> S:
+    """Settings from `defaults`, a YAML file over them, and flags (None where not given) over both.
+
+    Raises
+    ------
+    CorrSteerError : for a file that is not a YAML mapping, an unknown or missing setting, or a bad value.
+    """
+    values = {name: value for name, value in (defaults or {}).items() if name in kind.model_fields}
+    if config is not None:  # one file may serve several commands
+        values |= {name: value for name, value in _yaml(config).items() if name in kind.model_fields}
+    values |= {name: value for name, value in flags.items() if value is not None}
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors():
+            name = ".".join(map(str, problem["loc"]))
+            if problem["type"] == "missing":
+                problems.append(f"{name} is missing: give --{name.replace('_', '-')} or put it in the YAML file")
+            else:
+                problems.append(f"{name}: {problem['msg']}, got {problem['input']!r}")
+        raise CorrSteerError("; ".join(problems)) from None
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise CorrSteerError(f"config {path} cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise CorrSteerError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise CorrSteerError(f"config {path} must be a mapping of settings, got {type(values).__name__}")
+    values = {str(name).replace("-", "_"): value for name, value in values.items()}
+    known = CollectSettings.model_fields | EvaluateSettings.model_fields
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it must be one of {', '.join(sorted(known))}"
+            raise CorrSteerError(f"config {path} has an unknown setting {name!r}; {hint}")
+    return values

@@ -1,0 +1,49 @@
+"""Pruning: which features of a steering help when they are steered alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from torch import nn
+
+from corrsteer.lm.generation import Decoding
+from corrsteer.rollouts.grading import grade
+from corrsteer.steering.steering import Steering
+from corrsteer.tasks import Task
+
+
+def prune(
+    steering: Steering,
+    model: nn.Module,
+    tokenizer,
+    validation: Task,
+    positions: str,
+    scale: float,
+    decoding: Decoding,
+    progress: bool,
+) -> Steering:
+    """Keep the features that, steered alone, beat the unsteered validation score (CorrSteer-P)."""
+
+    def score() -> float:
+        return grade(model, tokenizer, validation, decoding, progress=progress).score
+
+    unsteered = score()
+    alone = []
+    for feature, direction in zip(steering.features, steering.directions):
+        with Steering([feature], direction[None]).apply(model, positions, scale):
+            alone.append(score())
+    kept = [at for at, value in enumerate(alone) if value > unsteered]
+    steering.provenance["selection"] |= {
+        "validation": {"task": validation.name, "n": len(validation), "positions": positions, "scale": scale},
+        "unsteered_score": unsteered,
+        "score_alone": [{"feature": asdict(f), "score": value} for f, value in zip(steering.features, alone)],
+        "decoding": asdict(decoding),
+    }
+    notes = [] if kept else [f"no feature, steered alone, beat the unsteered validation score of {unsteered:.4f}"]
+    return Steering(
+        [steering.features[at] for at in kept],
+        steering.directions[kept],
+        steering.table,
+        notes + steering.notes,
+        steering.provenance,
+    )

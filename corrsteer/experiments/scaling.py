@@ -1,0 +1,100 @@
+"""`calibrate_scale`: how strongly to steer, by the score of validation samples."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from torch import nn
+
+from corrsteer.errors import CorrSteerError
+from corrsteer.experiments.evaluation import evaluate
+from corrsteer.lm.generation import Decoding
+from corrsteer.rollouts.grading import grade
+from corrsteer.steering.steering import Steering
+from corrsteer.tasks import Task
+
+SCALES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One scale and what it did.
+
+    Attributes
+    ----------
+    scale : what coefficients were multiplied by; 0 is unsteered.
+    score, error : mean reward and its standard error; None of a single sample.
+    improved, worsened : samples whose reward rose, and fell, against unsteered.
+    """
+
+    scale: float
+    score: float
+    error: float | None
+    improved: int
+    worsened: int
+
+
+def calibrate_scale(
+    model: nn.Module,
+    tokenizer,
+    steering: Steering,
+    validation: Task,
+    *,
+    scales: Sequence[float] = SCALES,
+    positions: str = "generated",
+    decoding: Decoding | None = None,
+    progress: bool = True,
+) -> Steering:
+    """The same steering with its coefficients multiplied by the scale of the highest validation score.
+
+    Of scales that score the same the smallest is taken. If none does as well as no steering, the coefficients stay as
+    they are and a note says so. The whole curve, unsteered first, is kept in `provenance["calibration"]`. The chosen
+    score is the best of several, and so flatters: evaluate on other samples.
+
+    Parameters
+    ----------
+    validation : samples that the steering was not selected on.
+    scales : to try.
+    positions, decoding : as for `evaluate`.
+
+    Raises
+    ------
+    CorrSteerError : for scales that are 0 or not finite, and a steering without features.
+    """
+    scales = sorted(set(map(float, scales)), key=abs)
+    if not scales or not all(math.isfinite(s) and s != 0 for s in scales):
+        raise CorrSteerError(f"scales must be finite numbers other than 0, at least one, got {scales}")
+    if not steering.features:
+        raise CorrSteerError("steering has no features to scale: " + ("; ".join(steering.notes) or "select some"))
+    unsteered = grade(model, tokenizer, validation, decoding, progress=progress)
+    curve = [Point(0.0, unsteered.score, _error(unsteered.rewards), 0, 0)]
+    for scale in scales:
+        result = evaluate(
+            model, tokenizer, validation, steering,
+            positions=positions, scale=scale, decoding=decoding, unsteered=unsteered, progress=progress,
+        )  # fmt: skip
+        rewards = [example["reward_after"] for example in result.examples]
+        curve.append(Point(scale, result.steered, _error(rewards), result.improved, result.worsened))
+    best = max(curve[1:], key=lambda point: point.score)  # the first of equals
+    notes, chosen = list(steering.notes), best.scale
+    if best.score < unsteered.score:
+        chosen = 1.0
+        notes.append(
+            f"no scale of {scales} did as well as unsteered on validation ({unsteered.score:.4f}), so the coefficients "
+            f"are as they were; try smaller ones, or other features"
+        )
+    recorded = {"scale": chosen, "curve": [asdict(point) for point in curve]}
+    if "calibration" in steering.provenance:  # whose scale is in the coefficients already
+        recorded["previous"] = steering.provenance["calibration"]
+    recorded["validation"] = {"task": validation.name, "n": len(validation), "positions": positions}
+    features = [feature.scaled(chosen) for feature in steering.features]
+    return Steering(
+        features, steering.directions, steering.table, notes, steering.provenance | {"calibration": recorded}
+    )
+
+
+def _error(rewards: Sequence[float]) -> float | None:
+    return statistics.stdev(rewards) / math.sqrt(len(rewards)) if len(rewards) > 1 else None

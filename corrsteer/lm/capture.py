@@ -1,0 +1,186 @@
+"""`Capture`: the residuals of the kept steps of a generation, in buffers that are allocated once.
+
+Pass 1 of a generation reads the last prompt token, pass t reads generated token t-1. Pass t is kept when token t
+comes before the first stop token; the first pass always is. Whether a pass is kept is therefore
+known only once its token has been sampled, which is when `generate` calls the stopping criterion found here.
+
+Capture knows nothing of SAEs: when a buffer reaches the memory budget, what is in it goes to a `sink`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from corrsteer.errors import CorrSteerError
+from corrsteer.lm import hook_points
+from corrsteer.lm.hook_points import HookPoint
+from corrsteer.lm.token_positions import check_positions, track
+
+KEPT_POSITIONS = ("generated", "all")
+
+# (hook point's key, x [T, d], cu_seqlens [B + 1]): the tokens kept so far, sample after sample
+Sink = Callable[[object, Tensor, Tensor], None]
+
+
+class Capture:
+    """Captures the residual stream while `model.generate` runs inside the context.
+
+        with Capture(model, {20: HookPoint(20)}, stop_tokens=[eos]) as capture:
+            model.generate(**inputs, stopping_criteria=[capture.stopping_criterion])
+        x, cu_seqlens = capture.packed(20)
+
+    Parameters
+    ----------
+    model : a Hugging Face causal language model. Beam search is not supported: beams change rows between passes.
+    points : what to call each hook point, and where it is.
+    stop_tokens : token ids that end an answer.
+    positions : `generated`, the kept passes; or `all`, every prompt token that is not padding as well.
+    max_new_tokens : the longest generation, which is what buffers are sized by.
+    budget_bytes : what the buffers of all points may take together. Past it, what was captured goes to `sink`.
+    sink : called with (key, x, cu_seqlens) for each part of the capture that had to leave the buffer, in order of
+        time. Without one, running out of budget is an error.
+
+    Raises
+    ------
+    CorrSteerError : if the model has no such hook point or is already compiled.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        points: Mapping[object, HookPoint],
+        *,
+        stop_tokens: Iterable[int],
+        positions: str = "generated",
+        max_new_tokens: int = 512,
+        budget_bytes: int = 1 << 30,
+        sink: Sink | None = None,
+    ):
+        check_positions(positions, KEPT_POSITIONS)
+        if not points:
+            raise CorrSteerError("points must name at least one hook point, got none")
+        if max_new_tokens < 1:
+            raise CorrSteerError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        for point in points.values():
+            hook_points.check_point(model, point)
+        self.model, self.points, self.positions = model, dict(points), positions
+        self.max_new_tokens, self.budget_bytes, self.sink = max_new_tokens, budget_bytes, sink
+        self._stop = sorted(set(stop_tokens))
+
+    def __enter__(self) -> Capture:
+        self._buffer: dict[object, Tensor] = {}  # key -> [B, capacity, d], on the device of its layer
+        self._capacity = 0
+        self._kept: Tensor | None = None  # [B, capacity] bool, which of the buffered steps are kept
+        self._filled = 0  # buffered steps whose token has been sampled
+        self._pending = 0  # steps that the running pass has put behind them
+        self._alive: Tensor | None = None  # [B] bool, no stop token so far
+        self._stop_ids: Tensor | None = None
+        self._empty: dict[object, Tensor] = {}  # key -> [0, d], for hook points that left nothing in a buffer
+        self._passes = 0  # passes whose token has been sampled
+        self.flushed = False
+        with contextlib.ExitStack() as stack:
+            self._tracker = stack.enter_context(track(self.model))
+            for key, point in self.points.items():
+                handle = hook_points.attach(self.model, point, functools.partial(self._store, key))
+                stack.callback(handle.remove)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._stack.close()
+
+    def stopping_criterion(self, input_ids: Tensor, scores, **_) -> Tensor:
+        """Give this to `generate` among its stopping criteria: it stops nothing, but sees every token when sampled."""
+        token = input_ids[:, -1]
+        if self._stop:
+            if self._stop_ids is None:
+                self._stop_ids = torch.tensor(self._stop, device=token.device)
+            stopped = torch.isin(token, self._stop_ids)
+            self._alive &= ~stopped.to(self._alive.device)
+        if self._passes:
+            self._kept[:, self._filled] = self._alive
+        self._filled += self._pending
+        self._passes += 1
+        if self._filled == self._capacity and self._passes < self.max_new_tokens:
+            self._flush()
+        return torch.zeros(len(token), dtype=torch.bool, device=token.device)
+
+    def packed(self, key) -> tuple[Tensor, Tensor]:
+        """What the buffer holds of a hook point: `x [T, d]` in the model's dtype and `cu_seqlens [B + 1]` int32."""
+        if not self._passes:
+            raise CorrSteerError(
+                "nothing was captured; call model.generate inside the context, with the capture's stopping_criterion"
+            )
+        kept = self._kept[:, : self._filled]
+        if key not in self._buffer:  # everything went to the sink
+            return self._empty[key], _cu_seqlens(kept).to(self._empty[key].device)
+        kept = kept.to(self._buffer[key].device)
+        return self._buffer[key][:, : self._filled][kept], _cu_seqlens(kept)
+
+    def _store(self, key, h: Tensor) -> None:
+        """Called by a hook point with `h: [B, S, d]` in every pass."""
+        first, start, width = self._passes == 0, self._tracker.start, self._tracker.prompt_width
+        end = start + h.shape[1]
+        if first and width and (end < width or start and end == width and self.positions == "all"):
+            raise CorrSteerError(
+                "prompts must be read in one pass; call generate without prefill_chunk_size and without a filled cache"
+            )
+        mask = self._tracker.select(h, "all") if first else None
+        steps = h.shape[1] if first and self.positions == "all" else 1
+        if self._kept is None:
+            if not bool(mask[:, -1].all()):
+                raise CorrSteerError("prompts must be padded on the left, got padding in the last column of a prompt")
+            self._allocate(h, steps + self.max_new_tokens - 1)
+            self._generation = self._tracker.generations
+        if self._generation != self._tracker.generations:
+            raise CorrSteerError("a capture holds one call of model.generate; enter a new Capture for the next one")
+        if width and end != width + self._passes:
+            raise CorrSteerError(
+                "a token went by unseen; give generate the capture's stopping_criterion, and no assistant model"
+            )
+        if self._passes >= self.max_new_tokens:
+            raise CorrSteerError(
+                f"generation went on past max_new_tokens={self.max_new_tokens}; give Capture the same limit as generate"
+            )
+        if steps > self._capacity:
+            for at in range(0, steps, self._capacity):
+                part = slice(at, at + self._capacity)
+                self.sink(key, h[:, part][mask[:, part]], _cu_seqlens(mask[:, part]))
+            self.flushed, self._pending, self._empty[key] = True, 0, h.new_empty(0, h.shape[2])
+            return
+        if key not in self._buffer:
+            self._buffer[key] = h.new_empty(len(h), self._capacity, h.shape[2])
+        self._buffer[key][:, self._filled : self._filled + steps] = h[:, -steps:]
+        if first:
+            self._kept[:, :steps] = mask[:, -steps:].to(self._kept.device)
+        self._pending = steps
+
+    def _allocate(self, h: Tensor, steps: int) -> None:
+        rows, d = len(h), h.shape[2]
+        step_bytes = rows * d * h.element_size() * len(self.points)
+        self._capacity = min(steps, self.budget_bytes // step_bytes)
+        if self._capacity < 1 or (self._capacity < steps and self.sink is None):
+            needed = step_bytes if self.sink else steps * step_bytes
+            raise CorrSteerError(
+                f"budget_bytes must be at least {needed} for {rows} rows, {len(self.points)} hook points and "
+                f"{steps} steps, got {self.budget_bytes}; raise it, lower the batch size, or give a sink"
+            )
+        self._kept = torch.zeros(rows, self._capacity, dtype=torch.bool, device=h.device)
+        self._alive = torch.ones(rows, dtype=torch.bool, device=h.device)
+
+    def _flush(self) -> None:
+        """Hand what the buffers hold to the sink, and go on with empty ones."""
+        for key in self.points:
+            self.sink(key, *self.packed(key))
+        self._filled = 0
+        self.flushed = True
+
+
+def _cu_seqlens(kept: Tensor) -> Tensor:
+    """Where each row's kept steps start once packed: `[B + 1]` int32 of `kept: [B, steps]`."""
+    return torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)).to(torch.int32)

@@ -1,0 +1,191 @@
+"""`Moments`: streaming sufficient statistics of pooled activations and rewards, and what follows from them.
+
+It is data, and knows no operation; `update_moments` and `encode_update` fold batches into it.
+
+Everything that corrsteer reports about a feature (correlation, coefficient, activation frequency) is computed
+from these few arrays, which are updated batch by batch and merged across processes; no activation is kept.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from corrsteer.errors import CorrSteerError
+
+POSITIVE, NEGATIVE = 0, 1
+COEFFICIENTS = ("mean_positive", "mean_positive_active", "contrastive")
+FORMAT = "corrsteer.moments/1"
+
+
+class Moments:
+    """Streaming moments of D features and R labels, in float64.
+
+    Parameters
+    ----------
+    d_sae : D, number of features.
+    n_labels : R, number of reward columns; several cost one encode.
+    device : where the state lives.
+
+    Attributes
+    ----------
+    count : `[]` samples seen.
+    z_mean, z_m2 : `[D]` mean and centred second moment Σ(z - mean)² of the pooled activations.
+    y_mean, y_m2 : `[R]` the same of the rewards.
+    cross : `[R, D]` centred cross moment Σ(y - mean)(z - mean).
+    n_positive : `[R]` samples with y > 0.
+    n_active : `[D]` samples with z > 0.
+    group_sum, group_active_sum, group_active_count : `[2, R, D]` sum of z, sum of z where z > 0 and count of z > 0,
+        over the samples with y > 0 (first) and with y <= 0 (second).
+    """
+
+    STATE = (
+        "count", "z_mean", "z_m2", "y_mean", "y_m2", "cross",
+        "n_positive", "n_active", "group_sum", "group_active_sum", "group_active_count",
+    )  # fmt: skip
+
+    def __init__(self, d_sae: int, n_labels: int = 1, device="cpu"):
+        if d_sae < 1 or n_labels < 1:
+            raise CorrSteerError(f"d_sae and n_labels must be at least 1, got d_sae={d_sae}, n_labels={n_labels}")
+        self.d_sae, self.n_labels = d_sae, n_labels
+        with torch.inference_mode(False):  # made inside of it, they could not be updated outside
+            for name, shape in self.shapes(d_sae, n_labels).items():
+                setattr(self, name, torch.zeros(shape, dtype=torch.float64, device=device))
+
+    @staticmethod
+    def shapes(d_sae: int, n_labels: int) -> dict[str, tuple[int, ...]]:
+        """Shape of each state array."""
+        D, R = (d_sae,), (n_labels,)
+        shapes = ((), D, D, R, R, R + D, R, D, (2,) + R + D, (2,) + R + D, (2,) + R + D)
+        return dict(zip(Moments.STATE, shapes))
+
+    def state(self) -> list[Tensor]:
+        """The state arrays in the order of `STATE`; they are the arrays, not copies."""
+        return [getattr(self, name) for name in self.STATE]
+
+    @classmethod
+    def from_state(cls, state: list[Tensor]) -> Moments:
+        """Moments over the given arrays themselves; what an update changes, it changes in them."""
+        moments = cls.__new__(cls)
+        for name, tensor in zip(cls.STATE, state):
+            setattr(moments, name, tensor)
+        moments.n_labels, moments.d_sae = moments.cross.shape
+        return moments
+
+    @property
+    def device(self) -> torch.device:
+        return self.z_mean.device
+
+    @property
+    def n(self) -> int:
+        """Samples seen."""
+        return int(self.count)
+
+    def to(self, device) -> Moments:
+        """A copy on another device."""
+        return Moments.from_state([tensor.to(device, copy=True) for tensor in self.state()])
+
+    @torch.no_grad()
+    def merge(self, other: Moments) -> None:
+        """Fold in the moments of other samples, such as another process's; the order does not matter."""
+        if (other.d_sae, other.n_labels) != (self.d_sae, self.n_labels):
+            raise CorrSteerError(
+                f"other must have d_sae={self.d_sae} and n_labels={self.n_labels}, "
+                f"got d_sae={other.d_sae} and n_labels={other.n_labels}; merge runs of the same SAE and labels"
+            )
+        if other.n == 0:
+            return
+        other = other.to(self.device)
+        self.merge_centred(other.count, other.z_mean, other.z_m2, other.y_mean, other.y_m2, other.cross)
+        for name in ("n_positive", "n_active", "group_sum", "group_active_sum", "group_active_count"):
+            getattr(self, name).add_(getattr(other, name))
+
+    def merge_centred(
+        self, n: Tensor, z_mean: Tensor, z_m2: Tensor, y_mean: Tensor, y_m2: Tensor, cross: Tensor
+    ) -> None:
+        """Fold in the count, means and centred sums of other samples, in place.
+
+        Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances" (1979),
+        eq. 1.5, here for cross moments as well. The counts of groups and of active samples only add up: see `merge`.
+        """
+        total = self.count + n
+        z_delta, y_delta = z_mean - self.z_mean, y_mean - self.y_mean
+        weight = self.count * n / total
+        self.z_m2 += z_m2 + weight * z_delta.square()
+        self.y_m2 += y_m2 + weight * y_delta.square()
+        self.cross += cross + weight * y_delta[:, None] * z_delta
+        self.z_mean += z_delta * (n / total)
+        self.y_mean += y_delta * (n / total)
+        self.count += n
+
+    def correlation(self) -> Tensor:
+        """Pearson's r of every label and feature, `[n_labels, d_sae]` float64; 0 where either variance is 0."""
+        varies = self.label_varies()[:, None] & self._varies(self.z_m2, self.z_mean)
+        scale = torch.where(varies, (self.y_m2[:, None] * self.z_m2).sqrt(), 1)
+        return torch.where(varies, self.cross / scale, 0).clamp(-1, 1)
+
+    def label_varies(self) -> Tensor:
+        """Which labels are not the same in every sample, `[n_labels]` bool; only those correlate with anything."""
+        return self._varies(self.y_m2, self.y_mean)
+
+    def _varies(self, m2: Tensor, mean: Tensor) -> Tensor:
+        # A constant such as 0.1 leaves rounding errors of about 1e-16 a sample in m2; float32 values that differ at
+        # all differ by 6e-8 of their size, so this bound parts the two.
+        return m2 > self.count * (1e-14 * mean).square()
+
+    def frequency(self) -> Tensor:
+        """Share of samples in which each feature is active (z > 0), `[d_sae]`."""
+        return self.n_active / self.count.clamp(min=1)
+
+    def group_frequency(self) -> Tensor:
+        """The same among samples with y > 0 (first) and with y <= 0, `[2, n_labels, d_sae]`; 0 for an empty group."""
+        return self.group_active_count / self._group_size().clamp(min=1)
+
+    def coefficient(self, kind: str = "mean_positive") -> Tensor:
+        """Steering coefficients `[n_labels, d_sae]`.
+
+        `mean_positive` is E[z | y > 0], zeros included, as published; `mean_positive_active` the same over active
+        samples; `contrastive` E[z | y > 0] - E[z | y <= 0]. An empty group's mean is 0.
+        """
+        if kind == "mean_positive_active":
+            return self.group_active_sum[POSITIVE] / self.group_active_count[POSITIVE].clamp(min=1)
+        mean = self.group_sum / self._group_size().clamp(min=1)
+        if kind == "mean_positive":
+            return mean[POSITIVE]
+        if kind == "contrastive":
+            return mean[POSITIVE] - mean[NEGATIVE]
+        raise CorrSteerError(f"coefficient must be one of {', '.join(COEFFICIENTS)}, got {kind!r}")
+
+    def _group_size(self) -> Tensor:
+        return torch.stack([self.n_positive, self.count - self.n_positive])[..., None]
+
+    def save(self, path) -> None:
+        """Write the state to a safetensors file; `load` gives it back bit for bit."""
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in zip(self.STATE, self.state())}
+        save_file(tensors, str(path), metadata={"format": FORMAT})
+
+    @classmethod
+    def load(cls, path, device="cpu") -> Moments:
+        """Read what `save` wrote."""
+        if not Path(path).is_file():
+            raise CorrSteerError(f"there is no moments file at {path}")
+        try:
+            with safe_open(str(path), framework="pt", device=str(device)) as file:
+                if (file.metadata() or {}).get("format") != FORMAT:
+                    raise CorrSteerError(f"{path} is not a moments file of this version ({FORMAT})")
+                moments = cls.from_state([file.get_tensor(name) for name in cls.STATE])
+            shapes = cls.shapes(moments.d_sae, moments.n_labels)
+            if any(tuple(t.shape) != shapes[name] for name, t in zip(cls.STATE, moments.state())):
+                raise CorrSteerError(f"{path} is damaged (its arrays do not fit each other); collect again")
+            return moments
+        except (SafetensorError, ValueError) as error:
+            if isinstance(error, CorrSteerError):
+                raise
+            raise CorrSteerError(f"{path} is damaged ({error}); collect again") from None
+
+    def __repr__(self) -> str:
+        return f"Moments(n={self.n}, d_sae={self.d_sae}, n_labels={self.n_labels})"

@@ -1,0 +1,215 @@
+"""The `native` backend: what the C++ kernels can run on a CPU, and the way to them.
+
+The matrix product is our own. The best library at hand is oneDNN with weights packed for it beforehand, as
+`torch.compile` uses it: at every size measured (`bench/results`) the whole operation takes about as long as that bare
+product, or less.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from corrsteer.errors import BackendUnavailable
+from corrsteer.ops.calls import Call, Verdict
+
+if TYPE_CHECKING:
+    from corrsteer.ops.moments import Moments
+    from corrsteer.sae.encoder import SparseEncoder
+
+try:
+    from corrsteer import _native
+except ImportError as error:
+    _native, MISSING = None, str(error)
+
+INSTRUCTION_SET = "CORRSTEER_INSTRUCTION_SET"
+ENCODED = ("relu", "jumprelu", "gated", "topk", "abstopk")
+BUILD = "install a C++ compiler with OpenMP, then in the source folder: pip install --force-reinstall --no-deps ."
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def verify(call: Call) -> Verdict:
+    """Whether the kernels can run a call."""
+    if call.device.type != "cpu":
+        return Verdict(False, "its kernels run on CPUs", "use another backend")
+    if _native is None:
+        return Verdict(False, f"its extension could not be imported ({MISSING})", BUILD, missed=True)
+    if call.dtype not in DTYPES or call.precision == "fp64":
+        return Verdict(False, "its kernels compute in float32", "use float32, bfloat16 or float16")
+    if call.activation is not None and call.activation not in ENCODED:
+        return Verdict(False, f"{call.activation} has no product to fuse", "use the reference backend for it")
+    return Verdict(True)
+
+
+def instruction_set() -> str:
+    """The instruction set in use: the best that this processor offers, or the one CORRSTEER_INSTRUCTION_SET names.
+
+    Raises
+    ------
+    BackendUnavailable : if the processor does not offer that one.
+    """
+    offered = _native.instruction_sets()
+    name = os.environ.get(INSTRUCTION_SET) or offered[0]
+    if name not in offered:
+        raise BackendUnavailable(
+            f"{INSTRUCTION_SET} must be one that this processor offers, {' or '.join(offered)}, got {name!r}"
+        )
+    return name
+
+
+# Packed weights
+
+
+class _Packed(NamedTuple):
+    storages: tuple[StorageWeakRef, ...]  # of what was packed
+    versions: tuple
+    weight: Tensor
+
+
+_packed: dict[tuple, _Packed] = {}
+_packing = threading.Lock()
+
+
+def packed_weight(encoder: SparseEncoder, isa: str) -> Tensor:
+    """The encoder's weight as the kernels read it; packed when first asked for, and again if it has been changed.
+
+    It takes as much memory as the weight (twice that for fp16, which is packed as float32) until the first call after
+    the weight is gone. It belongs to the weight's memory and not to the encoder, as under `torch.compile` an encoder is
+    put together anew at every call. Changes are seen that torch counts: not those through `.data` or NumPy.
+    """
+    parts = [part for part in (encoder.weight, encoder.weight_low) if part is not None]
+    storages = tuple(StorageWeakRef(part.untyped_storage()) for part in parts)
+    key = (isa, *((part.data_ptr(), part.dtype, part.shape) for part in parts))
+    versions = tuple(_version(part) for part in parts)
+    with _packing:
+        for old in [old for old, entry in _packed.items() if any(s.expired() for s in entry.storages)]:
+            del _packed[old]
+        found = _packed.get(key)
+        if found is not None and found.versions == versions and found.storages == storages:
+            return found.weight
+        _packed.pop(key, None)
+        # bf16x2: hi + lo is exact in float32, where it costs no more than two products of bfloat16
+        weight = encoder.weight if encoder.weight_low is None else encoder.full_weight()
+        dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
+        size = _native.packed_size(isa, encoder.d_sae, encoder.d_in, _name(dtype))
+        packed = torch.empty(size, dtype=dtype, device="cpu")
+        _native.pack(isa, _array(weight), _array(packed), torch.get_num_threads())
+        _packed[key] = _Packed(storages, versions, packed)
+        return packed
+
+
+def _version(weight: Tensor):
+    """What changes when the weight does. Tensors made in inference mode do not count; of them a column is added up."""
+    return float(weight[:, 0].double().sum()) if weight.is_inference() else weight._version
+
+
+def _encoder(encoder: SparseEncoder):
+    """The extension's own encoder, and the packed weight, which is to be kept until the call is over."""
+    isa = instruction_set()
+    packed = packed_weight(encoder, isa)
+    vectors = ("bias", "threshold", "magnitude_scale", "magnitude_bias")
+    given = {name: getattr(encoder, name) for name in vectors}
+    return _native.Encoder(
+        instruction_set=isa,
+        d_in=encoder.d_in,
+        d_sae=encoder.d_sae,
+        activation=encoder.activation,
+        input_norm=encoder.input_norm,
+        k=encoder.k,
+        weight=_array(packed),
+        **{name: _array(vector) for name, vector in given.items() if vector is not None},
+    ), packed
+
+
+# Tensors by address. Whoever makes one of these keeps the tensor until the call is over.
+
+
+@functools.cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _array(tensor: Tensor):
+    return _native.Array(tensor.data_ptr(), tensor.shape, tensor.stride(), _name(tensor.dtype))
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+# The operations of `corrsteer.reference`
+
+
+def encode(x: Tensor, encoder: SparseEncoder) -> Tensor:
+    x, (packed_encoder, _kept) = _rows(x), _encoder(encoder)
+    out = torch.empty(len(x), encoder.d_sae, dtype=torch.float32, device="cpu")
+    _native.encode(packed_encoder, _array(x), _array(out), torch.get_num_threads())
+    return out
+
+
+def encode_pool(x: Tensor, cu_seqlens: Tensor, encoder: SparseEncoder, pools: tuple[str, ...]) -> Tensor:
+    x, cu_seqlens, (packed_encoder, _kept) = _rows(x), cu_seqlens.contiguous(), _encoder(encoder)
+    out = torch.empty(len(pools), len(cu_seqlens) - 1, encoder.d_sae, dtype=torch.float32, device="cpu")
+    into = dict(zip(pools, map(_array, out)))
+    _native.encode_pool(
+        packed_encoder, _array(x), _array(cu_seqlens), into.get("mean"), into.get("max"), torch.get_num_threads()
+    )
+    return out
+
+
+def encode_update(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    y: Tensor,
+    encoder: SparseEncoder,
+    moments: tuple[Moments, ...],
+    pools: tuple[str, ...],
+) -> None:
+    x, cu_seqlens, y = _rows(x), cu_seqlens.contiguous(), y.double().contiguous()
+    packed_encoder, _kept = _encoder(encoder)
+    into = dict(zip(pools, map(_state, moments)))
+    _native.encode_update(
+        packed_encoder, _array(x), _array(cu_seqlens), _array(y), into.get("mean"), into.get("max"),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def update_moments(pooled: Tensor, y: Tensor, moments: Moments) -> None:
+    pooled, y = _rows(pooled), y.double().contiguous()
+    _native.update_moments(instruction_set(), _array(pooled), _array(y), _state(moments), torch.get_num_threads())
+
+
+def update_sums(pooled: Tensor, weights: Tensor, sums: Tensor, powers: tuple[int, ...]) -> None:
+    pooled, weights = _rows(pooled), weights.contiguous()
+    into = _rows(sums)
+    _native.update_sums(
+        instruction_set(), _array(pooled), _array(weights), _array(into), list(powers), torch.get_num_threads()
+    )
+    if into is not sums:
+        sums.copy_(into)
+
+
+def steer_add(h: Tensor, vectors: Tensor, row_vector: Tensor, positions: Tensor | None) -> None:
+    vectors = vectors.float()
+    where = None if positions is None else _array(positions)
+    _native.steer_add(_array(h), _array(vectors), _array(row_vector), where)
+
+
+def _state(moments: Moments) -> list:
+    return [_array(array) for array in moments.state()]
+
+
+OPERATIONS = {
+    "encode": encode,
+    "encode_pool": encode_pool,
+    "update_moments": update_moments,
+    "update_sums": update_sums,
+    "encode_update": encode_update,
+    "steer_add": steer_add,
+}

@@ -1,0 +1,1 @@
+"""What a collection leaves behind, and how it is collected."""

@@ -1,0 +1,72 @@
+"""The options of a collection, checked before anything is generated."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from corrsteer.errors import CorrSteerError
+from corrsteer.lm.capture import KEPT_POSITIONS
+from corrsteer.lm.token_positions import check_positions
+from corrsteer.sae.encoder import SIGNED, SparseEncoder
+from corrsteer.stats.evidence import BINNED, Evidence
+
+FEWEST_PERMUTATIONS = 19  # with which a p-value can be 0.05
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `collect` was asked for; see there."""
+
+    pool: str
+    coefficient_pool: str
+    positions: str
+    permutations: int
+    bootstrap: int
+    scores: Sequence[str]
+    block_size: int
+    shuffle_seed: int
+    patience: int | None
+    patience_layers: Collection[int] | None
+    buffer_bytes: int
+    statistics_bytes: int
+    backend: str | None
+
+    def __post_init__(self):
+        check_positions(self.positions, KEPT_POSITIONS)
+        for name in self.pools:
+            if name not in ("mean", "max"):
+                raise CorrSteerError(f"pool must be mean or max, got {name!r}")
+        for name, least in (("block_size", 1), ("patience", 1), ("shuffle_seed", 0)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise CorrSteerError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if 0 < self.permutations < FEWEST_PERMUTATIONS:
+            raise CorrSteerError(
+                f"permutations must be 0 or at least {FEWEST_PERMUTATIONS}, as with fewer no p-value can be as small "
+                f"as 0.05, got {self.permutations}"
+            )
+        if self.permutations and self.block_size == 1:
+            raise CorrSteerError("block_size must be at least 2 for permutations, which are made within blocks, got 1")
+
+    @property
+    def pools(self) -> tuple[str, ...]:
+        """The poolings that are wanted, each once."""
+        return tuple(dict.fromkeys((self.pool, self.coefficient_pool)))
+
+    def check_encoders(self, encoders: Mapping[int, SparseEncoder]) -> None:
+        """Raise unless what is asked of these encoders and layers can be had."""
+        unknown = sorted(set(self.patience_layers or ()) - set(encoders))
+        if unknown:
+            raise CorrSteerError(f"patience_layers must be among {sorted(encoders)}, got {unknown}")
+        for layer, encoder in encoders.items():
+            if self.evidence(encoder, self.pool, "meta").histograms and encoder.activation in SIGNED:
+                raise CorrSteerError(
+                    f"scores must not be {', '.join(BINNED)} for encoders[{layer}], whose activation "
+                    f"{encoder.activation} can be negative; leave them out, got {', '.join(self.scores)}"
+                )
+
+    def evidence(self, encoder: SparseEncoder, pool: str, device) -> Evidence:
+        """Empty evidence of an encoder's features: with permutations and bootstrap for `pool` alone."""
+        tested = {"permutations": self.permutations, "bootstrap": self.bootstrap, "scores": self.scores}
+        return Evidence(encoder.d_sae, seed=self.shuffle_seed, device=device, **(tested if pool == self.pool else {}))

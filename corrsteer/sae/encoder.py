@@ -1,0 +1,332 @@
+"""`SparseEncoder`: the encoder of one SAE, folded to one form, and the rows of its decoder.
+
+Whatever an SAE does to its input before the product (subtract `b_dec`, normalise, reshape heads) and after it
+(rescale by decoder norms) is folded once, at load, into a weight, a bias and at most one scale per token:
+
+    p = scale(x) · (W x) + b,   activation(p)
+
+so that a kernel has one product and one epilogue. Only the encoder is held; decoder rows are read from where
+they lie when features have been selected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corrsteer.errors import CorrSteerError
+from corrsteer.sae import sources
+from corrsteer.sae.sources import Decoder
+
+ACTIVATIONS = ("relu", "jumprelu", "gated", "topk", "abstopk", "identity")
+SIGNED = ("abstopk", "identity")  # that can be negative
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PRECISIONS = {
+    "fp32": torch.float32,  # of float32 accuracy; on tensor cores each product is three of tf32
+    "fp32_ieee": torch.float32,  # every product rounded as IEEE float32
+    "bf16x2": torch.bfloat16,  # each weight the sum of two bfloat16: close to float32 for bfloat16 tokens
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,  # the truth that errors are measured from; the reference backend alone computes in it
+}
+TENSORS = ("weight", "weight_low", "weight_sum", "bias", "threshold", "magnitude_scale", "magnitude_bias")
+FOLD_ROWS = 8192  # features folded at a time, so that folding needs little memory beside the weight
+
+# SAELens architecture -> our activation. A skip transcoder's skip path is not part of its encoder.
+ARCHITECTURES = {
+    "standard": "relu",
+    "jumprelu": "jumprelu",
+    "gated": "gated",
+    "topk": "topk",
+    "abstopk": "abstopk",
+    "transcoder": "relu",
+    "skip_transcoder": "relu",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
+}
+INPUT_NORMS = {
+    "none": "none",
+    "layer_norm": "layer_norm",
+    "constant_norm_rescale": "constant_norm_rescale",
+    # These two are folded into the weights when an SAE is trained or fetched; SAELens applies nothing at run time.
+    "expected_average_only_in": "none",
+    "covariance_whitening": "none",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class SparseEncoder:
+    """One SAE's encoder.
+
+    Attributes
+    ----------
+    d_in, d_sae : width of the residual stream and number of features.
+    activation : `relu`, `jumprelu`, `gated`, `topk`, `abstopk` or `identity`, as `corrsteer.reference.encode` defines
+        them.
+    weight : `[d_sae, d_in]`, float32, bfloat16 or float16, contiguous; None for `identity`.
+    weight_low : `[d_sae, d_in]` bfloat16, what `weight` lacks; for the precision `bf16x2` only.
+    weight_sum : `[d_sae]` float32, the weight's row sums, for layer_norm only: W (x - mean x) = W x - mean x · sums.
+        Centring W itself would be cheaper, but rounding would leave rows that do not quite sum to 0, times mean x.
+    bias : `[d_sae]` float32; the gate's bias where gated.
+    threshold : `[d_sae]` float32, jumprelu only.
+    magnitude_scale, magnitude_bias : `[d_sae]` float32, gated only: the magnitude is relu(scale · W x + bias).
+    k : features kept per token, topk and abstopk only.
+    input_norm : `none`, `layer_norm` or `constant_norm_rescale`, as SAELens defines them.
+    precision : one of `PRECISIONS`; by default the weight's own.
+    hook_name : where the SAE was trained, `blocks.20.hook_resid_post` or `model.layers.20`; None if it does not say.
+    decoder : where decoder rows are read from.
+    metadata : what the SAE's own configuration says about it.
+    """
+
+    d_in: int
+    d_sae: int
+    activation: str
+    weight: Tensor | None = None
+    weight_low: Tensor | None = None
+    weight_sum: Tensor | None = None
+    bias: Tensor | None = None
+    threshold: Tensor | None = None
+    magnitude_scale: Tensor | None = None
+    magnitude_bias: Tensor | None = None
+    k: int = 0
+    input_norm: str = "none"
+    precision: str = ""
+    hook_name: str | None = None
+    decoder: Decoder = field(default_factory=lambda: sources.open_decoder({"kind": "none"}), repr=False)
+    metadata: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        if self.weight is None:
+            return
+        own = "bf16x2" if self.weight_low is not None else _precision_of(self.weight.dtype)
+        if not self.precision:
+            object.__setattr__(self, "precision", own)
+        if PRECISIONS.get(self.precision) != self.weight.dtype or (self.precision == "bf16x2") != (own == "bf16x2"):
+            raise CorrSteerError(
+                f"precision must be one of {', '.join(PRECISIONS)} and fit the weight, which is {own}, "
+                f"got {self.precision!r}; use encoder.to(precision={self.precision!r})"
+            )
+        for name in TENSORS:  # views would be read wrongly by kernels, which take pointers
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, getattr(self, name).contiguous())
+        if self.weight.dtype != torch.float64:
+            for name in TENSORS[TENSORS.index("weight_sum") :]:  # vectors, of whatever dtype they were given
+                if getattr(self, name) is not None:
+                    object.__setattr__(self, name, getattr(self, name).float())
+        if self.input_norm == "layer_norm" and self.weight_sum is None:
+            object.__setattr__(self, "weight_sum", _row_sums(self.weight, self.weight_low))
+
+    @classmethod
+    def from_sae_lens(cls, sae, *, dtype: torch.dtype | None = None, device=None) -> SparseEncoder:
+        """The encoder of a SAELens SAE or transcoder, equal to its `encode`.
+
+        Parameters
+        ----------
+        sae : an `sae_lens.SAE`. It is read, not changed, and kept only as the place decoder rows come from.
+        dtype : of the weight; by default the SAE's own.
+        device : by default the SAE's own.
+
+        Raises
+        ------
+        CorrSteerError : for an architecture that is not a function of one token.
+        """
+        config = sae.cfg.to_dict()
+        with torch.no_grad():
+            parameters = {name: p.detach() for name, p in sae.named_parameters()}
+            decoder = sources.decoder_in_memory(parameters["W_dec"], divide_by_norm=_rescales(config))
+            return _fold(config, parameters, decoder, dtype or sae.dtype, device, "the SAE given")
+
+    @classmethod
+    def load(cls, directory, *, dtype: torch.dtype | None = None, device="cpu") -> SparseEncoder:
+        """The encoder in a directory that SAELens wrote (`cfg.json`, `sae_weights.safetensors`).
+
+        SAELens itself is not imported, and the decoder stays on disk.
+
+        Raises
+        ------
+        CorrSteerError : if the directory is not such a one, is damaged, or its architecture is not per token.
+        """
+        config = sources.read_config(directory)
+        origin = str(Path(directory) / sources.CONFIG)
+        _activation(config, origin)  # first, as an architecture that cannot be used has other parameters
+        parameters = {name: p.to(device) for name, p in sources.read(directory, config).items()}
+        decoder = sources.decoder_on_disk(directory, divide_by_norm=_rescales(config))
+        return _fold(config, parameters, decoder, dtype or sources.dtype_of(config, directory), device, origin)
+
+    @classmethod
+    def from_pretrained(
+        cls, release: str, sae_id: str, *, dtype: torch.dtype = torch.float32, device="cpu"
+    ) -> SparseEncoder:
+        """The encoder of a published SAE by SAELens' release and id, such as `gemma-scope-2b-pt-res-canonical`,
+        `layer_20/width_16k/canonical`.
+
+        SAELens loads it, so every published format it knows works. Its decoder is dropped again, and read once more
+        from the local cache when features have been selected.
+        """
+        sae = sources.load_pretrained(release, sae_id)  # in float32, as bias and threshold stay
+        decoder = sources.decoder_in_release(release, sae_id, divide_by_norm=_rescales(sae.cfg.to_dict()))
+        return replace(cls.from_sae_lens(sae, dtype=dtype, device=device), decoder=decoder)
+
+    @classmethod
+    def identity(cls, d_in: int, hook_name: str | None = None) -> SparseEncoder:
+        """Residual dimensions themselves as features: the paper's "raw" ablation."""
+        if d_in < 1:
+            raise CorrSteerError(f"d_in must be a positive width, got {d_in}")
+        return cls(d_in, d_in, "identity", hook_name=hook_name, decoder=sources.decoder_of_identity(d_in))
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the reference computes in: float64 for a float64 weight, float32 otherwise."""
+        return torch.float64 if self.weight is not None and self.weight.dtype == torch.float64 else torch.float32
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the weight is; None for `identity`, which has none."""
+        return None if self.weight is None else self.weight.device
+
+    def decoder_rows(self, features: Sequence[int]) -> Tensor:
+        """Decoder directions `[len(features), d_out]`, float32 on the CPU.
+
+        They are divided by their norm where the SAE rescales activations by decoder norm, so that activation times
+        direction is the feature's contribution in either case.
+        """
+        features = [int(f) for f in features]
+        outside = [f for f in features if not 0 <= f < self.d_sae]
+        if outside:
+            raise CorrSteerError(f"features must lie in 0..{self.d_sae - 1}, got {outside[:5]}")
+        return self.decoder.rows(features)
+
+    def full_weight(self) -> Tensor:
+        """The weight `[d_sae, d_in]` in `compute_dtype`, both its parts together for bf16x2."""
+        weight = self.weight.to(self.compute_dtype)
+        return weight if self.weight_low is None else weight + self.weight_low
+
+    def to(self, device=None, dtype: torch.dtype | None = None, *, precision: str | None = None) -> SparseEncoder:
+        """A copy elsewhere; `dtype`, or `precision` by name, applies to the weight alone, the rest stays float32."""
+        if isinstance(device, torch.dtype):  # encoder.to(torch.bfloat16), as one writes it to a tensor
+            device, dtype = None, device
+        if dtype is not None:
+            _check_dtype(dtype)
+            precision = precision or _precision_of(dtype)
+        if precision is not None and (
+            precision not in PRECISIONS or (dtype is not None and PRECISIONS[precision] != dtype)
+        ):
+            raise CorrSteerError(f"precision must be one of {', '.join(PRECISIONS)} and fit dtype, got {precision!r}")
+        moved = {name: getattr(self, name).to(device) for name in TENSORS if getattr(self, name) is not None}
+        if precision is not None and "weight" in moved:
+            whole = replace(self, **moved).full_weight() if self.precision == "bf16x2" else moved["weight"]
+            moved |= {"weight": whole.to(PRECISIONS[precision]), "weight_low": None, "weight_sum": None}
+            if precision == "bf16x2":
+                moved["weight_low"] = (whole.to(self.compute_dtype) - moved["weight"]).to(torch.bfloat16)
+            moved["precision"] = precision
+        return replace(self, **moved)
+
+    def describe(self) -> str:
+        """One line for tables and logs."""
+        precision = f" in {self.precision}" if self.precision else ""
+        return f"{self.activation} {self.d_in}x{self.d_sae}{precision} at {self.hook_name or 'an unnamed hook point'}"
+
+
+def _rescales(config: dict[str, Any]) -> bool:
+    return bool(config.get("rescale_acts_by_decoder_norm"))
+
+
+def _activation(config: dict[str, Any], origin: str) -> str:
+    activation = ARCHITECTURES.get(config["architecture"])
+    if activation is None:
+        raise CorrSteerError(
+            f"architecture {config['architecture']!r} of {origin} cannot be used: its features are not a function of "
+            f"one token. Use one of {', '.join(ARCHITECTURES)}"
+        )
+    return activation
+
+
+def _precision_of(dtype: torch.dtype) -> str:
+    return next(name for name, d in PRECISIONS.items() if d == dtype and name != "bf16x2")
+
+
+def _row_sums(weight: Tensor, low: Tensor | None) -> Tensor:
+    sums = torch.cat([block.double().sum(1) for block in weight.split(FOLD_ROWS)])
+    if low is not None:
+        sums += torch.cat([block.double().sum(1) for block in low.split(FOLD_ROWS)])
+    return sums.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in DTYPES and dtype != torch.float64:
+        raise CorrSteerError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+
+
+def _fold(
+    config: dict[str, Any], parameters: dict[str, Tensor], decoder: Decoder, dtype, device, origin: str
+) -> SparseEncoder:
+    """SAELens' parameters, `W_enc [d_in, d_sae]` and the rest, in our one form."""
+    architecture, activation = config["architecture"], _activation(config, origin)
+    input_norm = INPUT_NORMS.get(config.get("normalize_activations") or "none")
+    if input_norm is None:
+        raise CorrSteerError(
+            f"normalize_activations of {origin} must be one of {', '.join(INPUT_NORMS)}, "
+            f"got {config['normalize_activations']!r}"
+        )
+    _check_dtype(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def vector(name: str) -> Tensor:
+        # Llama Scope's threshold is a scalar. A copy, so that later changes to the SAE do not reach the encoder.
+        return parameters[name].to(device, wide).expand(d_sae).clone(memory_format=torch.contiguous_format)
+
+    W_enc = parameters["W_enc"].to(device)
+    d_in, d_sae = W_enc.shape
+    scale = parameters["W_dec"].to(device, wide).norm(dim=-1) if _rescales(config) else None
+    subtracted = None
+    if config.get("apply_b_dec_to_input") and "transcoder" not in architecture:
+        subtracted = parameters["b_dec"].to(device, torch.float64)
+
+    weight = W_enc.new_empty(d_sae, d_in, dtype=dtype)
+    shift = W_enc.new_zeros(d_sae, dtype=torch.float64)
+    for start in range(0, d_sae, FOLD_ROWS):
+        rows = slice(start, start + FOLD_ROWS)
+        block = W_enc[:, rows].T.to(wide)
+        if scale is not None:
+            block = block * scale[rows, None]
+        weight[rows] = block
+        if subtracted is not None:  # with the rounded weight, so that a token equal to b_dec gives exactly the bias
+            shift[rows] = weight[rows].double() @ subtracted
+
+    bias = vector("b_gate" if activation == "gated" else "b_enc")
+    if scale is not None:
+        bias = bias * scale
+    bias = (bias.double() - shift).to(wide)
+    form: dict[str, Any] = {"weight": weight, "bias": bias}
+    if activation == "jumprelu":
+        form["threshold"] = vector("threshold")
+        if undefined := form["threshold"].isnan().nonzero().flatten().tolist():
+            raise CorrSteerError(
+                f"threshold of {origin} must not be NaN, got NaN for {len(undefined)} features, {undefined[0]} among "
+                f"them; the SAE is damaged, fetch it again"
+            )
+    if activation == "gated":
+        form["magnitude_scale"] = vector("r_mag").exp()
+        form["magnitude_bias"] = (vector("b_mag").double() - form["magnitude_scale"].double() * shift).to(wide)
+    if "topk" in activation:
+        k = int(config.get("k") or 0)
+        if not 0 < k <= d_sae:
+            raise CorrSteerError(f"k of {origin} must lie in 1..d_sae={d_sae}, got {k}; its configuration is damaged")
+        form["k"] = k
+    metadata = {k: v for k, v in (config.get("metadata") or {}).items() if v is not None}
+    metadata |= {"architecture": architecture, "reshape_activations": config.get("reshape_activations", "none")}
+    return SparseEncoder(
+        d_in=d_in,
+        d_sae=d_sae,
+        activation=activation,
+        input_norm=input_norm,
+        hook_name=metadata.get("hook_name") or metadata.get("hf_hook_name"),
+        decoder=decoder,
+        metadata=metadata,
+        **form,
+    )

@@ -1,0 +1,391 @@
+"""`Evidence`: streaming sums for inference, beside `Moments`: joint moments, permuted labels, bootstrap replicates.
+
+Everything is a column of weighted power sums of pooled activations (`ops.update_sums`), so that it costs time for
+activations that are not 0 only, and memory that does not grow with the number of samples: 8 · d_sae · columns bytes,
+where columns are 23 + permutations + 3 · bootstrap for one label (`Evidence.n_columns`).
+
+With u = y - origin, which keeps powers of rewards small:
+
+- Σ z^p u^q for p + q <= 6, what `inference.delta_interval` needs;
+- Σ z u_π for every permutation π, of which the null distribution of r follows, since a permutation changes no mean and
+  no variance (Westfall & Young, "Resampling-Based Multiple Testing", 1993);
+- Σ w z, Σ w z u, Σ w z² for every bootstrap replicate, with weights w ~ Poisson(1) (Hanley & MacGibbon, "Creating
+  non-parametric bootstrap samples using Poisson frequencies", 2006).
+
+Samples arrive in numbered blocks. Labels are permuted within a block, which is valid as long as the samples of a block
+are exchangeable, so a block must be a random part of the data, such as a slice of it in shuffled order. What a
+permutation does to a sample depends on the seed, the block's number and the sample's place in it, and on nothing else:
+neither on the order in which blocks come nor on the process that takes them.
+
+Sums are of z itself, as centring it would cost the zeros: r loses about 1e-16 times the square of a feature's mean over
+its standard deviation; permuted sums on the `triton` backend, which multiplies in float32, 1e-7 times that ratio.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from corrsteer import ops
+from corrsteer.errors import CorrSteerError
+from corrsteer.stats.histograms import Histograms
+
+ORDER = 6  # p + q of the highest joint moments
+FORMAT = "corrsteer.evidence/1"
+SCORES = (
+    "pearson", "point_biserial", "contrastive", "squared_ratio", "mutual_information", "auroc", "spearman",
+)  # fmt: skip
+BINNED = ("mutual_information", "auroc", "spearman")  # what is read from histograms
+
+
+class _Layout:
+    """Where groups of columns lie: `groups` are (name, power of z, shares, width of a share), a share for each label or
+    one for all."""
+
+    def __init__(self, groups: list[tuple[str, int, int, int]]):
+        groups = sorted(groups, key=lambda group: group[1])  # by power, as `update_sums` wants them
+        self.groups: dict[str, tuple[int, int, int]] = {}
+        self.width = 0
+        for name, _, shares, width in groups:
+            self.groups[name] = (self.width, shares, width)
+            self.width += shares * width
+        self.powers = tuple(
+            sum(shares * width for _, power, shares, width in groups if power == p)
+            for p in range(1, max(power for _, power, _, _ in groups) + 1)
+        )
+
+    def share(self, name: str, label: int) -> slice:
+        """The columns of a label's share of a group."""
+        first, shares, width = self.groups[name]
+        first += label * width if shares > 1 else 0
+        return slice(first, first + width)
+
+
+class Evidence:
+    """Sums of one layer's pooled activations and rewards, in float64.
+
+    Parameters
+    ----------
+    d_sae : D, number of features.
+    n_labels : R, number of reward columns; all of them are permuted alike.
+    permutations : P, how many; 0 for no tests. The smallest p-value is 1 / (P + 1).
+    bootstrap : B, how many replicates; 0 for no bootstrap intervals.
+    scores : which scores' permutations are kept (see `scores.score`). `pearson` costs one column a permutation;
+        `point_biserial` and `contrastive` another one together, unless rewards take two values, when they need none;
+        `squared_ratio` one; `mutual_information`, `auroc` and `spearman` together one for each of the `bins`.
+    bins : of each feature's histogram, kept if one of the last three scores is asked for.
+    seed : of permutations and bootstrap weights.
+    device : where the state lives.
+
+    Attributes
+    ----------
+    sums : `[D, 6 + 17 R]` joint moments Σ z^p u^q, and Σ z and Σ z² over samples with y > 0.
+    resampled : `[D, ...]` sums of permuted labels and bootstrap replicates; `columns` finds its way in both.
+    labels : `[R, 7]` Σ u^q for q = 0 to 6; the first is the number of samples.
+    bootstrap_labels : `[1 + 2 R, B]` Σ w, then Σ w u and Σ w u² of each label.
+    n_positive : `[R]` samples with y > 0.
+    origin : `[R]` what rewards are measured from.
+    low, high, n_low, n_high : `[R]` least and largest reward, and in how many samples it is that.
+    blocks : numbers of the blocks seen.
+    """
+
+    STATE = (
+        "sums",
+        "resampled",
+        "labels",
+        "bootstrap_labels",
+        "n_positive",
+        "origin",
+        "low",
+        "high",
+        "n_low",
+        "n_high",
+    )
+
+    def __init__(
+        self,
+        d_sae: int,
+        n_labels: int = 1,
+        *,
+        permutations: int = 0,
+        bootstrap: int = 0,
+        scores: Sequence[str] = ("pearson",),
+        bins: int = 32,
+        seed: int = 0,
+        device="cpu",
+    ):
+        for name, value, least in (
+            ("d_sae", d_sae, 1), ("n_labels", n_labels, 1), ("permutations", permutations, 0),
+            ("bootstrap", bootstrap, 0), ("bins", bins, 3), ("seed", seed, 0),
+        ):  # fmt: skip
+            if value < least:
+                raise CorrSteerError(f"{name} must be at least {least}, got {value}")
+        scores = (scores,) if isinstance(scores, str) else scores
+        for name in scores:
+            if name not in SCORES:
+                raise CorrSteerError(f"scores must be among {', '.join(SCORES)}, got {name!r}")
+        self.d_sae, self.n_labels = int(d_sae), int(n_labels)
+        self.permutations, self.bootstrap = int(permutations), int(bootstrap)
+        self.scores = tuple(name for name in SCORES if name in scores)
+        self.bins, self.seed = int(bins), int(seed)
+        R, P, B = self.n_labels, self.permutations, self.bootstrap
+        moments = [(f"z{p}u{q}", p, R if q else 1, 1) for p in range(1, ORDER + 1) for q in range(ORDER + 1 - p)]
+        moments += [("positive", 1, R, 1), ("positive2", 2, R, 1)]
+        resampled = [("permuted", 1, R, P), ("bootstrap", 1, 1, B), ("bootstrap_u", 1, R, B), ("bootstrap2", 2, 1, B)]
+        if {"point_biserial", "contrastive"} & set(self.scores):
+            resampled += [("permuted_positive", 1, R, P)]
+        if "squared_ratio" in self.scores:
+            resampled += [("permuted_positive2", 2, R, P)]
+        self._layouts = {"sums": _Layout(moments), "resampled": _Layout(resampled)}
+        self.blocks: set[int] = set()
+        widths = [layout.width for layout in self._layouts.values()]
+        shapes = [(self.d_sae, width) for width in widths] + [(R, ORDER + 1), (1 + 2 * R, B), *[(R,)] * 6]
+        with torch.inference_mode(False):  # made inside of it, it could not be updated outside
+            for name, shape in zip(self.STATE, shapes):
+                setattr(self, name, torch.zeros(shape, dtype=torch.float64, device=device))
+        self.low.fill_(math.inf)
+        self.high.fill_(-math.inf)
+        binned = any(name in BINNED for name in self.scores)
+        self.histograms = Histograms(self.d_sae, self.bins, R * (1 + P), device) if binned else None
+
+    @property
+    def n_columns(self) -> int:
+        """Float64 numbers a feature, histograms not counted."""
+        return sum(layout.width for layout in self._layouts.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the state: 8 · d_sae · (n_columns + bins · columns of the histograms), and a little."""
+        kept = sum(getattr(self, name).nbytes for name in self.STATE)
+        return kept + (self.histograms.nbytes if self.histograms else 0)
+
+    @property
+    def n(self) -> int:
+        """Samples seen."""
+        return int(self.labels[0, 0])
+
+    @property
+    def device(self) -> torch.device:
+        return self.sums.device
+
+    def has(self, name: str) -> bool:
+        """Whether a group of columns is kept."""
+        return any(name in layout.groups for layout in self._layouts.values())
+
+    def columns(self, name: str, features=slice(None), label: int = 0) -> Tensor:
+        """A group of columns of some features, `[features, width]`: of a group with a share for each reward, `label`'s.
+
+        Groups are `z{p}u{q}`, `positive` and `positive2` (of z and z² where y > 0), one column each, `permuted`,
+        `permuted_positive` and `permuted_positive2`, P each, and `bootstrap`, `bootstrap_u`, `bootstrap2`, B each.
+        """
+        self.check_label(label)
+        tensor = next(tensor for tensor, layout in self._layouts.items() if name in layout.groups)
+        return getattr(self, tensor)[features, self._layouts[tensor].share(name, label)]
+
+    def check_label(self, label: int) -> None:
+        """Raise unless there is such a reward column."""
+        if not 0 <= label < self.n_labels:
+            raise CorrSteerError(f"label must lie in 0..{self.n_labels - 1}, got {label}")
+
+    @torch.no_grad()
+    def update(self, pooled: Tensor, y: Tensor, block: int, *, backend: str | None = None) -> None:
+        """Fold in a whole block: pooled activations `[N, d_sae]` and rewards `[N]` or `[N, n_labels]`.
+
+        Parameters
+        ----------
+        block : the block's number, which no other block has; in this process or in any whose evidence is merged.
+
+        Raises
+        ------
+        CorrSteerError : for wrong shapes, rewards that are not finite, a block that was seen before, and for negative
+            activations where histograms are kept.
+        """
+        y = (y[:, None] if y.dim() == 1 else y).detach().to("cpu", torch.float64)
+        if pooled.dim() != 2 or pooled.shape[1] != self.d_sae or y.shape != (len(pooled), self.n_labels):
+            raise CorrSteerError(
+                f"pooled must be [N, d_sae={self.d_sae}] and y [N, n_labels={self.n_labels}], "
+                f"got {list(pooled.shape)} and {list(y.shape)}"
+            )
+        if not bool(torch.isfinite(y).all()):
+            raise CorrSteerError("y must be finite, got NaN or infinite rewards; leave those samples out")
+        if block < 0 or block in self.blocks:
+            raise CorrSteerError(f"block must be a number from 0 on that was not given before, got {block}")
+        if len(y) == 0:
+            return
+        if self.histograms:
+            self.histograms.check(pooled)
+        origin = self.origin.cpu() if self.blocks else y.mean(0)
+        u, positive = y - origin, (y > 0).double()
+        permuted, drawn = self._permutations(len(y), block), self._bootstrap_weights(len(y), block)
+        weights = {f"z{p}u{q}": u**q if q else torch.ones(len(y), 1, dtype=torch.float64)
+                   for p in range(1, ORDER + 1) for q in range(ORDER + 1 - p)}  # fmt: skip
+        weights |= {
+            "positive": positive,
+            "positive2": positive,
+            "permuted": _permute(u, permuted),
+            "bootstrap": drawn,
+            "bootstrap2": drawn,
+            "bootstrap_u": (drawn[:, None] * u[:, :, None]).flatten(1),
+        }
+        if self.histograms or self.has("permuted_positive") or self.has("permuted_positive2"):
+            weights["permuted_positive"] = weights["permuted_positive2"] = _permute(positive, permuted)
+        for name, layout in self._layouts.items():
+            if layout.width:
+                columns = torch.cat([weights[group] for group in layout.groups], 1).to(self.device)
+                ops.update_sums(pooled, columns, getattr(self, name), layout.powers, backend=backend)
+        if self.histograms:
+            columns = torch.cat([positive, weights["permuted_positive"]], 1).to(self.device)
+            self.histograms.update(pooled, columns, backend=backend)
+        self.origin.copy_(origin)
+        self.labels += torch.stack([(u**q).sum(0) for q in range(ORDER + 1)], 1).to(self.device)
+        self.bootstrap_labels += torch.cat([drawn[None].sum(1), u.T @ drawn, (u**2).T @ drawn]).to(self.device)
+        self.n_positive += positive.sum(0).to(self.device)
+        low, high = y.amin(0), y.amax(0)
+        self._extend(low, high, (y == low).double().sum(0), (y == high).double().sum(0))
+        self.blocks.add(int(block))
+
+    def _extend(self, low: Tensor, high: Tensor, n_low: Tensor, n_high: Tensor) -> None:
+        """Take in other samples' least and largest rewards, and how many there are of them."""
+        low, high, n_low, n_high = (t.to(self.device) for t in (low, high, n_low, n_high))
+        self.n_low = self.n_low * (self.low <= low) + n_low * (low <= self.low)
+        self.n_high = self.n_high * (self.high >= high) + n_high * (high >= self.high)
+        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+
+    def _permutations(self, n: int, block: int) -> Tensor:
+        """`[P, n]`: in each row, which sample's label each sample of a block gets."""
+        return _orders(self.seed, int(block), self.permutations, n)
+
+    def _bootstrap_weights(self, n: int, block: int) -> Tensor:
+        """`[n, B]`, how often each replicate has each sample of a block."""
+        return _draws(self.seed, int(block), self.bootstrap, n)
+
+    @torch.no_grad()
+    def merge(self, other: Evidence) -> None:
+        """Fold in the evidence of other blocks, such as another process's; the order does not matter."""
+        mine, theirs = self._settings(), other._settings()
+        for name, value in mine.items():
+            if theirs[name] != value:
+                raise CorrSteerError(f"other must have {name}={value}, got {theirs[name]}; merge runs of the same kind")
+        both = sorted(self.blocks & other.blocks)
+        if both:
+            raise CorrSteerError(f"other must hold other blocks, but blocks {both[:8]} are in both")
+        if not other.blocks:
+            return
+        if not self.blocks:
+            self.origin.copy_(other.origin)
+        shift = other.origin.to(self.device) - self.origin
+        self.sums += other._moved("sums", shift)
+        self.labels += other._moved("labels", shift)
+        self.resampled += other.resampled.to(self.device)
+        self.bootstrap_labels += other.bootstrap_labels.to(self.device)
+        w, z = (t.to(self.device) for t in (other.bootstrap_labels[0], other.columns("z1u0")))
+        wz = other.columns("bootstrap").to(self.device)
+        layout, R = self._layouts["resampled"], self.n_labels
+        for r, d in enumerate(shift):  # Σ z (u + d), Σ w (u + d), Σ w (u + d)²
+            self.resampled[:, layout.share("permuted", r)] += d * z
+            self.resampled[:, layout.share("bootstrap_u", r)] += d * wz
+            self.bootstrap_labels[1 + r] += d * w
+            wu = other.bootstrap_labels[1 + r].to(self.device)
+            self.bootstrap_labels[1 + R + r] += 2 * d * wu + d * d * w
+        self.n_positive += other.n_positive.to(self.device)
+        self._extend(other.low, other.high, other.n_low, other.n_high)
+        if self.histograms:
+            self.histograms.merge(other.histograms)
+        self.blocks |= other.blocks
+
+    def _moved(self, name: str, shift: Tensor) -> Tensor:
+        """`sums` or `labels` with u + shift for u, by the binomial theorem, on the shift's device."""
+        old = getattr(self, name).to(shift.device)
+        new = old.clone()
+
+        def expand(places: list, d: Tensor) -> None:
+            for q, place in enumerate(places):
+                new[place] = sum(math.comb(q, k) * d ** (q - k) * old[places[k]] for k in range(q + 1))
+
+        layout = self._layouts["sums"]
+        for r, d in enumerate(shift):
+            if name == "labels":
+                expand([(r, q) for q in range(ORDER + 1)], d)
+                continue
+            for p in range(1, ORDER + 1):
+                expand([(slice(None), layout.share(f"z{p}u{q}", r).start) for q in range(ORDER + 1 - p)], d)
+        return new
+
+    def two_valued(self, label: int = 0) -> bool:
+        """Whether a reward took one value <= 0, one value > 0, and no other."""
+        self.check_label(label)
+        counted = self.n_low[label] + self.n_high[label] == self.labels[label, 0]
+        return bool((self.low[label] <= 0) & (self.high[label] > 0) & counted)
+
+    def _settings(self) -> dict:
+        names = ("d_sae", "n_labels", "permutations", "bootstrap", "scores", "bins", "seed")
+        return {name: getattr(self, name) for name in names}
+
+    def save(self, path) -> None:
+        """Write the state to a safetensors file; `load` gives it back bit for bit."""
+        tensors = {name: getattr(self, name).cpu().contiguous() for name in self.STATE}
+        if self.histograms:
+            tensors |= {"histogram_top": self.histograms.top.cpu(), "histogram_counts": self.histograms.counts.cpu()}
+        described = self._settings() | {"blocks": sorted(self.blocks)}
+        save_file(tensors, str(path), metadata={"format": FORMAT, "evidence": json.dumps(described)})
+
+    @classmethod
+    def load(cls, path, device="cpu") -> Evidence:
+        """Read what `save` wrote."""
+        if not Path(path).is_file():
+            raise CorrSteerError(f"there is no evidence file at {path}")
+        try:
+            with safe_open(str(path), framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise CorrSteerError(f"{path} is not an evidence file of this version ({FORMAT})")
+                described = json.loads(metadata["evidence"])
+                blocks = described.pop("blocks")
+                evidence = cls(**described, device=device)
+                evidence.blocks = set(blocks)
+                into = {name: getattr(evidence, name) for name in cls.STATE}
+                if evidence.histograms:
+                    histograms = evidence.histograms
+                    into |= {"histogram_top": histograms.top, "histogram_counts": histograms.counts}
+                for name, tensor in into.items():
+                    if tuple(tensor.shape) != tuple(file.get_slice(name).get_shape()):
+                        raise ValueError(f"{name} has another shape than its settings say")
+                    tensor.copy_(file.get_tensor(name))
+            return evidence
+        except CorrSteerError:
+            raise
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CorrSteerError(f"{path} is damaged ({error}); collect again") from None
+
+    def __repr__(self) -> str:
+        return f"Evidence(n={self.n}, d_sae={self.d_sae}, permutations={self.permutations}, bootstrap={self.bootstrap})"
+
+
+# Of the last block, as the evidence of every layer and pooling asks for the same.
+
+
+@functools.lru_cache(maxsize=1)
+def _orders(seed: int, block: int, permutations: int, n: int) -> Tensor:
+    rng = np.random.default_rng([seed, block, 0])
+    rows = np.tile(np.arange(n, dtype=np.int64), (permutations, 1))
+    return torch.from_numpy(rng.permuted(rows, axis=1))
+
+
+@functools.lru_cache(maxsize=1)
+def _draws(seed: int, block: int, bootstrap: int, n: int) -> Tensor:
+    rng = np.random.default_rng([seed, block, 1])
+    return torch.from_numpy(rng.poisson(1.0, (n, bootstrap)).astype(np.float64))
+
+
+def _permute(values: Tensor, permuted: Tensor) -> Tensor:
+    """`[n, R · P]`: each column of `values: [n, R]` in every one of the orders `permuted: [P, n]`."""
+    return torch.cat([values[:, r][permuted].T for r in range(values.shape[1])], 1)

@@ -1,0 +1,213 @@
+"""Intervals of features' correlation with the reward, from `Evidence`.
+
+Notation: n samples, B bootstrap replicates; r Pearson's correlation of a feature's pooled activation z with the reward
+y; a and b are z and y, centred and scaled to variance 1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from corrsteer.errors import CorrSteerError
+from corrsteer.stats import scores
+from corrsteer.stats.evidence import ORDER, Evidence
+
+METHODS = ("delta", "fisher", "bootstrap")
+FAR = 50.0  # standard deviations from 0 of a mean past which sixth moments lose too much to rounding
+FEW = 2.0  # samples that carry Σ a b below which its variance is not left to them
+
+
+def fisher_interval(r: Tensor, n: int, level: float = 0.95) -> tuple[Tensor, Tensor]:
+    """An interval of the correlation as if samples were bivariate normal: tanh(atanh r ± z / √(n - 3)).
+
+    The standard error of atanh r is 1 / √(n - 3) (Fisher, "On the 'probable error' of a coefficient of correlation",
+    1921), so that of r is (1 - r²) / √(n - 3). n counts all samples, not only, as in the paper's Proposition 2, those
+    in which the feature is active (see `bench/propositions.py`). Pooled activations are not normal; `delta_interval`
+    does without that.
+    """
+    if n < 4:
+        return torch.full_like(r, torch.nan), torch.full_like(r, torch.nan)
+    half = stats.norm.isf((1 - level) / 2) / (n - 3) ** 0.5
+    z = torch.atanh(r)
+    return torch.tanh(z - half), torch.tanh(z + half)
+
+
+def delta_interval(
+    evidence: Evidence, level: float = 0.95, features=slice(None), label: int = 0
+) -> tuple[Tensor, Tensor]:
+    """A distribution-free interval of the correlation, from joint moments up to the sixth order.
+
+    The influence of a sample on r is I = a b - r/2 (a² + b²), so Var(r) ≈ Σ I² / n², which needs fourth moments and
+    nothing else of the distribution (Steiger & Hakstian, "The asymptotic distribution of elements of a correlation
+    matrix", 1982). Of sparse features that is too small: few samples carry Σ I². Three corrections, each a sum over
+    samples that moments give:
+
+    - each I² is raised by its leverage, 1 + 2 (1 + a²) / n, the first order of the jackknife's 1 / (1 - h)² (MacKinnon
+      & White, "Some heteroskedasticity-consistent covariance matrix estimators", 1985: HC3);
+    - the skewness of Σ I bends the interval (Hall, "On the removal of skewness by transformation", 1992);
+    - the quantile is Student's with n / max(Σ a⁴/n, Σ b⁴/n) degrees of freedom, the number of samples that carry the
+      variance, about n s for a feature of frequency s (the degrees of freedom of Bell & McCaffrey, "Bias reduction in
+      standard errors for linear regression with multi-stage samples", 2002, for one regressor).
+
+    The interval is formed on the scale of atanh r. Where fewer than two samples carry Σ a b, by n / (Σ a⁴/n · Σ b⁴/n),
+    such as those that are both active and rewarded where both are rare, they cannot tell its variance: there the
+    interval is made to hold Fisher's, which is right for features that are independent of the reward.
+
+    Returns
+    -------
+    Low and high ends, `[features]` float64; NaN where the reward or the feature does not vary, where fewer than four
+    samples were seen, and for a feature whose mean is over 50 times its standard deviation.
+    """
+    of = _influence(evidence, level, features, label)
+    centre = torch.atanh(of.r)
+    low = torch.tanh(centre - of.error * _unskewed(of.quantile, of.skew))
+    high = torch.tanh(centre - of.error * _unskewed(-of.quantile, of.skew))
+    low, high = _widened(low, high, of, evidence.n, level)
+    perfect = (of.r**2 > 1 - 1e-7) & of.error.isfinite()  # the influence of every sample is rounding
+    return torch.where(perfect, of.r, low), torch.where(perfect, of.r, high)
+
+
+def bootstrap_interval(
+    evidence: Evidence, level: float = 0.95, features=slice(None), label: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The bias-corrected and accelerated interval of B Poisson bootstrap replicates of the correlation.
+
+    BCa (Efron, "Better bootstrap confidence intervals", 1987), with the acceleration from the skewness of the samples'
+    influence, and expanded to Student's quantile, as for few samples any percentile interval is too narrow (Hesterberg,
+    "What teachers should know about the bootstrap", 2015). Its ends are quantiles of the replicates; 500 or more
+    of these are enough for 95 %.
+
+    Returns
+    -------
+    As `delta_interval`, and widened where few samples carry it as there.
+    """
+    if evidence.bootstrap < 20:
+        raise CorrSteerError(
+            f"evidence must hold at least 20 bootstrap replicates for an interval, got {evidence.bootstrap}; "
+            f"collect with bootstrap=500"
+        )
+    of = _influence(evidence, level, features, label)
+    replicates = bootstrap_correlations(evidence, features, label).sort(1).values
+    B, apart = evidence.bootstrap, replicates - of.r[:, None]
+    below = ((apart < -scores.TIE).double() + (apart <= scores.TIE).double()).mean(1) / 2
+    bias = torch.special.ndtri(below.clamp(1 / B, 1 - 1 / B))
+    acceleration = of.skew / 6
+
+    def at(side: float) -> Tensor:
+        moved = bias + side * of.quantile
+        left = 1 - acceleration * moved
+        # past its pole the formula would come back from the other end
+        share = torch.where(left > 0, torch.special.ndtr(bias + moved / left), (moved > 0).double())
+        rank = torch.where(of.quantile.isnan(), torch.nan, share) * (B - 1)
+        lower = rank.floor().clamp(0, B - 1).nan_to_num().long()
+        upper = (lower + 1).clamp(max=B - 1)
+        ends = (replicates.gather(1, k[:, None])[:, 0] for k in (lower, upper))
+        return torch.lerp(*ends, rank - lower)
+
+    return _widened(at(-1.0), at(1.0), of, evidence.n, level)
+
+
+def bootstrap_correlations(evidence: Evidence, features=slice(None), label: int = 0) -> Tensor:
+    """Every bootstrap replicate's r, `[features, B]` float64; 0 where a replicate's variance is 0."""
+    R = evidence.n_labels
+    w, wu, wuu = (evidence.bootstrap_labels[at] for at in (0, 1 + label, 1 + R + label))
+    z, zu, zz = (evidence.columns(name, features, label) for name in ("bootstrap", "bootstrap_u", "bootstrap2"))
+    w = w.clamp(min=1)
+    z_m2, u_m2 = zz - z * z / w, wuu - wu * wu / w
+    varies = (z_m2 > 1e-12 * zz) & (u_m2 > 1e-12 * wuu)
+    r = (zu - z * wu / w) / torch.where(varies, z_m2 * u_m2, 1).sqrt()
+    return torch.where(varies, r, 0).clamp(-1, 1)
+
+
+def interval(
+    evidence: Evidence, method: str = "delta", level: float = 0.95, features=slice(None), label: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Low and high ends of the correlation's interval by `delta`, `fisher` or `bootstrap`."""
+    if method not in METHODS:
+        raise CorrSteerError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if not 0 < level < 1:
+        raise CorrSteerError(f"level must lie between 0 and 1, got {level}")
+    if method == "fisher":
+        r, varies = scores.pearson(evidence, evidence.columns("z1u1", features, label), features, label)
+        ends = fisher_interval(r[:, 0], evidence.n, level)
+        return tuple(torch.where(varies[:, 0], end, torch.nan) for end in ends)
+    chosen = delta_interval if method == "delta" else bootstrap_interval
+    return chosen(evidence, level, features, label)
+
+
+@dataclass(frozen=True)
+class _Influence:
+    """`[features]` each: r, Student's quantile, the skewness of Σ I, the standard error of atanh r (NaN where there is
+    no interval), and whether too few samples carry that."""
+
+    r: Tensor
+    quantile: Tensor
+    skew: Tensor
+    error: Tensor
+    few: Tensor
+
+
+def _influence(evidence: Evidence, level: float, features, label: int) -> _Influence:
+    n = evidence.n
+    k, trusted = _standardised(evidence, features, label)
+    r = k[1, 1].clamp(-1, 1)
+    square = k[2, 2] - r * (k[3, 1] + k[1, 3]) + r**2 / 4 * (k[4, 0] + 2 * k[2, 2] + k[0, 4])
+    by_leverage = k[4, 2] - r * (k[5, 1] + k[3, 3]) + r**2 / 4 * (k[6, 0] + 2 * k[4, 2] + k[2, 4])
+    cube = (
+        k[3, 3]
+        - r * 3 / 2 * (k[4, 2] + k[2, 4])
+        + r**2 * 3 / 4 * (k[5, 1] + 2 * k[3, 3] + k[1, 5])
+        - r**3 / 8 * (k[6, 0] + 3 * k[4, 2] + 3 * k[2, 4] + k[0, 6])
+    )
+    square = square.clamp(min=1e-30)  # 0, but for rounding, where r is 1
+    variance = (square + 2 * (square + by_leverage.clamp(min=0)) / n) / n
+    skew = (cube / square**1.5).clamp(-(n**0.5), n**0.5) / n**0.5
+    freedom = (n / torch.maximum(k[4, 0], k[0, 4])).clamp(min=1)
+    quantile = torch.from_numpy(stats.t.isf((1 - level) / 2, freedom.cpu().numpy())).to(r.device)
+    error = torch.where(trusted, variance.sqrt() / (1 - r**2).clamp(min=1e-12), torch.nan)
+    few = n / (k[4, 0] * k[0, 4]).clamp(min=1) < FEW
+    return _Influence(r, torch.where(trusted, quantile, torch.nan), skew, error, few)
+
+
+def _widened(low: Tensor, high: Tensor, of: _Influence, n: int, level: float) -> tuple[Tensor, Tensor]:
+    """Ends that hold Fisher's interval where too few samples say how wide it is."""
+    ends = fisher_interval(of.r, n, level)
+    return torch.where(of.few, low.minimum(ends[0]), low), torch.where(of.few, high.maximum(ends[1]), high)
+
+
+def _unskewed(quantile: Tensor, skew: Tensor) -> Tensor:
+    """The inverse of Hall's transformation g(t) = t + s t²/3 + s² t³/27 + s/6, s the skewness."""
+    s = torch.where(skew.abs() < 1e-6, 1.0, skew)
+    inner = 1 + s * (quantile - s / 6)
+    root = inner.sign() * inner.abs() ** (1 / 3)
+    return torch.where(skew.abs() < 1e-6, quantile, 3 / s * (root - 1))
+
+
+def _standardised(evidence: Evidence, features, label: int) -> tuple[dict[tuple[int, int], Tensor], Tensor]:
+    """Moments E[a^p b^q] by (p, q), `[features]` each, and for which features they can be trusted."""
+    evidence.check_label(label)
+    n = max(evidence.n, 1)
+    labels = evidence.labels[label] / n
+
+    def raw(p: int, q: int) -> Tensor:
+        return evidence.columns(f"z{p}u{q}", features, label)[:, 0] / n if p else labels[q]
+
+    z, u = raw(1, 0), raw(0, 1)
+    raws = {(p, q): raw(p, q) for p in range(ORDER + 1) for q in range(ORDER + 1 - p)}
+    central = {
+        (p, q): sum(
+            math.comb(p, i) * math.comb(q, j) * (-z) ** (p - i) * (-u) ** (q - j) * raws[i, j]
+            for i in range(p + 1)
+            for j in range(q + 1)
+        )
+        for p, q in raws
+    }
+    z_var, u_var = central[2, 0], central[0, 2]
+    varies = (z_var * FAR**2 > z**2) & (u_var > 1e-12 * raws[0, 2])
+    z_std, u_std = torch.where(varies, z_var, 1).sqrt(), torch.where(varies, u_var, 1).sqrt()
+    return {(p, q): c / (z_std**p * u_std**q) for (p, q), c in central.items()}, varies & (evidence.n > 3)

@@ -1,0 +1,180 @@
+"""Scores of features, observed and of every permutation of the rewards, from `Evidence`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from corrsteer.errors import CorrSteerError
+from corrsteer.stats.evidence import BINNED, SCORES, Evidence
+
+# Of the largest score, what counts as equal to the observed one: sums in another order differ by rounding (in float32,
+# on GPUs), and of sparse features many permutations give the very same score.
+TIE = 1e-6
+
+
+def score(evidence: Evidence, name: str = "pearson", features=slice(None), label: int = 0) -> Tensor:
+    """A score of features, `[features]` float64, the better the larger; the sign says which way, 0 is nothing.
+
+    - `pearson`: r, as the paper.
+    - `point_biserial`: r of z with whether y > 0 (Tate, "Correlation between a discrete and a continuous variable",
+      1954); the same as r where rewards are 0 and 1.
+    - `contrastive`: E[z | y > 0] - E[z | y <= 0] (Rimsky et al., "Steering Llama 2 via contrastive activation
+      addition", 2024, of features).
+    - `squared_ratio`: (A - B) / (A + B) of A = E[z² | y > 0], B = E[z² | y <= 0]: the ratio A / B by which Muhamed et
+      al. ("SAEs can improve unlearning: dynamic sparse autoencoder guardrails", 2025) approximate Fisher information,
+      brought between -1 and 1, which ranks alike and is finite.
+    - `mutual_information`: of the histogram's bins with whether y > 0, in nats (Cover & Thomas, "Elements of
+      information theory", eq. 2.28), with the sign of r.
+    - `auroc`: 2 AUROC - 1, also Somers' D: the share of pairs of a sample with y > 0 and one with y <= 0 in which z is
+      larger in the first, less that in which it is smaller (Hanley & McNeil, "The meaning and use of the area under a
+      receiver operating characteristic (ROC) curve", 1982), ties within a bin as half; `auroc` gives the area itself,
+      and how far from the truth the bins may have brought it.
+    - `spearman`: the correlation of ranks (Spearman, "The proof and measurement of association between two things",
+      1904), of z's bins, for rewards of two values.
+    """
+    check(evidence, name, label)
+    return _observed(evidence, name, features, label)
+
+
+def correlation(evidence: Evidence, features=slice(None), label: int = 0) -> Tensor:
+    """Pearson's r, `[features]` float64; 0 where either variance is 0."""
+    return pearson(evidence, evidence.columns("z1u1", features, label), features, label)[0][:, 0]
+
+
+def auroc(evidence: Evidence, features=slice(None), label: int = 0) -> tuple[Tensor, Tensor]:
+    """The area under the ROC curve of z for y > 0, and a bound of its error, `[features]` float64 each.
+
+    Pairs that share a bin count as ties. Pairs of zeros are; of any others each could go either way by half, so the
+    error is at most half of their share of all pairs.
+    """
+    check(evidence, "auroc", label)
+    total, positive = _binned(evidence, features, label)
+    positive = positive[..., 0]
+    others = total - positive
+    pairs = (positive.sum(0) * others.sum(0)).clamp(min=1)
+    return 0.5 + _auroc(total, positive[..., None])[:, 0] / 2, (positive * others)[1:].sum(0) / pairs / 2
+
+
+def check(evidence: Evidence, name: str, label: int = 0) -> None:
+    """Raise unless there is such a score, and the evidence holds what it needs."""
+    evidence.check_label(label)
+    if name not in SCORES:
+        raise CorrSteerError(f"score must be one of {', '.join(SCORES)}, got {name!r}")
+    if name in BINNED and evidence.histograms is None:
+        raise CorrSteerError(
+            f"score {name!r} needs histograms, which were not kept; collect with scores=[..., {name!r}]"
+        )
+    if name == "spearman" and not evidence.two_valued(label) and evidence.low[label] < evidence.high[label]:
+        raise CorrSteerError(
+            "score 'spearman' needs rewards of two values, one above 0 and one not, since ranks of others cannot be "
+            "had in bounded memory; use 'auroc' (of y > 0) or 'pearson'"
+        )
+
+
+def _observed(evidence: Evidence, name: str, features, label: int) -> Tensor:
+    if name == "pearson":
+        return correlation(evidence, features, label)
+    if name in BINNED:
+        value = _of_bins(name, *_binned(evidence, features, label))[:, 0]
+        value = value * correlation(evidence, features, label).sign() if name == "mutual_information" else value
+    else:
+        positive = evidence.columns("positive2" if name == "squared_ratio" else "positive", features, label)
+        value = _of_groups(evidence, name, positive, features, label)[:, 0]
+    finite = evidence.columns("z2u0", features).isfinite()[:, 0]  # or a sample had an activation that is not
+    return torch.where(finite, value, 0)
+
+
+def permuted(evidence: Evidence, name: str, features, label: int) -> Tensor:
+    """The score of every permutation, `[features, P]`; of mutual information without its sign."""
+    if name == "pearson":
+        return pearson(evidence, evidence.columns("permuted", features, label), features, label)[0]
+    if name in BINNED:
+        return _of_bins(name, *_binned(evidence, features, label, of_permutations=True))
+    if name == "squared_ratio":
+        positive = evidence.columns("permuted_positive2", features, label)
+    elif evidence.has("permuted_positive"):
+        positive = evidence.columns("permuted_positive", features, label)
+    else:  # y takes two values, so that whether it is above 0 is a linear function of it
+        low, high, origin = (float(t[label]) for t in (evidence.low, evidence.high, evidence.origin))
+        z = evidence.columns("z1u0", features)
+        positive = (evidence.columns("permuted", features, label) + (origin - low) * z) / (high - low)
+    return _of_groups(evidence, name, positive, features, label)
+
+
+def testable(evidence: Evidence, name: str, label: int = 0) -> bool:
+    """Whether a score's permutations are kept, or follow from others that are."""
+    if evidence.permutations == 0 or (name in BINNED and evidence.histograms is None):
+        return False
+    if name in ("point_biserial", "contrastive"):
+        return evidence.has("permuted_positive") or evidence.two_valued(label)
+    return name != "squared_ratio" or evidence.has("permuted_positive2")
+
+
+def pearson(evidence: Evidence, cross: Tensor, features, label: int) -> tuple[Tensor, Tensor]:
+    """r of `cross: [features, any]`, columns of Σ z u for some order of u, and where it exists, `[features, 1]`."""
+    n = max(evidence.n, 1)
+    z, zz = evidence.columns("z1u0", features), evidence.columns("z2u0", features)
+    u, uu = evidence.labels[label, 1], evidence.labels[label, 2]
+    z_m2, u_m2 = zz - z * z / n, uu - u * u / n
+    varies = (z_m2 > 1e-12 * zz) & (u_m2 > 1e-12 * uu)
+    r = (cross - z * (u / n)) / torch.where(varies, z_m2 * u_m2, 1).sqrt()
+    return torch.where(varies, r, 0).clamp(-1, 1), varies
+
+
+def _of_groups(evidence: Evidence, name: str, positive: Tensor, features, label: int) -> Tensor:
+    """Scores of groups, from `positive: [features, any]`, sums of z or z² over samples with y > 0."""
+    total = evidence.columns("z2u0" if name == "squared_ratio" else "z1u0", features)
+    n, n_positive = evidence.n, evidence.n_positive[label]
+    if not 0 < n_positive < n:
+        return torch.zeros_like(positive)
+    above, below = positive / n_positive, (total - positive) / (n - n_positive)
+    if name == "contrastive":
+        return above - below
+    if name == "squared_ratio":
+        return torch.where(total > 0, (above - below) / torch.where(total > 0, above + below, 1), 0)
+    zz = evidence.columns("z2u0", features)
+    variance = zz / n - (total / n) ** 2
+    varies = variance > 1e-12 * zz / n
+    share = n_positive / n
+    return torch.where(varies, (above - below) * (share * (1 - share) / torch.where(varies, variance, 1)).sqrt(), 0)
+
+
+def _binned(evidence: Evidence, features, label: int, of_permutations: bool = False) -> tuple[Tensor, Tensor]:
+    """Samples in each bin, `[1 + bins, features]`, and those with y > 0, `[1 + bins, features, 1]` or, permuted,
+    `[..., P]`. The first bin is that of zeros, which are what is left."""
+    R, P = evidence.n_labels, evidence.permutations
+    counts = evidence.histograms.counts[:, features]
+    columns = slice(1 + R + label * P, 1 + R + (label + 1) * P) if of_permutations else slice(1 + label, 2 + label)
+    total, positive = counts[..., 0], counts[..., columns]
+    zeros, positive_zeros = evidence.n - total.sum(0), evidence.n_positive[label] - positive.sum(0)
+    return torch.cat([zeros[None], total]), torch.cat([positive_zeros[None], positive])
+
+
+def _of_bins(name: str, total: Tensor, positive: Tensor) -> Tensor:
+    """Scores `[features, any]` of `total: [bins, features]` and `positive: [bins, features, any]`."""
+    if name == "mutual_information":
+        n, n_positive = total.sum(0)[:, None].clamp(min=1), positive.sum(0)
+        information = torch.zeros_like(n_positive)
+        for here, above in zip(total, positive):
+            for count, group in ((above, n_positive), (here[:, None] - above, n - n_positive)):
+                expected = (here[:, None] * group / n).clamp(min=1e-300)
+                information += torch.where(count > 0, count / n * (count.clamp(min=0.5) / expected).log(), 0)
+        return information.clamp(min=0)
+    if name == "auroc":
+        return _auroc(total, positive)
+    # Spearman's: Pearson's r of mid-ranks with an indicator is D √(share (1 - share)) n² / (2 n std(rank))
+    n = total.sum(0).clamp(min=1)
+    ranks_m2 = (n**3 - (total**3).sum(0)) / 12  # with ties (Kendall, "The treatment of ties in ranking problems", 1945)
+    n_positive = positive[:, 0, 0].sum() if positive.shape[1] else 0
+    spread = (n_positive * (n - n_positive) * n / 4 / ranks_m2.clamp(min=1)).clamp(min=0).sqrt()
+    return torch.where(ranks_m2[:, None] > 0, _auroc(total, positive) * spread[:, None], 0)
+
+
+def _auroc(total: Tensor, positive: Tensor) -> Tensor:
+    """2 AUROC - 1: pairs whose sample with y > 0 is in the higher bin, less those in which it is in the lower."""
+    others = total[..., None] - positive
+    below = others.cumsum(0) - others
+    above = others.sum(0) - below - others
+    pairs = positive.sum(0) * others.sum(0)
+    return (positive * (below - above)).sum(0) / pairs.clamp(min=1)

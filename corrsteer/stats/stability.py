@@ -1,0 +1,73 @@
+"""Snapshots of a collection: whether more samples would change what is selected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from corrsteer.stats import inference, scores
+from corrsteer.stats.evidence import Evidence
+
+
+@dataclass(frozen=True)
+class Leader:
+    """A feature of a snapshot: its number, r, and the ends of the delta interval, None where there is none."""
+
+    feature: int
+    r: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The two features of each layer with the highest r after `n` samples, best first: layer -> leaders."""
+
+    n: int
+    leaders: dict[int, tuple[Leader, ...]]
+
+
+def snapshot(evidences: Mapping[int, Evidence]) -> Snapshot:
+    """What is in front now."""
+    leaders = {}
+    for layer, evidence in evidences.items():
+        best = scores.correlation(evidence).topk(min(2, evidence.d_sae))
+        low, high = inference.delta_interval(evidence, features=best.indices)
+        rows = torch.stack([best.values, low, high], 1).tolist()
+        rows = [[None if math.isnan(value) else value for value in row] for row in rows]
+        leaders[layer] = tuple(Leader(i, *row) for i, row in zip(best.indices.tolist(), rows))
+    return Snapshot(next(iter(evidences.values())).n, leaders)
+
+
+def settled_at(snapshots: Sequence[Snapshot]) -> dict[int, int]:
+    """Layer -> samples after which its best feature was the final one, and stayed it; empty without snapshots."""
+    settled: dict[int, int] = {}
+    if not snapshots:
+        return settled
+    for layer, (final, *_) in snapshots[-1].leaders.items():
+        since = len(snapshots) - 1
+        while since and snapshots[since - 1].leaders[layer][0].feature == final.feature:
+            since -= 1
+        settled[layer] = snapshots[since].n
+    return settled
+
+
+def stable(snapshots: Sequence[Snapshot], patience: int, layers: Collection[int]) -> bool:
+    """Whether in the last `patience` + 1 snapshots no best feature of these layers changed, and in the last one each
+    best feature's interval lies above the next one's."""
+    if len(snapshots) <= patience:
+        return False
+    first, last = snapshots[-1 - patience], snapshots[-1]
+    settled = settled_at(snapshots)
+    if any(settled[layer] > first.n for layer in layers):
+        return False
+    return all(_apart(*last.leaders[layer]) for layer in layers)
+
+
+def _apart(best: Leader, next_best: Leader | None = None) -> bool:
+    if next_best is None:
+        return True
+    return None not in (best.low, next_best.high) and best.low > next_best.high

@@ -1,0 +1,1 @@
+"""The `Steering` artefact, and the hooks that add it to a model."""

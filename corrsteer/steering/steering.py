@@ -1,0 +1,196 @@
+"""`Steering`: selected features with their decoder directions and coefficients, and their addition to a model.
+
+    h_t <- h_t + scale · Σ_i c_i d_i
+
+at each feature's hook point, for the positions asked for. The sum is formed once per
+hook point, in float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from corrsteer.errors import CorrSteerError
+from corrsteer.lm import hook_points
+from corrsteer.lm.hook_points import HookPoint
+from corrsteer.lm.token_positions import check_positions
+from corrsteer.steering.features import Feature
+from corrsteer.steering.hooks import add_vectors
+
+FORMAT = "corrsteer.steering/3"
+
+
+@dataclass
+class Steering:
+    """Directions with coefficients at hook points: what `select` found and how, or vectors of your own.
+
+    Attributes
+    ----------
+    features : what is steered along.
+    directions : `[len(features), d]` float32, the direction of each; for an SAE's feature, its decoder row.
+    table : the top features of every layer, selected or not.
+    notes : what a user should know about the selection, such as why it is empty.
+    provenance : model, SAEs, task, strategy and settings; anything JSON can hold.
+    """
+
+    features: list[Feature]
+    directions: Tensor
+    table: dict[int, list[Feature]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.directions.dim() != 2 or len(self.directions) != len(self.features):
+            raise CorrSteerError(
+                f"directions must be [{len(self.features)}, d], one per feature, got {list(self.directions.shape)}"
+            )
+        if not bool(torch.isfinite(self.directions).all()):
+            raise CorrSteerError("directions must be finite; the SAE's decoder has NaN, infinite or all-zero rows")
+
+    @classmethod
+    def from_vectors(cls, vectors: Mapping[str, Tensor], coefficient: float = 1.0) -> Steering:
+        """A steering along vectors of your own, such as a difference of means.
+
+        Parameters
+        ----------
+        vectors : hook point -> `[d]`, such as `{"blocks.20.hook_resid_post": positive.mean(0) - negative.mean(0)}`.
+        coefficient : what each is multiplied by.
+        """
+        if not vectors or any(vector.dim() != 1 for vector in vectors.values()):
+            shapes = {name: list(vector.shape) for name, vector in vectors.items()}
+            raise CorrSteerError(f"vectors must map hook points to tensors [d], at least one, got {shapes}")
+        features = [Feature(name, coefficient) for name in vectors]
+        return cls(features, torch.stack([vector.detach().float().cpu() for vector in vectors.values()]))
+
+    def vectors(self, model: nn.Module | None = None) -> dict[HookPoint, Tensor]:
+        """The sum Σ c_i d_i of each hook point, `[d]` float32."""
+        sums: dict[HookPoint, Tensor] = {}
+        for feature, direction in zip(self.features, self.directions):
+            point = HookPoint.parse(feature.hook_point, model)
+            part = feature.coefficient * direction.float()
+            sums[point] = sums[point] + part if point in sums else part
+        return sums
+
+    def apply(
+        self, model: nn.Module, positions: str = "generated", scale: float = 1.0
+    ) -> contextlib.AbstractContextManager[None]:
+        """Steer every row of a model's passes for as long as the context lasts.
+
+        Contexts nest and repeat: each adds its own vector. The model is left as it was, also after an exception.
+
+        Parameters
+        ----------
+        model : a Hugging Face causal language model of the same width, on any devices and in any dtype.
+        positions : `generated` (the last prompt token and every generated token), `all` (every token that is not
+            padding) or `prompt`. Outside `generate`, whatever a pass reads without a cache is a prompt.
+        scale : multiplies the coefficients.
+
+        Raises
+        ------
+        CorrSteerError : if the model has another width or no such layer, or is already compiled.
+        """
+        return apply_rows(model, [self], None, positions=positions, scale=scale)
+
+    def save(self, path) -> None:
+        """Write a safetensors file: the directions, and everything else as JSON in its metadata."""
+        described = {
+            "features": [asdict(f) for f in self.features],
+            "table": {str(layer): [asdict(f) for f in rows] for layer, rows in self.table.items()},
+            "notes": self.notes,
+            "provenance": self.provenance,
+        }
+        metadata = {"format": FORMAT, "steering": json.dumps(described)}
+        try:
+            save_file({"directions": self.directions.cpu().float().contiguous()}, str(path), metadata=metadata)
+        except (OSError, SafetensorError) as error:
+            raise CorrSteerError(f"{path} cannot be written ({error}); give a path in a folder that exists") from None
+
+    @classmethod
+    def load(cls, path, model: nn.Module | None = None) -> Steering:
+        """Read what `save` wrote; given the model, refuse a file for another width or other layers.
+
+        Raises
+        ------
+        CorrSteerError : if the file is missing, truncated, not a steering file, or not for this model.
+        """
+        if not Path(path).is_file():
+            raise CorrSteerError(f"there is no steering file at {path}")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise CorrSteerError(
+                        f"{path} is not a steering file of this version: its format must be {FORMAT!r}, "
+                        f"got {metadata.get('format')!r}; select again"
+                    )
+                directions = file.get_tensor("directions")
+            described = json.loads(metadata["steering"])
+            steering = cls(
+                [Feature.from_dict(f) for f in described["features"]],
+                directions,
+                {int(layer): [Feature.from_dict(f) for f in rows] for layer, rows in described["table"].items()},
+                described["notes"],
+                described["provenance"],
+            )
+        except CorrSteerError:
+            raise
+        except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CorrSteerError(f"{path} is damaged ({error}); select again or fetch the file again") from None
+        if model is not None:
+            steering.check(model)
+        return steering
+
+    def check(self, model: nn.Module) -> None:
+        """Raise unless this steering fits the model."""
+        if self.features and self.directions.shape[1] != hook_points.width(model):
+            raise CorrSteerError(
+                f"this steering is for a residual stream of width {self.directions.shape[1]}, "
+                f"but the model's is {hook_points.width(model)}; use it with the model it was made on"
+            )
+        for point in self.vectors(model):
+            hook_points.check_point(model, point)
+
+
+@contextlib.contextmanager
+def apply_rows(
+    model: nn.Module,
+    steerings: Sequence[Steering],
+    rows: Sequence[int] | None,
+    *,
+    positions: str = "generated",
+    scale: float = 1.0,
+) -> Iterator[None]:
+    """Steer each row of a batch by its own steering for as long as the context lasts.
+
+    Parameters
+    ----------
+    steerings : V steerings.
+    rows : which of them each of the batch's B rows gets, -1 for none; None gives every row the first.
+    model, positions, scale : as for `Steering.apply`.
+    """
+    check_positions(positions)
+    if not math.isfinite(scale):
+        raise CorrSteerError(f"scale must be finite, got {scale}")
+    chosen = None if rows is None else torch.tensor(list(rows), dtype=torch.int32)
+    if chosen is not None and not bool(((chosen >= -1) & (chosen < len(steerings))).all()):
+        raise CorrSteerError(f"rows must lie in -1..{len(steerings) - 1}, got {list(rows)}")
+    vectors: dict[HookPoint, Tensor] = {}
+    for at, steering in enumerate(steerings):
+        steering.check(model)
+        for point, vector in steering.vectors(model).items():
+            if point not in vectors:
+                vectors[point] = torch.zeros(len(steerings), len(vector))
+            vectors[point][at] = scale * vector
+    with add_vectors(model, vectors, chosen, positions):
+        yield

@@ -1,0 +1,297 @@
+"""The command line: the whole way through, what it prints, and how it speaks of mistakes."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+import tiny_pipeline
+import torch
+import yaml
+from typer.testing import CliRunner
+
+import corrsteer
+from corrsteer import Run, Steering, Task
+from corrsteer.cli import app
+
+COMMANDS = ("demo", "collect", "select", "calibrate", "evaluate", "generate", "plan", "doctor")
+
+
+def run(*arguments, ok=True):
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert (result.exit_code == 0) == ok, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model, SAEs in SAELens' format and a task, in a directory."""
+    from sae_lens import StandardSAE, StandardSAEConfig
+
+    home = tmp_path_factory.mktemp("world")
+    tiny_pipeline.model().save_pretrained(home / "model")
+    tiny_pipeline.tokenizer().save_pretrained(home / "model")
+    for layer in (1, 2):
+        torch.manual_seed(layer)
+        sae = StandardSAE(StandardSAEConfig(d_in=128, d_sae=40))
+        sae.cfg.metadata.hook_name = f"blocks.{layer}.hook_resid_post"
+        sae.save_model(home / f"sae{layer}")
+    rng = random.Random(0)
+    rows = [{"prompt": f"{rng.randrange(100)}+{rng.randrange(1000)}=", "answer": "."} for _ in range(120)]
+    (home / "task.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = {
+        "model": str(home / "model"),
+        "sae": [f"1={home / 'sae1'}", f"2={home / 'sae2'}"],
+        "task": str(home / "task.jsonl"),
+        "grader": "regex:^[02468]",
+        "max_new_tokens": 3,
+    }
+    (home / "collect.yaml").write_text(yaml.safe_dump(settings))
+    return home
+
+
+@pytest.fixture(scope="module")
+def collected(world):
+    result = run("collect", "--config", world / "collect.yaml", "--out", world / "run", "--json")
+    return json.loads(result.stdout)
+
+
+def test_help_names_every_command_and_explains_every_option():
+    text = run("--help").output
+    assert all(command in text for command in COMMANDS)
+    for command in COMMANDS:
+        lines = [line for line in run(command, "--help").output.splitlines() if line.strip().startswith("--")]
+        assert lines and all(len(line.split()) > 2 for line in lines), command
+
+
+def test_collect_select_evaluate_and_generate_hand_over_to_each_other(world, collected):
+    assert collected["samples"] == round(0.8 * 120) and set(collected["layers"]) == {"1", "2"}
+    steering = world / "s.safetensors"
+    selected = json.loads(run("select", world / "run", "--out", steering, "--json").stdout)
+    best = {str(f["layer"]): (f["index"], f["statistics"]["correlation"]) for f in selected["features"]}
+    assert best == {layer: (top["feature"], top["r"]) for layer, top in collected["layers"].items()}
+    p = {str(f["layer"]): f["statistics"]["p_adjusted"] for f in selected["features"]}
+    assert p == {layer: top["p_adjusted"] for layer, top in collected["layers"].items()}
+    assert all(0 < top["settled_at"] <= 96 for top in collected["layers"].values())
+
+    evaluated = json.loads(run("evaluate", "--steering", steering, "--json").stdout)
+    assert evaluated["n"] == 12, "by default the test part of the same task"
+    parts = Task.from_jsonl(world / "task.jsonl").split()
+    assert sorted(e["prompt"] for e in evaluated["examples"]) == sorted(e.prompt for e in parts[2].examples)
+    strong = json.loads(run("evaluate", "--steering", steering, "--scale", 50, "--part", "all", "--json").stdout)
+    assert strong["n"] == 120 and strong["improved"] + strong["worsened"] + strong["changed_equal"] > 0
+
+    pairs = json.loads(
+        run("generate", "--steering", steering, "--prompt", "1+2=", "--prompt", "3+", "--scale", 50, "--json").stdout
+    )["completions"]
+    assert [p["prompt"] for p in pairs] == ["1+2=", "3+"] and any(p["steered"] != p["unsteered"] for p in pairs)
+
+
+def test_alpha_drops_what_chance_explains_and_says_so_in_words(world, collected):
+    p = min(top["p_adjusted"] for top in collected["layers"].values())
+    result = run("select", world / "run", "--out", world / "none.safetensors", "--alpha", p - 1e-4, ok=False)
+    assert (
+        f"no feature survives alpha={p - 1e-4:g} (maxT)" in result.output and not (world / "none.safetensors").exists()
+    )
+    arguments = ("--alpha", 0.999, "--correction", "bh", "--interval", "fisher", "--score", "contrastive", "--json")
+    kept = json.loads(run("select", world / "run", "--out", world / "s2.safetensors", *arguments).stdout)["features"]
+    assert kept and all(f["statistics"]["q_value"] <= 0.999 and f["statistics"]["score"] is not None for f in kept)
+
+
+def test_scores_permutations_and_bootstrap_are_collected_as_asked(world, tmp_path):
+    arguments = ("--score", "auroc", "--permutations", 19, "--bootstrap", 30, "--block-size", 32, "--shuffle-seed", 7)
+    run("collect", "--config", world / "collect.yaml", "--out", tmp_path / "run", *arguments)
+    evidence = Run.load(tmp_path / "run").evidence[1]["max"]
+    assert (evidence.permutations, evidence.bootstrap, evidence.seed) == (19, 30, 7)
+    assert evidence.scores == ("pearson", "auroc") and evidence.blocks == {0, 1, 2}
+    arguments = ("--score", "auroc", "--interval", "bootstrap", "--json")
+    rows = json.loads(run("select", tmp_path / "run", "--out", tmp_path / "s", *arguments).stdout)["table"]["1"]
+    assert all(row["statistics"]["p_value"] * 20 == pytest.approx(round(row["p_value"] * 20)) for row in rows)
+
+
+def test_calibrate_writes_the_best_scale_into_the_coefficients(world, collected):
+    steering, scaled = world / "s.safetensors", world / "scaled.safetensors"
+    run("select", world / "run", "--out", steering, "--strategy", "single")
+    arguments = ("--steering", steering, "--out", scaled, "--try-scale", 2, "--try-scale", 50)
+    found = json.loads(run("calibrate", *arguments, "--json").stdout)
+    assert [point["scale"] for point in found["curve"]] == [0, 2, 50]
+    before, after = (Steering.load(path).features[0].coefficient for path in (steering, scaled))
+    assert after == pytest.approx(found["scale"] * before)
+    assert found["validation"]["n"] == 12 and Steering.load(scaled).provenance["calibration"]["curve"] == found["curve"]
+    assert f"scale {found['scale']:g}, written into the coefficients" in run("calibrate", *arguments).stdout
+
+
+def test_select_pruned_validates_on_the_runs_own_task(world, collected):
+    alone, pruned, strong = world / "alone.safetensors", world / "pruned.safetensors", ("--scale", 300)
+    (feature,) = json.loads(run("select", world / "run", "--strategy", "single", "--out", alone, "--json").stdout)[
+        "features"
+    ]
+    answers = run("generate", "--steering", alone, "--prompt", "1+2=", *strong, "--json").stdout
+    grader = "regex:^" + re.escape(
+        json.loads(answers)["completions"][0]["steered"][0]
+    )  # what that feature makes it say
+    arguments = ["--strategy", "pruned", "--grader", grader, *strong, "--out", pruned, "--json"]
+    features = json.loads(run("select", world / "run", *arguments).stdout)["features"]
+    assert feature in features
+
+    selection = Steering.load(pruned).provenance["selection"]
+    assert selection["validation"] == {"task": "task", "n": 12, "positions": "generated", "scale": 300.0}
+    assert features == [e["feature"] for e in selection["score_alone"] if e["score"] > selection["unsteered_score"]]
+
+
+def test_without_json_results_are_text_on_stdout_and_progress_is_on_stderr(world, collected):
+    result = run("select", world / "run", "--out", world / "s.safetensors", "--top-k", 3)
+    assert "mean_positive_active" in result.stdout and "2 features written to" in result.stdout
+    assert "contrastive" in result.stdout and " ± " in result.stdout and " to " in result.stdout
+
+
+def test_one_yaml_file_serves_every_command_and_takes_hyphens_and_a_mapping_of_saes(world, collected, tmp_path):
+    settings = yaml.safe_load((world / "collect.yaml").read_text()) | {"sae": {1: str(world / "sae1")}, "limit": 9}
+    settings["max-new-tokens"] = settings.pop("max_new_tokens")
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump(settings))
+    arguments = ("--config", tmp_path / "all.yaml", "--json")
+    assert set(json.loads(run("collect", "--out", tmp_path / "run", *arguments).stdout)["layers"]) == {"1"}
+    run("select", tmp_path / "run", "--out", tmp_path / "s")
+    assert json.loads(run("evaluate", "--steering", tmp_path / "s", *arguments).stdout)["n"] == 9
+
+
+def test_doctor_says_that_a_forced_backend_is_none(monkeypatch):
+    monkeypatch.setenv("CORRSTEER_BACKEND", "foo")
+    assert "asks for 'foo', which is no backend" in run("doctor").stdout
+
+
+def test_version_is_printed():
+    assert run("--version").stdout.strip() == corrsteer.__version__
+
+
+def test_an_option_wins_over_the_yaml_file_and_force_replaces_a_run(world):
+    for limit, force in ((5, ()), (7, ("--force",))):
+        arguments = ["--config", world / "collect.yaml", "--out", world / "few", "--limit", limit, "--json", *force]
+        assert json.loads(run("collect", *arguments).stdout)["samples"] == limit
+
+
+def test_identity_collects_residual_dimensions(world):
+    arguments = [
+        "--config",
+        world / "collect.yaml",
+        "--sae",
+        "2=identity",
+        "--out",
+        world / "raw",
+        "--limit",
+        30,
+        "--json",
+    ]
+    assert set(json.loads(run("collect", *arguments).stdout)["layers"]) == {"2"}
+    run("select", world / "raw", "--out", world / "raw.safetensors")
+
+
+def test_collect_takes_the_precision_of_the_encoders_and_the_run_keeps_it(world, tmp_path):
+    run("collect", "--config", world / "collect.yaml", "--out", tmp_path / "run", "--precision", "bf16x2")
+    described = [layer["encoder"] for layer in Run.load(tmp_path / "run").provenance["saes"].values()]
+    assert all("in bf16x2" in text for text in described) and len(described) == 2
+
+
+def test_doctor_prints_versions_and_every_backend():
+    report = json.loads(run("doctor", "--json").stdout)
+    assert report["packages"]["torch"] == torch.__version__
+    verdicts = {(b["backend"], b["device"], b["operation"]): b["ok"] and b["automatic"] for b in report["backends"]}
+    assert verdicts["reference", "cpu", "encode"] and not verdicts["triton", "cpu", "encode"]
+    assert "reference" in run("doctor").stdout
+
+
+COLLECT = ("collect", "--config", "{world}/collect.yaml", "--out", "o")
+MISTAKES = {
+    "a steering file has no folder": (["select", "{world}/run", "--out", "{world}/none/s"], "there is no folder"),
+    "a run is already there": (["collect", "--config", "{world}/collect.yaml", "--out", "{world}/run"], "or --force"),
+    "out cannot be written to": (
+        ["collect", "--config", "{world}/collect.yaml", "--out", "{world}/task.jsonl/run"],
+        "cannot be written to",
+    ),
+    "a setting is missing": (["collect"], "model is missing: give --model or put it in the YAML file"),
+    "the yaml file is not there": (["collect", "--config", "no.yaml"], "config no.yaml cannot be read"),
+    "a value is not allowed": ([*COLLECT, "--pool", "sum"], "pool: Input should be"),
+    "the model is not there": (
+        [*COLLECT, "--model", "{world}/nobody"],
+        "nobody",
+    ),
+    "the device is not there": ([*COLLECT, "--device", "cuda:7"], "cannot be loaded on device 'cuda:7'"),
+    "the task is not there": (
+        [*COLLECT, "--task", "no.jsonl"],
+        "no.jsonl",
+    ),
+    "an sae has no layer": (
+        [*COLLECT, "--sae", "sae1"],
+        "sae must be LAYER=SOURCE, got 'sae1'",
+    ),
+    "a layer has two saes": (
+        [*COLLECT, "--sae", "1={world}/sae1", "--sae", "1={world}/sae1"],
+        "sae gives layer 1 twice",
+    ),
+    "an sae is given for another layer": (
+        [*COLLECT, "--sae", "2={world}/sae1"],
+        "trained at blocks.1",
+    ),
+    "the grader is unknown": (
+        [*COLLECT, "--grader", "fair"],
+        "fair",
+    ),
+    "the run is not there": (["select", "{world}/nothing"], "is not a saved run"),
+    "an option goes with pruned only": (
+        ["select", "{world}/run", "--scale", "2"],
+        "--scale can only be used with --strategy pruned",
+    ),
+    "the steering file is not there": (
+        ["evaluate", "--steering", "no.safetensors"],
+        "there is no steering file at no.safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_ends_with_one_line_and_status_1(name, world, collected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, message = MISTAKES[name]
+    result = run(*(a.format(world=world) for a in arguments), ok=False)
+    assert result.exit_code == 1 and result.stdout == ""
+    (line,) = [text for text in result.stderr.splitlines() if text.startswith("error: ")]
+    assert message in line and "Traceback" not in result.stderr
+
+
+def test_the_traceback_is_shown_when_asked_for():
+    result = CliRunner().invoke(app, ["--traceback", "evaluate", "--steering", "no.safetensors"])
+    assert type(result.exception).__name__ == "CorrSteerError"
+    CliRunner().invoke(app, ["doctor"])
+
+
+def test_yaml_with_an_unknown_setting_or_no_mapping_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("modle: x\n")
+    message = run("collect", "--config", tmp_path / "a.yaml", ok=False).stderr
+    assert "unknown setting 'modle'; did you mean model?" in message
+    (tmp_path / "b.yaml").write_text("- x\n")
+    assert "must be a mapping of settings, got list" in run("collect", "--config", tmp_path / "b.yaml", ok=False).stderr
+    (tmp_path / "c.yaml").write_text("a: [\n")
+    assert "is not YAML" in run("collect", "--config", tmp_path / "c.yaml", ok=False).stderr
+
+
+def test_a_collection_that_must_stop_is_saved_as_far_as_it_came(world, tmp_path, monkeypatch):
+    (tmp_path / "moody.py").write_text(
+        "calls = []\ndef grade(completion, example):\n"
+        "    calls.append(1)\n    return float('nan') if len(calls) == 30 else float(len(calls) % 2)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    result = run(
+        "collect", "--config", world / "collect.yaml", "--grader", "moody:grade", "--batch-size", 8,
+        "--out", tmp_path / "partial", ok=False,
+    )  # fmt: skip
+    assert "24 samples collected before are kept" in result.stderr
+    selected = json.loads(run("select", tmp_path / "partial", "--out", tmp_path / "s", "--json").stdout)
+    assert selected["features"]
+
+
+@pytest.mark.parametrize("arguments", (["--help"], ["doctor"]))
+def test_the_installed_command_runs(arguments):
+    done = subprocess.run([sys.executable, "-m", "corrsteer.cli", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout and "Traceback" not in done.stderr

@@ -1,0 +1,104 @@
+"""calibrate_scale: the curve that is kept, and the scale that is taken from it."""
+
+import pytest
+import tiny_pipeline
+from test_selection import DECODING, made_run
+
+from corrsteer import CorrSteerError, Steering, calibrate_scale, evaluate, select
+
+
+@pytest.fixture(scope="module")
+def world():
+    """A model, and a steering that writes an even digit, which is the reward."""
+    model, tokenizer = tiny_pipeline.model(), tiny_pipeline.tokenizer()
+    steering = select(made_run(layers=(1, 2), permutations=19), "single")
+    steering.directions = model.lm_head.weight.detach()[tokenizer.convert_tokens_to_ids("4")][None].clone()
+    return model, tokenizer, steering
+
+
+def test_the_best_scale_goes_into_the_coefficients_and_the_whole_curve_is_kept(world, tmp_path):
+    model, tokenizer, steering = world
+    validation = tiny_pipeline.task(24, seed=5)
+    settings = {"decoding": DECODING, "progress": False}
+    scaled = calibrate_scale(model, tokenizer, steering, validation, scales=(200, -200, 20), **settings)
+    found = scaled.provenance["calibration"]
+    assert [point["scale"] for point in found["curve"]] == [0, 20, 200, -200]
+    for point in found["curve"][1:]:
+        result = evaluate(model, tokenizer, validation, steering, scale=point["scale"], **settings)
+        assert (point["score"], point["improved"], point["worsened"]) == (
+            result.steered, result.improved, result.worsened,
+        )  # fmt: skip
+        n = len(validation)
+        assert point["error"] == pytest.approx((point["score"] * (1 - point["score"]) / (n - 1)) ** 0.5)  # 0 or 1
+    assert found["curve"][0]["score"] == result.unsteered
+    best = max(found["curve"][1:], key=lambda p: p["score"])
+    assert best["score"] > result.unsteered and found["scale"] == best["scale"]
+    assert scaled.features[0].coefficient == best["scale"] * steering.features[0].coefficient
+    assert (
+        scaled.features[0].statistics.coefficient_error
+        == best["scale"] * steering.features[0].statistics.coefficient_error
+        > 0
+    )
+    assert found["validation"] == {"task": validation.name, "n": 24, "positions": "generated"}
+    once = evaluate(model, tokenizer, validation, scaled, **settings)
+    assert once.steered == best["score"], "what is written is what was measured"
+    scaled.save(tmp_path / "s")
+    assert Steering.load(tmp_path / "s").provenance["calibration"] == found
+
+
+def test_a_steering_that_is_calibrated_again_keeps_the_earlier_curve(world):
+    model, tokenizer, steering = world
+    settings = {"scales": (2.0,), "decoding": DECODING, "progress": False}
+    once = calibrate_scale(model, tokenizer, steering, tiny_pipeline.task(4), **settings)
+    twice = calibrate_scale(model, tokenizer, once, tiny_pipeline.task(4), **settings)
+    assert twice.provenance["calibration"]["previous"] == once.provenance["calibration"]
+
+
+def test_samples_are_steered_at_the_positions_asked_for(world, monkeypatch):
+    model, tokenizer, steering = world
+    asked = []
+
+    def spy(*arguments, positions, **options):
+        asked.append(positions)
+        return evaluate(*arguments, positions=positions, **options)
+
+    monkeypatch.setattr("corrsteer.experiments.scaling.evaluate", spy)
+    settings = {"scales": (2.0,), "decoding": DECODING, "progress": False, "positions": "prompt"}
+    scaled = calibrate_scale(model, tokenizer, steering, tiny_pipeline.task(4), **settings)
+    assert asked == ["prompt"] == [scaled.provenance["calibration"]["validation"]["positions"]]
+
+
+def test_a_single_sample_has_no_standard_error(world):
+    model, tokenizer, steering = world
+    scaled = calibrate_scale(
+        model, tokenizer, steering, tiny_pipeline.task(1), scales=(1,), decoding=DECODING, progress=False
+    )
+    assert scaled.provenance["calibration"]["curve"][1]["error"] is None
+
+
+def test_of_equal_scores_the_smallest_scale_is_taken(world):
+    model, tokenizer, steering = world
+    scaled = calibrate_scale(
+        model, tokenizer, steering, tiny_pipeline.task(12), scales=(1e-6, 1e-5), decoding=DECODING, progress=False
+    )
+    assert scaled.provenance["calibration"]["scale"] == 1e-6
+
+
+def test_where_every_scale_does_worse_coefficients_stay_and_a_note_says_so(world):
+    model, tokenizer, steering = world
+    spoiled = Steering(steering.features, -steering.directions)
+    scaled = calibrate_scale(
+        model, tokenizer, spoiled, tiny_pipeline.task(24), scales=(500,), decoding=DECODING, progress=False
+    )
+    assert scaled.features[0].coefficient == steering.features[0].coefficient
+    assert "did as well as unsteered on validation" in scaled.notes[-1]
+
+
+def test_scales_and_steerings_that_make_no_sense_are_refused(world):
+    model, tokenizer, steering = world
+    for scales in ((), (0.0,), (1, float("nan"))):
+        with pytest.raises(CorrSteerError, match="scales must be finite numbers other than 0, at least one"):
+            calibrate_scale(model, tokenizer, steering, tiny_pipeline.task(4), scales=scales)
+    empty = Steering([], steering.directions[:0], notes=["nothing was selected"])
+    with pytest.raises(CorrSteerError, match="steering has no features to scale: nothing was selected"):
+        calibrate_scale(model, tokenizer, empty, tiny_pipeline.task(4))

@@ -1,0 +1,155 @@
+"""What ships compiles for GPUs that are not here: no spills, shared memory that fits, tensor-core instructions.
+
+The compilers run beside the other tests from the start of the session, see conftest.py; these tests come last.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parents[1]
+SECONDS = 1500
+_started: dict[str, subprocess.Popen] = {}
+_folder = tempfile.TemporaryDirectory()
+
+
+def start() -> None:
+    """Start the compilers, which must not be told to interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["OMP_NUM_THREADS"] = "1"
+    commands = {
+        "resources": ["-m", "bench.resources", "--jobs", "1", "--json", str(Path(_folder.name) / "resources.json")],
+        "launches": [str(TESTS / "launches.py")],
+    }
+    for name, command in commands.items():
+        with (Path(_folder.name) / f"{name}.txt").open("w") as out:
+            _started[name] = subprocess.Popen(
+                [sys.executable, *command], cwd=TESTS.parent, env=environment, stdout=out, stderr=subprocess.STDOUT
+            )
+
+
+def finished(name: str) -> str:
+    """What a compiler printed, once it is done."""
+    if not _started:
+        start()
+    status = _started[name].wait(SECONDS)
+    text = (Path(_folder.name) / f"{name}.txt").read_text()
+    assert status == 0, text
+    return text
+
+
+@pytest.fixture(scope="module")
+def reports():
+    print(finished("resources"))
+    return json.loads((Path(_folder.name) / "resources.json").read_text())["reports"]
+
+
+def test_everything_that_ships_compiles_without_a_fault(reports):
+    assert [r for r in reports if r["faults"]] == []
+    assert {r["arch"] for r in reports} == {80, 90, 100}
+
+
+@pytest.mark.parametrize("arch, instruction", [(80, "HMMA"), (90, "HGMMA"), (100, "tcgen05.mma")])
+def test_products_of_16_bit_numbers_use_the_architectures_tensor_cores(reports, arch, instruction):
+    products = [r for r in reports if r["arch"] == arch and r["label"].startswith(("native", "bf16x2"))]
+    assert {r["kernel"] for r in products} == {"encode_pool", "encode", "topk"}
+    assert {r["tensor_core"] for r in products} == {instruction}
+
+
+def test_a_main_kernel_that_spills_or_takes_too_much_shared_memory_is_named():
+    from bench.resources import Report, faults
+
+    good = Report("encode_pool", 90, "", 200, 0, 200_000, "HGMMA", [])
+    assert faults(good, "native") == []
+    for change, words in (
+        ({"local": 3}, "3 spills"),
+        ({"shared": 240_000}, "shared memory over 232448"),
+        ({"tensor_core": "HMMA"}, "no HGMMA"),
+    ):
+        assert faults(Report(**(vars(good) | change)), "native") == [words]
+
+
+def test_every_operations_launch_binds_its_arguments_and_compiles_for_sm_90():
+    launched = finished("launches")
+    for kernel in ("encode_pool", "fold", "complete", "plan", "encode", "topk", "pool_sparse", "products", "sums",
+                   "sum_products", "steer_add"):  # fmt: skip
+        assert f"'{kernel}_kernel'" in launched
+
+
+# Launch configurations
+
+
+def test_a_configuration_is_the_most_special_one_there_is_for_a_call(monkeypatch):
+    from corrsteer.kernels import launch
+
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(launch, "file_for", lambda device: "sm_90")
+    config = launch.config.__wrapped__
+    file = launch.read("sm_90")
+    assert config(gpu, "encode_pool", "native", 4096) == file["encode_pool"]["native"][-1]
+    assert config(gpu, "encode_pool", "native", 64)["up_to_tokens"] == 64
+    assert config(gpu, "encode_pool", "native", 65)["up_to_tokens"] == 128
+    assert config(gpu, "encode_pool", "native", 9, ("both", "singles")) == file["encode_pool_both"]["native"][0]
+    assert config(gpu, "encode_pool", "ieee", 9, ("both",)) == file["encode_pool"]["ieee"][0]
+
+
+def test_a_gpus_own_file_comes_first_and_a_borrowed_one_is_logged(monkeypatch, tmp_path, caplog):
+    from corrsteer.kernels import launch
+
+    gpu, capability = torch.device("cuda", 0), (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    file_for = launch.file_for.__wrapped__
+    assert file_for(gpu) == "sm_90" and not caplog.records
+    for capability, used in (((8, 6), "sm_80"), ((12, 0), "sm_80"), ((10, 3), "sm_100")):
+        assert file_for(gpu) == used
+        assert f"no launch configurations for sm_{capability[0]}{capability[1]} (NVIDIA_X1)" in caplog.messages[-1]
+    monkeypatch.setattr(launch, "CONFIGS", tmp_path)
+    (tmp_path / "NVIDIA_X1.json").write_text("{}")
+    assert file_for(gpu) == "NVIDIA_X1"
+
+
+@pytest.mark.parametrize("tiles, blocks, most", [(1, 1, 4), (2, 128, 4), (16, 128, 4), (128, 512, 4), (7, 3, 8)])
+def test_groups_of_tiles_cover_all_of_them_evenly_within_the_limit(tiles, blocks, most):
+    from corrsteer.kernels.launch import tiles_per_group
+
+    walk = tiles_per_group(tiles, blocks, most, 132)
+    groups = -(-tiles // walk)
+    assert 1 <= walk <= most and (groups - 1) * walk < tiles <= groups * walk
+    if tiles * blocks >= 132 * most:  # there is work for all: long walks, and few partial results
+        assert walk == most
+
+
+def test_tuning_keeps_the_fastest_candidate_that_computes_rightly(monkeypatch):
+    from bench import contestants, timing, tune
+    from bench.shapes import Case
+
+    used = []
+
+    class Ours:
+        def check(self):
+            from corrsteer.kernels import launch
+
+            used.append(launch.config()["BF"])
+            return {"ok": used[-1] != 3}
+
+        def call(self, round):
+            from corrsteer.kernels import launch
+
+            if launch.config()["BF"] == 4:
+                raise RuntimeError("out of resources")
+
+    monkeypatch.setattr(contestants, "contestants", lambda *_: {"triton": Ours})
+    monkeypatch.setattr(timing, "CudaTimer", lambda: lambda call: (call(), 10.0 - used[-1])[1])
+    entries = [{"BF": n} for n in (1, 2, 3, 4)]
+    best, measured = tune.fastest(Case("encode_update", 8, 8, 8), entries, torch.device("cpu"), float("inf"))
+    assert best == {"BF": 2} and used == [1, 2, 3, 4]
+    assert measured[2]["wrong"] and measured[3]["failed"] == "RuntimeError"
+    keys = set(tune.launch.read("sm_90")["encode_pool"]["native"][-1])
+    assert all(set(c) == keys for c in tune.candidates("native", 4096, 1))

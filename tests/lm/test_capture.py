@@ -1,0 +1,340 @@
+import functools
+
+import pytest
+import torch
+from tiny_models import (
+    ARCHITECTURES,
+    LAYERS,
+    WIDTH,
+    batch_of,
+    build,
+    generate,
+    hook,
+    prompts_of,
+    tiny,
+    traces,
+)
+
+from corrsteer.errors import CorrSteerError
+from corrsteer.lm import token_positions
+from corrsteer.lm.capture import Capture
+from corrsteer.lm.hook_points import HookPoint
+from corrsteer.steering.steering import Feature, Steering
+
+LENGTHS = (2, 7, 5)
+LONGEST = 7
+POINTS = {
+    "embedding": HookPoint(0, "resid_pre"),
+    1: HookPoint(1),
+    "attention": HookPoint(2, "attn_out"),
+    "mlp": HookPoint(1, "mlp_out"),
+    2: HookPoint(2),
+}
+STEP_BYTES = len(LENGTHS) * WIDTH * 4 * len(POINTS)  # what one step takes in all buffers together
+
+
+@functools.cache
+def scenario(architecture):
+    """Prompts and stop tokens with which the first row stops at its first token, another later, another never."""
+    for seed in range(200):
+        prompts = prompts_of(LENGTHS, seed)
+        tokens = generate(tiny(architecture), prompts, LONGEST).tolist()
+        for stop in tokens[1][2:5]:
+            stops = [tokens[0][0], stop]
+            first = [first_stop(row, stops) for row in tokens]
+            if first[0] == 0 and first[1] in (2, 3, 4) and first[2] == LONGEST:
+                return prompts, stops
+    raise AssertionError("no prompts stop as they should")
+
+
+def first_stop(tokens, stops):
+    return next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
+
+
+def captured(model, prompts, stops, n, *, max_new_tokens=None, sink=None, points=POINTS, eos=False, **options):
+    """The capture of a greedy generation, and its tokens."""
+    capture_options = {k: options.pop(k) for k in ("positions", "budget_bytes") if k in options}
+    capture = Capture(
+        model, points, stop_tokens=stops, max_new_tokens=max_new_tokens or n, sink=sink, **capture_options
+    )
+    with capture:
+        stopping = {"eos_token_id": stops, "pad_token_id": 0} if eos else {}
+        tokens = generate(model, prompts, n, stopping_criteria=[capture.stopping_criterion], **stopping, **options)
+    return capture, tokens.tolist()
+
+
+def teacher_forced(architecture, prompts, tokens, stops, positions, points=POINTS):
+    """What should be captured: each row alone, unpadded, uncached, in one pass over its prompt and completion."""
+    model, rows = tiny(architecture), []
+    for prompt, completion in zip(prompts, tokens):
+        kept = max(1, first_stop(completion, stops))
+        row, handles = {}, []
+        for key, point in points.items():
+            see = lambda h, key=key, row=row: row.update({key: h[0].clone()})  # noqa: E731
+            handles.append(hook(model, architecture, point, see))
+        model(torch.tensor([prompt + completion]), use_cache=False)
+        for handle in handles:
+            handle.remove()
+        start = 0 if positions == "all" else len(prompt) - 1
+        rows.append({key: h[start : len(prompt) - 1 + kept] for key, h in row.items()})
+    return rows
+
+
+def assert_captured(capture, rows, points=POINTS):
+    for key in points:
+        x, cu_seqlens = capture.packed(key)
+        lengths = [len(row[key]) for row in rows]
+        assert cu_seqlens.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+        assert cu_seqlens.dtype == torch.int32
+        torch.testing.assert_close(x, torch.cat([row[key] for row in rows]), rtol=1e-4, atol=1e-4)
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("n", [1, 2, LONGEST])
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("positions", ["generated", "all"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_generation_is_captured_as_one_pass_over_each_prompt_and_its_answer(architecture, positions, use_cache, n):
+    prompts, stops = scenario(architecture)
+    capture, tokens = captured(
+        tiny(architecture), prompts, stops, n, positions=positions, use_cache=use_cache, eos=use_cache
+    )
+    assert [first_stop(row, stops) for row in tokens][::2] == [0, n]
+    assert_captured(capture, teacher_forced(architecture, prompts, tokens, stops, positions))
+
+
+@pytest.mark.parametrize(
+    ("stopping", "kept"),
+    [
+        ([], [4, 4, 4]),  # no row ever stops
+        ([2, 0, 3], [2, 1, 3]),  # the tokens at which each row stops
+        ([0, 0, 0], [1, 1, 1]),
+        ([1, 1, 1], [1, 1, 1]),
+        ([3, 1, 1], [3, 1, 1]),
+    ],
+)
+def test_as_many_steps_are_kept_as_tokens_come_before_the_first_stop_token_and_at_least_one(stopping, kept):
+    stop, model = 60, tiny("llama")
+
+    def choose(ids, scores):
+        # Row i speaks its stop token when told to, then twice more; all else is token i + 1.
+        step = ids.shape[1] - max(LENGTHS)
+        scores = torch.full_like(scores, -1e9)
+        for row in range(len(ids)):
+            scores[row, stop if stopping and step >= stopping[row] else row + 1] = 0
+        return scores
+
+    capture, tokens = captured(model, prompts_of(LENGTHS), [stop], 4, logits_processor=[choose])
+    assert [first_stop(row, [stop]) for row in tokens] == (stopping or [4, 4, 4])
+    assert capture.packed(1)[1].diff().tolist() == kept
+
+
+@pytest.mark.parametrize("positions", ["generated", "all"])
+def test_a_generation_that_ends_early_is_captured_as_far_as_it_went(positions):
+    prompts, stops = scenario("llama")
+    capture, tokens = captured(
+        tiny("llama"), prompts[:2], stops, LONGEST, max_new_tokens=50, positions=positions, eos=True
+    )
+    assert 1 < len(tokens[0]) < LONGEST
+    assert_captured(capture, teacher_forced("llama", prompts[:2], tokens, stops, positions))
+
+
+@pytest.mark.parametrize("positions", ["generated", "all"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gemma3"])
+def test_a_static_cache_changes_nothing(architecture, positions):
+    prompts, stops = scenario(architecture)
+    options = {"positions": positions, "cache_implementation": "static"}
+    capture, tokens = captured(tiny(architecture), prompts, stops, 4, **options)
+    assert_captured(capture, teacher_forced(architecture, prompts, tokens, stops, positions))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_captured_has_the_dtype_of_the_model(dtype):
+    capture, _ = captured(tiny("llama", dtype), prompts_of(LENGTHS), [], 3)
+    assert {capture.packed(key)[0].dtype for key in POINTS} == {dtype}
+
+
+def test_capturing_does_not_change_what_is_generated():
+    model, prompts = tiny("gemma2"), prompts_of(LENGTHS)
+    assert captured(model, prompts, [], 6, positions="all")[1] == generate(model, prompts, 6).tolist()
+
+
+def test_a_capture_inside_a_steering_sees_the_steered_residual():
+    model, prompts, direction = tiny("llama"), prompts_of(LENGTHS), torch.arange(WIDTH) / WIDTH
+    steering = Steering([Feature("blocks.1.hook_resid_post", 2.0)], direction[None])
+    before, _ = captured(model, prompts, [], 1)
+    with steering.apply(model):
+        after, _ = captured(model, prompts, [], 1)
+    expected = (2 * direction).expand(len(prompts), -1)
+    torch.testing.assert_close(after.packed(1)[0] - before.packed(1)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+# The memory budget
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("positions", ["generated", "all"])
+def test_parts_that_left_the_buffer_and_what_stayed_make_up_the_whole_capture(positions, steps):
+    prompts, stops = scenario("qwen3")
+    budget, parts = steps * STEP_BYTES + 3, {key: [] for key in POINTS}
+
+    def sink(key, x, cu_seqlens):
+        parts[key].append(x.tensor_split(cu_seqlens[1:-1].tolist()))
+        assert len(x) == cu_seqlens[-1] and x.nbytes <= budget // len(POINTS)
+        assert sum(buffer.nbytes for buffer in capture._buffer.values()) <= budget
+
+    options = {"positions": positions, "eos": True}
+    whole, _ = captured(tiny("qwen3"), prompts, stops, LONGEST, **options)
+    capture = Capture(
+        tiny("qwen3"),
+        POINTS,
+        stop_tokens=stops,
+        max_new_tokens=LONGEST,
+        positions=positions,
+        budget_bytes=budget,
+        sink=sink,
+    )
+    with capture:
+        criteria = [capture.stopping_criterion]
+        generate(tiny("qwen3"), prompts, LONGEST, stopping_criteria=criteria, eos_token_id=stops, pad_token_id=0)
+
+    needed = LONGEST if positions == "generated" else max(LENGTHS) + LONGEST - 1
+    assert capture.flushed == any(parts.values()) == (steps < needed)
+    for key in POINTS:
+        x, cu_seqlens = capture.packed(key)
+        parts[key].append(x.tensor_split(cu_seqlens[1:-1].tolist()))
+        whole_x, whole_cu = whole.packed(key)
+        for row, expected in enumerate(whole_x.tensor_split(whole_cu[1:-1].tolist())):
+            assert torch.equal(torch.cat([part[row] for part in parts[key]]), expected)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_prompt_longer_than_the_buffer_goes_to_the_sink_as_it_is_read(n):
+    parts, prompts = [], prompts_of(LENGTHS)
+    capture, _ = captured(
+        tiny("llama"),
+        prompts,
+        [],
+        n,
+        points={1: HookPoint(1)},
+        positions="all",
+        budget_bytes=3 * len(LENGTHS) * WIDTH * 4,
+        sink=lambda key, x, cu_seqlens: parts.append(cu_seqlens.diff()),
+    )
+    kept = sum(parts, capture.packed(1)[1].diff())
+    assert kept.tolist() == [length + n - 1 for length in LENGTHS]
+    assert max(int(part.max()) for part in parts) <= 3
+
+
+@pytest.mark.parametrize(
+    ("budget", "sink", "needed"),
+    [(4 * STEP_BYTES - 1, None, 4 * STEP_BYTES), (STEP_BYTES - 1, lambda *part: None, STEP_BYTES), (0, None, None)],
+    ids=["no sink", "less than a step", "nothing"],
+)
+def test_a_budget_that_is_too_small_is_refused_with_what_is_needed(budget, sink, needed):
+    with pytest.raises(CorrSteerError, match=f"budget_bytes must be at least {needed or 4 * STEP_BYTES} "):
+        captured(tiny("llama"), prompts_of(LENGTHS), [], 4, budget_bytes=budget, sink=sink)
+
+
+def test_a_budget_that_is_just_enough_needs_no_sink():
+    capture, _ = captured(tiny("llama"), prompts_of(LENGTHS), [], 4, budget_bytes=4 * STEP_BYTES)
+    assert not capture.flushed and len(capture.packed(1)[0]) == 4 * len(LENGTHS)
+
+
+# What is refused
+
+
+def test_right_padded_prompts_are_refused():
+    model = tiny("llama")
+    with Capture(model, POINTS, stop_tokens=[], max_new_tokens=2) as capture:
+        with pytest.raises(CorrSteerError, match="must be padded on the left"):
+            batch = batch_of(prompts_of(LENGTHS), side="right")
+            model.generate(**batch, max_new_tokens=2, stopping_criteria=[capture.stopping_criterion])
+
+
+def test_generating_past_max_new_tokens_is_refused():
+    with pytest.raises(CorrSteerError, match="went on past max_new_tokens=3"):
+        captured(tiny("llama"), prompts_of(LENGTHS), [], 4, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+def test_generating_without_the_stopping_criterion_is_refused(use_cache):
+    model = tiny("llama")
+    with Capture(model, POINTS, stop_tokens=[]):
+        with pytest.raises(CorrSteerError, match="give generate the capture's stopping_criterion"):
+            generate(model, prompts_of(LENGTHS), 4, use_cache=use_cache)
+
+
+def test_a_second_generation_in_the_same_capture_is_refused():
+    model, prompts = tiny("llama"), prompts_of(LENGTHS)
+    with Capture(model, POINTS, stop_tokens=[]) as capture:
+        generate(model, prompts, 2, stopping_criteria=[capture.stopping_criterion])
+        with pytest.raises(CorrSteerError, match="one call of model.generate"):
+            generate(model, prompts, 2, stopping_criteria=[capture.stopping_criterion])
+
+
+@pytest.mark.parametrize("positions", ["generated", "all"])
+def test_a_prompt_read_in_chunks_is_refused(positions):
+    with pytest.raises(CorrSteerError, match="prompts must be read in one pass"):
+        captured(tiny("llama"), prompts_of(LENGTHS), [], 4, positions=positions, prefill_chunk_size=3)
+
+
+def test_asking_for_a_capture_before_anything_was_generated_is_refused():
+    with Capture(tiny("llama"), POINTS, stop_tokens=[]) as capture:
+        with pytest.raises(CorrSteerError, match="nothing was captured"):
+            capture.packed(1)
+
+
+@pytest.mark.parametrize(
+    ("points", "options", "message"),
+    [
+        ({}, {}, "points must name at least one hook point"),
+        ({0: HookPoint(LAYERS)}, {}, "outside the model"),
+        ({0: HookPoint(1)}, {"positions": "prompt"}, "positions must be one of generated, all, got 'prompt'"),
+        ({0: HookPoint(1)}, {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_are_refused(points, options, message):
+    with pytest.raises(CorrSteerError, match=message):
+        Capture(tiny("llama"), points, stop_tokens=[], **options)
+
+
+# What is left behind
+
+
+@pytest.mark.parametrize("where", ["nowhere", "in the body", "in a hook", "while entering"])
+def test_the_model_is_left_as_it_was_whether_or_not_something_is_raised(where):
+    model, prompts = build("llama"), prompts_of(LENGTHS)
+    generate(model, prompts, 1)
+    before = traces(model)
+    points = dict(POINTS)
+    if where == "while entering":
+        model.model.layers[2].feed_forward = model.model.layers[2]._modules.pop("mlp")
+        points["last"] = HookPoint(2, "mlp_out")
+        before = traces(model)
+    expected = CorrSteerError if where in ("in a hook", "while entering") else RuntimeError
+    try:
+        with Capture(model, points, stop_tokens=[], max_new_tokens=2) as capture:
+            assert where != "while entering"
+            assert traces(model) != before and "generate" in vars(model)
+            n = 5 if where == "in a hook" else 2
+            generate(model, prompts, n, stopping_criteria=[capture.stopping_criterion])
+            if where == "in the body":
+                raise RuntimeError
+    except expected:
+        assert where != "nowhere"
+    else:
+        assert where == "nowhere"
+    assert traces(model) == before
+    assert model not in token_positions._trackers
+    assert model.generation_config.disable_compile is None
+
+
+def test_what_was_captured_outlives_the_context_and_the_next_generation():
+    model, prompts = tiny("llama"), prompts_of(LENGTHS)
+    capture, _ = captured(model, prompts, [], 3)
+    kept = capture.packed(1)[0].clone()
+    generate(model, prompts_of(LENGTHS, seed=1), 3)
+    assert torch.equal(capture.packed(1)[0], kept) and len(kept) == 3 * len(prompts)

@@ -1,0 +1,510 @@
+"""collect: what it gathers, what it refuses before it starts, and what it keeps when it must stop."""
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import signal
+
+import pytest
+import tiny_pipeline
+import torch
+
+from corrsteer import (
+    CorrSteerError,
+    Evidence,
+    Moments,
+    Run,
+    SparseEncoder,
+    Task,
+    collect,
+    encode,
+    encode_pool,
+    scores,
+    select,
+    update_moments,
+)
+from corrsteer.lm.generation import Decoding, complete, plan_batches, tokenize
+from corrsteer.runs.collect import CollectionStopped
+from corrsteer.tasks import with_shuffled_rewards
+
+DECODING = Decoding(max_new_tokens=5, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_pipeline.model()
+
+
+def gather(model, **settings):
+    settings = {"task": tiny_pipeline.task(), "encoders": tiny_pipeline.encoders(), "decoding": DECODING} | settings
+    task, encoders = settings.pop("task"), settings.pop("encoders")
+    return collect(model, tiny_pipeline.tokenizer(), encoders, task, progress=False, **settings)
+
+
+@torch.no_grad()
+def pooled_in_plain_torch(model, layer, encoder, task, how, positions):
+    """Moments from one sample at a time, each a forward pass over prompt and completion, without a cache."""
+    tokenizer, moments = tiny_pipeline.tokenizer(), Moments(encoder.d_sae)
+    newline = tokenizer.convert_tokens_to_ids("\n")
+    for example in task.examples:
+        ids = tokenizer(example.prompt)["input_ids"]
+        prompt, generated = len(ids), []
+        for _ in range(DECODING.max_new_tokens):
+            generated.append(int(model(torch.tensor([ids + generated])).logits[0, -1].argmax()))
+            if generated[-1] in (newline, tokenizer.eos_token_id):
+                generated.pop()
+                break
+        states = model(torch.tensor([ids + generated]), output_hidden_states=True).hidden_states[layer + 1][0]
+        first = prompt - 1 if positions == "generated" else 0
+        z = encode(states[first : prompt - 1 + max(1, len(generated))], encoder)
+        pooled = z.mean(0) if how == "mean" else z.amax(0)
+        reward = task.grade(tokenizer.decode(generated, skip_special_tokens=True), example)
+        update_moments(pooled[None], torch.tensor([reward]), moments)
+    return moments
+
+
+@pytest.mark.parametrize("positions", ("generated", "all"))
+@pytest.mark.parametrize("pool", ("mean", "max"))
+def test_collect_equals_one_sample_at_a_time_without_cache_or_padding(model, pool, positions):
+    run = gather(model, pool=pool, positions=positions)
+    assert 0 < run.rewards.mean() < 1, "the reward must vary for this to mean anything"
+    for layer, encoder in tiny_pipeline.encoders().items():
+        expected = pooled_in_plain_torch(model, layer, encoder, tiny_pipeline.task(), pool, positions)
+        for name, a, b in zip(Moments.STATE, run.moments[layer][pool].state(), expected.state()):
+            torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("positions", ("generated", "all"))
+def test_a_buffer_too_small_for_the_batch_gives_the_same_result(model, positions):
+    settings = {"positions": positions, "pool": "max", "coefficient_pool": "mean"}
+    whole, parts = gather(model, **settings), gather(model, buffer_bytes=2 * 16 * 2 * 128 * 4, **settings)
+    for layer in whole.moments:
+        for pool in ("max", "mean"):
+            for a, b in zip(whole.moments[layer][pool].state(), parts.moments[layer][pool].state()):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_collected_evidence_is_of_the_same_samples_and_says_the_same_r(model):
+    run = gather(model, coefficient_pool="mean", permutations=50, bootstrap=20, block_size=16)
+    for layer in run.moments:
+        for pool in ("max", "mean"):
+            evidence = run.evidence[layer][pool]
+            assert evidence.n == run.n == 40 and evidence.blocks == {0, 1, 2}
+            torch.testing.assert_close(
+                scores.correlation(evidence), run.moments[layer][pool].correlation()[0], rtol=0, atol=1e-9
+            )
+        # what the coefficient is read from is not what is tested
+        assert (run.evidence[layer]["max"].permutations, run.evidence[layer]["mean"].permutations) == (50, 0)
+    assert [s.n for s in run.snapshots] == [16, 32, 40] and set(run.snapshots[0].leaders) == {1, 2}
+    final = {layer: int(run.correlation(layer).argmax()) for layer in run.moments}
+    assert {layer: best.feature for layer, (best, _) in run.snapshots[-1].leaders.items()} == final
+
+
+def test_evidence_depends_on_the_seed_and_the_blocks_and_not_on_batches(model):
+    settings = {"permutations": 30, "bootstrap": 10, "block_size": 16}
+    one, many, other = (
+        gather(model, decoding=Decoding(max_new_tokens=5, batch_size=size), shuffle_seed=seed, **settings)
+        for size, seed in ((1, 0), (64, 0), (64, 1))
+    )
+    a, b, c = (run.evidence[1]["max"] for run in (one, many, other))
+    torch.testing.assert_close(a.sums, b.sums, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(b.columns("permuted"), c.columns("permuted"), rtol=1e-2)
+    torch.testing.assert_close(many.correlation(1), other.correlation(1), rtol=0, atol=1e-4)
+
+
+def test_statistics_that_would_not_fit_are_refused_with_their_size_before_anything_is_generated(model, monkeypatch):
+    monkeypatch.setattr(model, "generate", lambda *a, **k: pytest.fail("generated"), raising=False)
+    with pytest.raises(CorrSteerError, match=r"statistics_bytes must be at least 80\d+, got 10000000: evidence takes"):
+        gather(model, permutations=100_000, encoders=tiny_pipeline.encoders((1,), d_sae=100), statistics_bytes=10**7)
+
+
+def test_patience_stops_a_collection_whose_best_features_are_clear(model, monkeypatch):
+    asked = []
+
+    def stable(snapshots, patience, layers):
+        assert patience == 2
+        asked.append(list(layers))
+        return len(snapshots) >= 3
+
+    monkeypatch.setattr("corrsteer.stats.stability.stable", stable)
+    run = gather(model, block_size=8, patience=2, patience_layers=[1, 2])
+    assert run.n == int(run.rewards.isfinite().sum()) == 24 and len(run.snapshots) == 3
+    assert "stopped after 24 of 40 samples" in run.notes[0] and select(run, "all").features
+    assert asked == [[1, 2]] * 3
+    assert gather(model, block_size=14, patience=2).notes == [], "the last block is the last anyhow"
+    assert asked[3:] == [list(run.points)] * 2, "by default all layers are waited for"
+
+
+def test_a_part_of_a_block_is_of_the_samples_that_were_graded(model):
+    """Stopped in the middle of a block, whose batches go by length: the run is that of its samples alone."""
+    task, calls = tiny_pipeline.task(), []
+
+    def grader(completion, example):
+        calls.append(1)
+        if len(calls) > 24:
+            raise KeyboardInterrupt
+        return tiny_pipeline.digits_up(completion, example)
+
+    decoding = Decoding(max_new_tokens=5, batch_size=8)
+    with pytest.raises(CollectionStopped, match="interrupted") as stopped:
+        gather(model, task=dataclasses.replace(task, grader=grader), decoding=decoding, permutations=20)
+    part = stopped.value.run
+    there = part.rewards.isfinite().nonzero()[:, 0].tolist()
+    assert len(there) == part.n == 24 and len({len(task.examples[i].prompt) for i in there}) > 1
+    fresh = gather(model, task=dataclasses.replace(task, examples=tuple(task.examples[i] for i in there)))
+    assert torch.equal(part.rewards[there], fresh.rewards) and 0 < fresh.rewards.mean() < 1
+    for layer in fresh.moments:
+        torch.testing.assert_close(part.correlation(layer), fresh.correlation(layer), rtol=0, atol=1e-5)
+        evidence = part.evidence[layer]["max"]
+        torch.testing.assert_close(scores.correlation(evidence), part.correlation(layer), rtol=0, atol=1e-9)
+    assert part.snapshots[-1].n == 24
+
+
+def test_examples_are_shuffled_by_the_seed_and_the_longest_prompt_is_generated_first(model):
+    def graded(**settings):
+        seen = []
+        task = tiny_pipeline.task(
+            grader=lambda completion, example: float(seen.append(example.prompt) or len(seen) % 2)
+        )
+        gather(model, task=task, block_size=10, decoding=Decoding(max_new_tokens=2), **settings)
+        return seen
+
+    one, other = graded(), graded(shuffle_seed=1)
+    given = [example.prompt for example in tiny_pipeline.task().examples]
+    assert sorted(one) == sorted(other) == sorted(given) and one != other
+    assert sorted(one[:10]) != sorted(given[:10]) and sorted(one[:10]) != sorted(other[:10])
+    assert len(one[0]) == max(map(len, given))
+
+
+def test_no_memory_for_the_statistics_is_said_before_anything_is_generated(model, monkeypatch):
+    zeros = torch.zeros
+
+    def none_left(*shape, device=None, **options):
+        if str(device) == "cpu" and shape[0] == (48, 1000):
+            raise torch.OutOfMemoryError("too much")
+        return zeros(*shape, device=device, **options)
+
+    monkeypatch.setattr("torch.zeros", none_left)
+    with pytest.raises(CorrSteerError, match="no memory for the statistics .OutOfMemoryError.: evidence takes"):
+        gather(model, permutations=1000)
+
+
+def test_evidence_that_cannot_be_added_to_is_given_up_and_the_rest_of_the_run_kept(model, monkeypatch):
+    update, calls = Evidence.update, []
+
+    def fails(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 4:
+            raise MemoryError("no room")
+        return update(self, *arguments, **options)
+
+    monkeypatch.setattr(Evidence, "update", fails)
+    with pytest.raises(CollectionStopped, match="no room") as stopped:
+        gather(model, block_size=16)
+    run = stopped.value.run
+    assert run.n == 32 and run.evidence == {} and "no intervals or tests" in run.notes[0]
+    assert not run.testable() and select(run, "all").features[0].statistics.p_adjusted is None
+
+
+def test_of_two_failures_the_first_is_the_reason(model, monkeypatch):
+    def grader(completion, example, seen=[]):  # noqa: B006
+        seen.append(1)
+        if len(seen) > 20:
+            raise ValueError("the grader's own")
+        return float(len(seen) % 2)
+
+    def fails(self, *arguments, **options):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(Evidence, "update", fails)
+    with pytest.raises(CollectionStopped, match="the grader's own") as stopped:
+        gather(model, task=tiny_pipeline.task(grader=grader))
+    assert stopped.value.run.n == 16 and "no intervals or tests" in stopped.value.run.notes[0]
+
+
+def test_a_collection_runs_in_a_thread_of_its_own_as_well(model):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        run = pool.submit(gather, model).result()
+    assert torch.equal(run.correlation(1), gather(model).correlation(1))
+
+
+def test_a_run_that_was_saved_without_evidence_loads_and_selects_as_before(model, tmp_path):
+    run = gather(model)
+    run.save(tmp_path)
+    described = json.loads((tmp_path / "run.json").read_text())
+    del described["evidence"], described["snapshots"]
+    (tmp_path / "run.json").write_text(json.dumps(described))
+    for path in tmp_path.glob("*.evidence.safetensors"):
+        path.unlink()
+    loaded = Run.load(tmp_path)
+    assert loaded.evidence == {} and loaded.snapshots == [] and not loaded.testable()
+    chosen = {"layers": [1, 2], "encoders": tiny_pipeline.encoders()}
+    one, other = ([(f.layer, f.index) for f in select(r, "all", **chosen).features] for r in (run, loaded))
+    assert one == other and one
+
+
+def test_an_interrupt_while_a_block_is_folded_in_waits_for_its_end(model, monkeypatch):
+    update = Evidence.update
+
+    def interrupted(self, *arguments, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return update(self, *arguments, **options)
+
+    monkeypatch.setattr(Evidence, "update", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(CollectionStopped, match="interrupted") as stopped:
+        gather(model, block_size=16)
+    run = stopped.value.run
+    assert {run.n, *(e["max"].n for e in run.evidence.values())} == {16}
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_shuffled_rewards_are_the_same_rewards_of_other_examples(model):
+    run = gather(model)
+    control = with_shuffled_rewards(tiny_pipeline.task(), run.rewards.tolist(), seed=1)
+    shuffled = gather(model, task=control).rewards
+    assert not torch.equal(shuffled, run.rewards) and torch.equal(shuffled.sort().values, run.rewards.sort().values)
+    assert control.grader_name == "shuffled rewards"
+    again = [with_shuffled_rewards(tiny_pipeline.task(), run.rewards.tolist(), seed=seed) for seed in (1, 2)]
+    same, other = ([task.grade("", e) for e in task.examples] for task in again)
+    assert same == shuffled.tolist() != other
+    with pytest.raises(CorrSteerError, match="rewards must be finite"):
+        with_shuffled_rewards(tiny_pipeline.task(), [float("nan")] * 40)
+    with pytest.raises(CorrSteerError, match="rewards must be those of the task's 40 examples, got 3"):
+        with_shuffled_rewards(tiny_pipeline.task(), [1.0, 0.0, 1.0])
+
+
+def test_the_batches_a_task_falls_into_do_not_change_the_result(model):
+    one, many = (gather(model, decoding=Decoding(max_new_tokens=5, batch_size=size)) for size in (1, 64))
+    assert torch.equal(one.rewards, many.rewards)
+    for a, b in zip(one.moments[1]["max"].state(), many.moments[1]["max"].state()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_batches_are_sorted_by_length_and_keep_the_token_budget():
+    lengths = [3, 50, 7, 7, 49, 1, 20] * 5
+    decoding = Decoding(max_new_tokens=10, batch_tokens=130, batch_size=6)
+    batches = plan_batches(lengths, decoding)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    longest = [max(lengths[i] for i in batch) for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+    for batch, width in zip(batches, longest):
+        assert len(batch) <= 6 and (len(batch) * (width + 10) <= 130 or len(batch) == 1)
+    assert [len(b) for b in plan_batches([1000], decoding)] == [1]
+
+
+def test_sampling_depends_on_the_seed_alone(model):
+    def sample(seed):
+        decoding = Decoding(max_new_tokens=5, temperature=1.0, seed=seed)
+        prompts = tokenize(model, tiny_pipeline.tokenizer(), tiny_pipeline.task(8), decoding)
+        return complete(model, tiny_pipeline.tokenizer(), prompts, decoding)
+
+    first = sample(0)
+    torch.rand(3)
+    state = torch.get_rng_state()
+    assert first == sample(0) != sample(1)
+    assert torch.equal(state, torch.get_rng_state()), "the caller's own random numbers are left alone"
+
+
+def test_hook_offset_reads_the_layer_before(model):
+    early = gather(model, hook_offset=-1, encoders=tiny_pipeline.encoders((2,)))
+    encoder = tiny_pipeline.encoders((2,))[2]
+    plain = gather(model, encoders={1: SparseEncoder(**(vars(encoder) | {"hook_name": "blocks.1.hook_resid_post"}))})
+    assert str(early.points[2]) == "blocks.1.hook_resid_post"
+    for a, b in zip(early.moments[2]["max"].state(), plain.moments[1]["max"].state()):
+        assert torch.equal(a, b)
+
+
+def test_hook_offset_before_layer_0_reads_its_input(model):
+    run = gather(model, hook_offset=-1, encoders={0: SparseEncoder.identity(128)})
+    assert str(run.points[0]) == "blocks.0.hook_resid_pre"
+
+
+def test_an_identity_encoder_collects_residual_dimensions(model):
+    run = gather(model, encoders={1: SparseEncoder.identity(128)}, pool="mean")
+    assert run.correlation(1).shape == (128,) and bool((run.correlation(1) != 0).all())
+
+
+def test_a_saved_run_is_the_same_when_loaded(model, tmp_path):
+    run = gather(model, coefficient_pool="mean", permutations=20, scores=("pearson", "auroc"))
+    run.save(tmp_path / "run")
+    loaded = Run.load(tmp_path / "run")
+    for layer in run.moments:
+        for pool in ("max", "mean"):
+            pairs = zip(run.moments[layer][pool].state(), loaded.moments[layer][pool].state())
+            assert all(torch.equal(a, b) for a, b in pairs)
+            assert torch.equal(run.evidence[layer][pool].sums, loaded.evidence[layer][pool].sums)
+        for score in ("pearson", "auroc"):
+            assert torch.equal(run.significance(score)[layer].q, loaded.significance(score)[layer].q)
+    assert torch.equal(run.rewards, loaded.rewards)
+    for name in ("pool", "coefficient_pool", "points", "snapshots", "notes", "provenance", "n"):
+        assert getattr(run, name) == getattr(loaded, name), name
+
+
+def test_a_directory_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(CorrSteerError, match="is not a saved run: it has no run.json"):
+        Run.load(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(CorrSteerError, match="is damaged"):
+        Run.load(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ("no pool", "rewards cut", "moments cut", "moments of another size", "not a dict"))
+def test_a_damaged_run_is_refused(model, tmp_path, damage):
+    gather(model).save(tmp_path)
+    described = json.loads((tmp_path / "run.json").read_text())
+    if damage == "no pool":
+        del described["pool"]
+    if damage == "not a dict":
+        described["layers"] = [1]
+    (tmp_path / "run.json").write_text(json.dumps(described))
+    if damage == "rewards cut":
+        (tmp_path / "rewards.safetensors").write_bytes((tmp_path / "rewards.safetensors").read_bytes()[:-4])
+    if damage == "moments cut":
+        (tmp_path / "layer_1.max.safetensors").write_bytes(b"")
+    if damage == "moments of another size":
+        broken = Moments(5)
+        broken.z_mean = torch.zeros(4, dtype=torch.float64)
+        broken.save(tmp_path / "layer_1.max.safetensors")
+    with pytest.raises(CorrSteerError, match="damaged"):
+        Run.load(tmp_path)
+
+
+@pytest.mark.parametrize("failure", (RuntimeError("out of memory"), KeyboardInterrupt()))
+def test_a_failure_between_layers_leaves_the_run_as_it_was_before_the_batch(model, monkeypatch, failure):
+    calls = []
+
+    def update(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 4:  # the second layer of the second batch
+            raise failure
+        return encode_pool(*arguments, **options)
+
+    monkeypatch.setattr("corrsteer.runs.blocks.ops.encode_pool", update)
+    with pytest.raises(CollectionStopped, match="(out of memory|interrupted).*the 16 samples") as stopped:
+        gather(model)
+    run = stopped.value.run
+    assert run.moments[1]["max"].n == run.moments[2]["max"].n == int(run.rewards.isfinite().sum()) == 16
+
+
+def test_a_wrapper_around_the_model_is_seen_through(model):
+    class Wrapper(torch.nn.Module):
+        """As PEFT wraps a model: generate runs the model inside, and not the wrapper's forward."""
+
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.base, name)
+
+        def generate(self, *arguments, **options):
+            return self.base.generate(*arguments, **options)
+
+    class Peft(Wrapper):
+        def get_base_model(self):
+            return self.base
+
+    plain, wrapped = gather(model, positions="all"), gather(Peft(model), positions="all")
+    assert all(torch.equal(a, b) for a, b in zip(plain.moments[1]["max"].state(), wrapped.moments[1]["max"].state()))
+    with pytest.raises(CorrSteerError, match="without its forward; give the model whose generate is called"):
+        gather(Wrapper(model), positions="all")
+
+
+def test_a_reward_that_never_varies_is_noted(model):
+    run = gather(model, task=tiny_pipeline.task(grader=lambda completion, example: 1.0))
+    assert run.notes and "every one of the 40 rewards was 1, so nothing correlates" in run.notes[0]
+
+
+REFUSED = {
+    "an empty task": ({"task": tiny_pipeline.task().take(0)}, "task 'untrained' is empty"),
+    "no encoders": ({"encoders": {}}, "encoders must map at least one layer"),
+    "an SAE of another width": (
+        {"encoders": tiny_pipeline.encoders(d_in=64)},
+        r"encoders\[1\] has d_in=64, but the model's residual stream is 128 wide",
+    ),
+    "an SAE of another layer": (
+        {"encoders": {2: tiny_pipeline.encoders()[1]}},
+        r"encoders\[2\] was trained at blocks.1",
+    ),
+    "a layer outside the model": (
+        {"encoders": tiny_pipeline.encoders((9,))},
+        "outside the model, whose layers are 0..3",
+    ),
+    "an unknown pool": ({"pool": "sum"}, "pool must be mean or max, got 'sum'"),
+    "unknown positions": ({"positions": "prompt"}, "positions must be one of generated, all, got 'prompt'"),
+    "a prompt longer than the context": (
+        {"task": Task.from_rows([{"prompt": "1" * 125, "answer": "1"}])},
+        r":1: the prompt has 126 tokens",
+    ),
+    "a block of no samples": ({"block_size": 0}, "block_size must be a whole number of at least 1, got 0"),
+    "half a block": ({"block_size": 2.5}, "block_size must be a whole number of at least 1, got 2.5"),
+    "a negative seed": ({"shuffle_seed": -1}, "shuffle_seed must be a whole number of at least 0, got -1"),
+    "too few permutations": ({"permutations": 10}, "permutations must be 0 or at least 19, .* got 10"),
+    "blocks of one": ({"block_size": 1}, "block_size must be at least 2 for permutations"),
+    "histograms of signed activations": (
+        {"encoders": {1: SparseEncoder.identity(128)}, "scores": ("pearson", "auroc")},
+        r"scores must not be mutual_information, auroc, spearman for encoders\[1\], whose activation identity",
+    ),
+    "an unknown score": ({"scores": ("kendall",)}, "scores must be among pearson, "),
+    "an unknown backend": ({"backend": "magic"}, "backend must be one of"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_can_be_known_before_is_refused_before_anything_is_generated(model, name, monkeypatch):
+    settings, message = REFUSED[name]
+    monkeypatch.setattr(
+        model, "generate", lambda *a, **k: pytest.fail("generated before it was refused"), raising=False
+    )
+    with pytest.raises(CorrSteerError, match=message):
+        gather(model, **settings)
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+def test_a_reward_that_is_not_a_number_stops_with_the_example_and_keeps_what_was_collected(model, bad):
+    seen = []
+
+    def grader(completion, example):
+        seen.append(example)
+        return bad if len(seen) == 20 else float(len(seen) % 2)
+
+    with pytest.raises(CollectionStopped, match="must return a finite number.*16 samples collected before") as stopped:
+        gather(model, task=tiny_pipeline.task(grader=grader))
+    assert stopped.value.run.n == 16 and int(stopped.value.run.rewards.isfinite().sum()) == 16
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+def test_activations_that_are_not_numbers_stop_before_any_moments_change(bad):
+    broken = tiny_pipeline.model()
+    with torch.no_grad():
+        broken.model.layers[2].mlp.down_proj.weight[3, 5] = bad
+    with pytest.raises(
+        CollectionStopped, match="activations at blocks.2.hook_resid_post are NaN or infinite for"
+    ) as stopped:
+        gather(broken)
+    assert stopped.value.run.moments[1]["max"].n == stopped.value.run.moments[2]["max"].n == 0
+
+
+def test_an_interrupt_from_the_keyboard_keeps_what_was_collected(model):
+    def grader(completion, example, seen=[]):  # noqa: B006
+        seen.append(1)
+        if len(seen) == 20:
+            raise KeyboardInterrupt
+        return float(len(seen) % 2)
+
+    with pytest.raises(CollectionStopped, match="interrupted") as stopped:
+        gather(model, task=tiny_pipeline.task(grader=grader))
+    assert stopped.value.run.n == 16
+
+
+def test_the_model_is_left_as_it_was(model):
+    before = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
+    attributes = set(vars(model))
+    gather(model)
+    assert before == {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
+    assert set(vars(model)) == attributes
