@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import corrsteer
-from corrsteer.cli import doctor
+from corrsteer.report import doctor
 
 
 def python(code, **options):

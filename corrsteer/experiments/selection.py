@@ -107,7 +107,7 @@ def select(
     if by_chance and alpha is None:
         steering.notes.append(
             f"{len(by_chance)} of {len(steering.features)} selected features chance alone could explain "
-            f"(adjusted p > {CHANCE}): " + ", ".join(f"{f} (p {f.statistics.p_adjusted:.2f})" for f in by_chance)
+            f"(adjusted p > {CHANCE}): " + ", ".join(f"{f.name} (p {f.statistics.p_adjusted:.2f})" for f in by_chance)
         )
     return steering
 

@@ -68,9 +68,11 @@ class Feature:
 
     def __post_init__(self):
         if not math.isfinite(self.coefficient):
-            raise CorrSteerError(f"coefficient of {self} must be finite, got {self.coefficient}")
+            raise CorrSteerError(f"coefficient of {self.name} must be finite, got {self.coefficient}")
 
-    def __str__(self) -> str:
+    @property
+    def name(self) -> str:
+        """What to call it in a sentence."""
         if self.index is None:
             return f"the vector at {self.hook_point}"
         return f"layer {self.layer} feature {self.index}"

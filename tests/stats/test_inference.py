@@ -11,6 +11,7 @@ from scipy import stats
 from corrsteer import CorrSteerError, Evidence, Moments, inference, scores, update_moments
 from corrsteer.ops.moments import COEFFICIENTS
 from corrsteer.stats.evidence import SCORES
+from corrsteer.stats.inference import intervals
 
 # Intervals
 
@@ -44,8 +45,8 @@ def test_the_delta_interval_is_formed_from_every_samples_influence(labels):
 def test_halls_transformation_and_its_inverse_undo_each_other():
     t, s = torch.linspace(-3, 3, 13, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64)
     g = t + s * t**2 / 3 + s**2 * t**3 / 27 + s / 6
-    torch.testing.assert_close(inference._unskewed(g, s.expand(13)), t)
-    assert torch.equal(inference._unskewed(t, torch.zeros(13, dtype=torch.float64)), t)
+    torch.testing.assert_close(intervals._unskewed(g, s.expand(13)), t)
+    assert torch.equal(intervals._unskewed(t, torch.zeros(13, dtype=torch.float64)), t)
 
 
 def test_fishers_interval_is_scipys():
@@ -293,7 +294,7 @@ def test_labels_are_scored_and_tested_each_for_itself():
 def test_many_features_are_tested_in_parts_with_the_same_result(monkeypatch):
     evidence, *_ = made(d=50, permutations=49)
     whole = inference.significance({0: evidence})[0]
-    monkeypatch.setattr(inference, "FEATURES_AT_A_TIME", 7)
+    monkeypatch.setattr("corrsteer.stats.inference.permutation.FEATURES_AT_A_TIME", 7)
     parts = inference.significance({0: evidence})[0]
     for name in ("p", "p_layer", "p_adjusted", "q"):
         assert torch.equal(getattr(whole, name), getattr(parts, name)), name

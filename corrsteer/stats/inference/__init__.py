@@ -9,7 +9,7 @@ from corrsteer.stats.inference.intervals import (
     fisher_interval,
     interval,
 )
-from corrsteer.stats.inference.significance import Significance, benjamini_hochberg, significance
+from corrsteer.stats.inference.permutation import Significance, benjamini_hochberg, significance
 
 __all__ = [
     "METHODS", "Significance", "benjamini_hochberg", "bootstrap_correlations", "bootstrap_interval",
