@@ -9,12 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from corrsteer.ops import extensions
 from corrsteer.ops.calls import Call, Verdict
 
-try:
-    from corrsteer import _cuda
-except ImportError as error:
-    _cuda, MISSING = None, str(error)
+_cuda, MISSING = extensions.load("_cuda")
 
 NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # `Number` in csrc/cuda/steer_add.h
 BUILD = (

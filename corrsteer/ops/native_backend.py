@@ -17,16 +17,14 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from corrsteer.errors import BackendUnavailable
+from corrsteer.ops import extensions
 from corrsteer.ops.calls import Call, Verdict
 
 if TYPE_CHECKING:
     from corrsteer.ops.moments import Moments
     from corrsteer.sae.encoder import SparseEncoder
 
-try:
-    from corrsteer import _native
-except ImportError as error:
-    _native, MISSING = None, str(error)
+_native, MISSING = extensions.load("_native")
 
 INSTRUCTION_SET = "CORRSTEER_INSTRUCTION_SET"
 ENCODED = ("relu", "jumprelu", "gated", "topk", "abstopk")

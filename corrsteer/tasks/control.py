@@ -7,8 +7,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .examples import Task
-from .graders import TaskError
+from corrsteer.tasks.graders import TaskError
+from corrsteer.tasks.task import Task
 
 
 def with_shuffled_rewards(task: Task, rewards: Sequence[float], seed: int = 0) -> Task:

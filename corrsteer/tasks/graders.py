@@ -25,14 +25,11 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 from functools import partial, reduce
-from typing import TYPE_CHECKING
 
 from corrsteer.errors import CorrSteerError
+from corrsteer.tasks.examples import Example
 
-if TYPE_CHECKING:
-    from .examples import Example
-
-Grader = Callable[[str, "Example"], float]
+Grader = Callable[[str, Example], float]
 
 
 class TaskError(CorrSteerError):

@@ -108,7 +108,8 @@ def test_scores_permutations_and_bootstrap_are_collected_as_asked(world, tmp_pat
     assert evidence.scores == ("pearson", "auroc") and evidence.blocks == {0, 1, 2}
     arguments = ("--score", "auroc", "--interval", "bootstrap", "--json")
     rows = json.loads(run("select", tmp_path / "run", "--out", tmp_path / "s", *arguments).stdout)["table"]["1"]
-    assert all(row["statistics"]["p_value"] * 20 == pytest.approx(round(row["statistics"]["p_value"] * 20)) for row in rows)
+    twentieths = [20 * row["statistics"]["p_value"] for row in rows]
+    assert twentieths == pytest.approx([round(value) for value in twentieths])
 
 
 def test_calibrate_writes_the_best_scale_into_the_coefficients(world, collected):

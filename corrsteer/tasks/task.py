@@ -1,0 +1,305 @@
+"""`Task`: rows of JSONL or of a Hugging Face dataset become prompts with answers and a grader."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from corrsteer.tasks import graders
+from corrsteer.tasks.examples import Example
+from corrsteer.tasks.graders import Grader, TaskError
+
+
+@dataclass(frozen=True)
+class Task:
+    """Examples and the grader that scores their completions. ``grader_name`` is what provenance records."""
+
+    name: str
+    examples: tuple[Example, ...]
+    grader: Grader
+    grader_name: str
+    chat: bool = False
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.system is not None and not self.chat:
+            raise TaskError("system is a chat message: pass chat=True with it, or put it in the prompts")
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def grade(self, completion: str, example: Example) -> float:
+        """Reward of one completion: a finite number."""
+        try:
+            reward = self.grader(completion, example)
+            reward = reward.item() if hasattr(reward, "item") else reward  # numpy and torch scalars
+        except Exception as error:  # a user's grader may raise anything
+            raise TaskError(f"{example.source}: grader {self.grader_name} failed: {_one_line(error)}") from error
+        if not isinstance(reward, Real) or not math.isfinite(reward):
+            raise TaskError(
+                f"{example.source}: grader {self.grader_name} must return a finite number, got {reward!r:.80}"
+            )
+        return float(reward)
+
+    def prompts(self, tokenizer) -> list[str]:
+        """Each example's prompt as the model reads it.
+
+        With ``chat=True`` it is rendered by the tokenizer's chat template, special tokens included: tokenise the
+        result with ``add_special_tokens=False``.
+        """
+        if not self.chat:
+            return [example.prompt for example in self.examples]
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise TaskError("chat=True needs a tokenizer with a chat_template, and this one has none: use chat=False")
+        opening = [] if self.system is None else [{"role": "system", "content": self.system}]
+        rendered = []
+        for example in self.examples:
+            messages = [*opening, {"role": "user", "content": example.prompt}]
+            try:
+                text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            except Exception as error:  # a template raises as it likes, as some do on a system message
+                raise TaskError(f"{example.source}: the chat template failed: {_one_line(error)}") from error
+            rendered.append(text)
+        return rendered
+
+    def split(
+        self, train: float = 0.8, validation: float = 0.1, test: float = 0.1, seed: int = 0
+    ) -> tuple[Task, Task, Task]:
+        """Shuffle into train, validation and test tasks that share no prompt.
+
+        The fractions count distinct prompts: examples with the same prompt go to the same split. With few prompts
+        a split may be empty.
+        """
+        fractions = {"train": train, "validation": validation, "test": test}
+        for name, fraction in fractions.items():
+            if not fraction >= 0:
+                raise TaskError(f"{name} must be a fraction of at least 0, got {fraction}")
+        if sum(fractions.values()) > 1 + 1e-9:
+            raise TaskError(f"train + validation + test must be at most 1, got {train} + {validation} + {test}")
+
+        by_prompt: dict[str, list[Example]] = {}
+        for example in self.examples:
+            by_prompt.setdefault(example.prompt, []).append(example)
+        groups = list(by_prompt.values())
+        random.Random(seed).shuffle(groups)
+
+        first = round(len(groups) * train)
+        second = round(len(groups) * (train + validation))
+        third = round(len(groups) * (train + validation + test))
+        parts = groups[:first], groups[first:second], groups[second:third]
+        return tuple(replace(self, examples=tuple(example for group in part for example in group)) for part in parts)
+
+    def take(self, n: int) -> Task:
+        """The first n examples, or all if there are fewer."""
+        if n < 0:
+            raise TaskError(f"n must be at least 0, got {n}")
+        return replace(self, examples=self.examples[:n])
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Iterable[Mapping],
+        grader: str | Grader = "exact",
+        name: str = "task",
+        prompt_field: str = "prompt",
+        answer_field: str | None = "answer",
+        chat: bool = False,
+        system: str | None = None,
+        source: str | None = None,
+    ) -> Task:
+        """Read mappings with a prompt and, where the grader needs it, an answer.
+
+        Parameters
+        ----------
+        rows
+            A prompt is a non-empty string. An answer is a string, a number or a list of these.
+        grader
+            A name of `corrsteer.tasks.graders`, ``regex:PATTERN``, ``module:function``, or a callable.
+        answer_field
+            None leaves every key but the prompt in `Example.fields`, for graders that need no answer.
+        system
+            A system message before each prompt, with ``chat=True``.
+        source
+            What error messages call the rows, ``name`` if not given. The first row is number 1.
+        """
+        source = source or name
+        numbered = ((f"{source}:{number}", row) for number, row in enumerate(rows, start=1))
+        examples, grader_name, grade = _read(numbered, grader, prompt_field, answer_field, source)
+        return cls(name, examples, grade, grader_name, chat, system)
+
+    @classmethod
+    def from_jsonl(
+        cls,
+        path: str | os.PathLike,
+        grader: str | Grader = "exact",
+        name: str | None = None,
+        prompt_field: str = "prompt",
+        answer_field: str | None = "answer",
+        chat: bool = False,
+        system: str | None = None,
+        source: str | None = None,
+    ) -> Task:
+        """Read a UTF-8 file with one JSON object a line, as `from_rows` does. Blank lines are skipped.
+
+        ``name`` is the file's stem if not given, ``source`` the file's name.
+        """
+        path = Path(path)
+        source = source or path.name
+        lines = _numbered_lines(path, source)
+        examples, grader_name, grade = _read(lines, grader, prompt_field, answer_field, source, parse=_parse_line)
+        return cls(name or path.stem, examples, grade, grader_name, chat, system)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        name_or_path: Any,
+        config: str | None = None,
+        split: str = "train",
+        grader: str | Grader = "exact",
+        name: str | None = None,
+        prompt_field: str = "prompt",
+        answer_field: str | None = "answer",
+        chat: bool = False,
+        system: str | None = None,
+        source: str | None = None,
+    ) -> Task:
+        """Read a Hugging Face dataset, as `from_rows` does. Needs the `datasets` package.
+
+        Parameters
+        ----------
+        name_or_path
+            A dataset of the Hub, a folder written by ``save_to_disk``, anything else that
+            ``datasets.load_dataset`` takes, or a dataset already loaded (mapped, say, to have prompts).
+        split
+            Which split to read; a dataset already loaded or saved as one split is read as it is.
+        """
+        rows, origin = _open_dataset(name_or_path, config, split)
+        rows = _pick_split(rows, split, origin)
+        read_split = getattr(rows, "split", None)
+        source = source or (f"{origin}[{read_split}]" if read_split else origin)
+        return cls.from_rows(rows, grader, name or origin, prompt_field, answer_field, chat, system, source)
+
+
+def _read(
+    numbered: Iterable[tuple[str, Any]],
+    grader: str | Grader,
+    prompt_field: str,
+    answer_field: str | None,
+    source: str,
+    parse: Callable[[Any], Any] = lambda row: row,
+) -> tuple[tuple[Example, ...], str, Grader]:
+    """Turn (source, row) pairs into examples, or report the first bad row and how many more there are."""
+    grader_name, grade, needs_answer = graders.resolve(grader)
+    if needs_answer and answer_field is None:
+        raise TaskError(f"answer_field must name the answer's field: grader {grader_name} needs an answer")
+    examples, bad = [], []
+    for where, row in numbered:
+        try:
+            row = parse(row)
+            prompt = _prompt(row, prompt_field)
+            answer = _answer(row, answer_field, needs_answer)
+            if answer is not None:
+                graders.check_answer(grader_name, answer)
+        except TaskError as error:
+            bad.append(f"{where}: {error}")
+        else:
+            fields = {key: value for key, value in row.items() if key not in (prompt_field, answer_field)}
+            examples.append(Example(prompt, answer, fields, where))
+    if bad:
+        more = f" (and {len(bad) - 1} more bad)" if len(bad) > 1 else ""
+        raise TaskError(bad[0] + more)
+    if not examples:
+        raise TaskError(f"{source} has no examples")
+    return tuple(examples), grader_name, grade
+
+
+def _prompt(row: Any, key: str) -> str:
+    if not isinstance(row, Mapping):
+        raise TaskError(f"a row must be an object with named fields, got {type(row).__name__}")
+    if key not in row:
+        raise TaskError(f"no field {key!r} among {', '.join(map(str, row)) or 'none'}: set prompt_field")
+    if not isinstance(row[key], str) or not row[key].strip():
+        raise TaskError(f"the prompt, field {key!r}, must be a non-empty string, got {row[key]!r:.40}")
+    return row[key]
+
+
+def _answer(row: Mapping, key: str | None, needed: bool) -> str | tuple[str, ...] | None:
+    value = None if key is None else row.get(key)
+    if value is None:
+        if needed:
+            fields = ", ".join(map(str, row))
+            raise TaskError(f"no answer: field {key!r} is missing or null among {fields}: set answer_field")
+        return None
+    if _is_answer(value):
+        return str(value)
+    if isinstance(value, (list, tuple)) and value and all(map(_is_answer, value)):
+        return str(value[0]) if len(value) == 1 else tuple(map(str, value))
+    advice = "set answer_field" if needed else "or pass answer_field=None to keep it in fields"
+    raise TaskError(
+        f"the answer, field {key!r}, must be a string, a number or a list of these, got {value!r:.40}: {advice}"
+    )
+
+
+def _is_answer(value: Any) -> bool:
+    # Not bool: whether true is to read "True", "true" or "yes" is the task's to say.
+    return isinstance(value, (str, Real)) and not isinstance(value, bool)
+
+
+def _numbered_lines(path: Path, source: str) -> Iterator[tuple[str, bytes]]:
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{source}:{number}", line
+    except OSError as error:
+        raise TaskError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _parse_line(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"))  # -sig: editors on Windows open a file with a byte order mark
+    except UnicodeDecodeError as error:
+        raise TaskError(f"not UTF-8: byte {line[error.start]:#04x} at position {error.start}") from error
+    except (ValueError, RecursionError) as error:
+        raise TaskError(f"not JSON: {error}") from error
+
+
+def _open_dataset(name_or_path: Any, config: str | None, split: str) -> tuple[Any, str]:
+    """The dataset, perhaps one with several splits, and what to call it."""
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        return name_or_path, "dataset"
+    try:
+        import datasets
+    except ImportError as error:
+        raise TaskError(f"reading {name_or_path} needs the datasets package: pip install datasets") from error
+    folder = Path(name_or_path)
+    origin = folder.name if folder.is_dir() else str(name_or_path)
+    origin = f"{origin}/{config}" if config else origin
+    try:
+        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():  # save_to_disk's marks
+            return datasets.load_from_disk(str(folder)), origin
+        return datasets.load_dataset(str(name_or_path), config, split=split), origin
+    except Exception as error:  # the library and a dataset's own reader raise many kinds
+        raise TaskError(f"cannot load dataset {origin}: {_one_line(error)}") from error
+
+
+def _pick_split(rows: Any, split: str, origin: str) -> Any:
+    if isinstance(rows, Mapping):
+        if split not in rows:
+            raise TaskError(f"split of {origin} must be one of {', '.join(rows)}, got {split!r}")
+        return rows[split]
+    if not isinstance(rows, Iterable):
+        raise TaskError(f"name_or_path must be a name, a folder or a dataset, got {type(rows).__name__}")
+    return rows
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error) if isinstance(error, TaskError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())
