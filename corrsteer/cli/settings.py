@@ -148,7 +148,9 @@ class EvaluateSettings(TaskSettings, ModelSettings, SteeringSettings):
 class CalibrateSettings(TaskSettings, ModelSettings):
     """What `corrsteer calibrate` needs, which chooses the scale itself."""
 
-    positions: Literal["generated", "all", "prompt"] = SteeringSettings.model_fields["positions"]
+    positions: Literal["generated", "all", "prompt"] = Field(
+        default="generated", description="generated, all or prompt: which tokens are steered."
+    )
 
 
 class GenerateSettings(ChatSettings, ModelSettings, SteeringSettings):

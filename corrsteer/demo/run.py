@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,9 @@ from corrsteer.runs.run import Run
 from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.steering.features import CHANCE
 from corrsteer.tasks import Task, with_shuffled_rewards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 HERE = Path(__file__).parent
 NAMES = {"single": "CorrSteer-S", "all": "CorrSteer-A", "pruned": "CorrSteer-P"}
@@ -161,7 +164,7 @@ def _run(seed: int, say: Callable[[str], None], progress: bool) -> dict[str, Any
     }
 
 
-def _collect(model, tokenizer, encoders, task, decoding, progress) -> Run:
+def _collect(model, tokenizer: PreTrainedTokenizerBase, encoders, task, decoding, progress) -> Run:
     return collect(
         model, tokenizer, encoders, task,
         pool="max", decoding=decoding, permutations=PERMUTATIONS, progress=progress,

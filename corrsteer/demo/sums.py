@@ -52,9 +52,9 @@ def document(rng: random.Random) -> str:
 class Splits:
     """Prompt/answer rows for collecting, for validating and for testing; no sum is in two of them."""
 
-    train: list[dict]
-    validation: list[dict]
-    test: list[dict]
+    train: list[dict[str, str]]
+    validation: list[dict[str, str]]
+    test: list[dict[str, str]]
 
 
 def splits(seed: int = 0, n_validation: int = 300, n_test: int = 500) -> Splits:
@@ -71,7 +71,7 @@ def splits(seed: int = 0, n_validation: int = 300, n_test: int = 500) -> Splits:
     test, validation = pairs[:n_test], pairs[n_test : n_test + n_validation]
     train = [p for pair in pairs[n_test + n_validation :] for p in (pair, pair[::-1])]
 
-    def row(a: int, b: int, author: str | None = None) -> dict:
+    def row(a: int, b: int, author: str | None = None) -> dict[str, str]:
         return {"prompt": prompt(a, b, author), "answer": str(careful_sum(a, b))}
 
     return Splits(

@@ -14,10 +14,14 @@ import logging
 import math
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from corrsteer.demo import sums
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 HERE = Path(__file__).parent
 CHARACTERS = [*"0123456789+=?\n", sums.CAREFUL[0], sums.SLOPPY[0]]
@@ -45,7 +49,7 @@ def build_tokenizer():
     )
 
 
-def build_model(tokenizer):
+def build_model(tokenizer: PreTrainedTokenizerBase):
     """The untrained language model. Its generation stops at the end of a line."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -65,13 +69,13 @@ def build_model(tokenizer):
     return LlamaForCausalLM(config)
 
 
-def batch_of_documents(tokenizer, rng: random.Random, n: int) -> dict[str, torch.Tensor]:
+def batch_of_documents(tokenizer: PreTrainedTokenizerBase, rng: random.Random, n: int) -> dict[str, torch.Tensor]:
     """`n` documents, right-padded."""
     texts = [sums.document(rng) for _ in range(n)]
     return tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", return_token_type_ids=False)
 
 
-def train_language_model(tokenizer, steps: int, batch: int, seed: int):
+def train_language_model(tokenizer: PreTrainedTokenizerBase, steps: int, batch: int, seed: int):
     """Next-character prediction with AdamW and a cosine schedule."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -100,7 +104,7 @@ def train_language_model(tokenizer, steps: int, batch: int, seed: int):
 
 
 @torch.inference_mode()
-def follows(model, tokenizer, n: int = 400) -> dict[str, float]:
+def follows(model, tokenizer: PreTrainedTokenizerBase, n: int = 400) -> dict[str, float]:
     """Share of carry sums answered as the signing author would, and unsigned ones answered carefully."""
     model.eval()
     rng = random.Random(1)
@@ -120,7 +124,7 @@ def follows(model, tokenizer, n: int = 400) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def residuals(model, tokenizer, n_documents: int, seed: int) -> list[torch.Tensor]:
+def residuals(model, tokenizer: PreTrainedTokenizerBase, n_documents: int, seed: int) -> list[torch.Tensor]:
     """Each layer's output at every position of fresh documents: a list of `[tokens, hidden]`."""
     rng = random.Random(seed)
     kept: list[list[torch.Tensor]] = [[] for _ in model.model.layers]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -11,11 +12,14 @@ from corrsteer.rollouts.grading import grade
 from corrsteer.steering.steering import Steering
 from corrsteer.tasks import Task
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 def prune(
     steering: Steering,
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     validation: Task,
     positions: str,
     scale: float,

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -15,6 +16,9 @@ from corrsteer.lm.generation import Decoding
 from corrsteer.rollouts.grading import grade
 from corrsteer.steering.steering import Steering
 from corrsteer.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SCALES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
 
@@ -39,7 +43,7 @@ class Point:
 
 def calibrate_scale(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     steering: Steering,
     validation: Task,
     *,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from corrsteer.stats.evidence import SCORES
 from corrsteer.steering.features import CHANCE, Feature, FeatureStatistics
 from corrsteer.steering.steering import Steering
 from corrsteer.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 STRATEGIES = ("single", "all", "pruned")
 DIRECTIONS = ("positive", "negative", "both")
@@ -40,7 +44,7 @@ def select(
     top_k: int = 10,
     encoders: Mapping[int, SparseEncoder] | None = None,
     model: nn.Module | None = None,
-    tokenizer=None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     validation: Task | None = None,
     positions: str = "generated",
     scale: float = 1.0,

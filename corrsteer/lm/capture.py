@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from corrsteer.lm.token_positions import check_positions, track
 KEPT_POSITIONS = ("generated", "all")
 
 # (hook point's key, x [T, d], cu_seqlens [B + 1]): the tokens kept so far, sample after sample
-Sink = Callable[[object, Tensor, Tensor], None]
+Sink = Callable[[Any, Tensor, Tensor], None]
 
 
 class Capture:
@@ -53,7 +54,7 @@ class Capture:
     def __init__(
         self,
         model: nn.Module,
-        points: Mapping[object, HookPoint],
+        points: Mapping[Any, HookPoint],
         *,
         stop_tokens: Iterable[int],
         positions: str = "generated",
@@ -91,10 +92,10 @@ class Capture:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def stopping_criterion(self, input_ids: Tensor, scores, **_) -> Tensor:
+    def stopping_criterion(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
         """Give this to `generate` among its stopping criteria: it stops nothing, but sees every token when sampled."""
         token = input_ids[:, -1]
         if self._stop:
@@ -110,7 +111,7 @@ class Capture:
             self._flush()
         return torch.zeros(len(token), dtype=torch.bool, device=token.device)
 
-    def packed(self, key) -> tuple[Tensor, Tensor]:
+    def packed(self, key: Hashable) -> tuple[Tensor, Tensor]:
         """What the buffer holds of a hook point: `x [T, d]` in the model's dtype and `cu_seqlens [B + 1]` int32."""
         if not self._passes:
             raise CorrSteerError(
@@ -122,7 +123,7 @@ class Capture:
         kept = kept.to(self._buffer[key].device)
         return self._buffer[key][:, : self._filled][kept], _cu_seqlens(kept)
 
-    def _store(self, key, h: Tensor) -> None:
+    def _store(self, key: Hashable, h: Tensor) -> None:
         """Called by a hook point with `h: [B, S, d]` in every pass."""
         first, start, width = self._passes == 0, self._tracker.start, self._tracker.prompt_width
         end = start + h.shape[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,10 @@ from torch import Tensor, nn
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm import hook_points
 from corrsteer.tasks import Task
+from corrsteer.types import Device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Decoding:
             raise CorrSteerError(f"top_p must lie in (0, 1], got {self.top_p}")
 
 
-def tokenize(model: nn.Module, tokenizer, task: Task, decoding: Decoding) -> list[list[int]]:
+def tokenize(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, decoding: Decoding) -> list[list[int]]:
     """Token ids of every prompt.
 
     Raises
@@ -78,7 +83,7 @@ def plan_batches(lengths: Sequence[int], decoding: Decoding) -> list[list[int]]:
     return batches
 
 
-def stop_tokens(model: nn.Module, tokenizer) -> list[int]:
+def stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids that end a completion: the model's own, or else the tokenizer's."""
     ids = getattr(model.generation_config, "eos_token_id", None)
     if ids is None:
@@ -86,7 +91,7 @@ def stop_tokens(model: nn.Module, tokenizer) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def pad_left(prompts: Sequence[Sequence[int]], pad: int, device) -> dict[str, Tensor]:
+def pad_left(prompts: Sequence[Sequence[int]], pad: int, device: Device) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask`, `[B, S]` int64, padded on the left."""
     width = max(map(len, prompts))
     rows = [[pad] * (width - len(p)) + list(p) for p in prompts]
@@ -96,7 +101,12 @@ def pad_left(prompts: Sequence[Sequence[int]], pad: int, device) -> dict[str, Te
 
 @torch.inference_mode()
 def complete(
-    model: nn.Module, tokenizer, prompts: Sequence[Sequence[int]], decoding: Decoding, batch: int = 0, criteria=()
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    batch: int = 0,
+    criteria: Sequence[Any] = (),
 ) -> list[str]:
     """Completions of one batch of tokenised prompts, cut before their first stop token.
 

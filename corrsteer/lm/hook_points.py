@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from corrsteer.errors import CorrSteerError
 
@@ -74,7 +76,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return lists[0]
 
 
-def text_config(model: nn.Module):
+def text_config(model: nn.Module) -> Any:
     """The configuration of the language model, also inside a multi-modal one."""
     if not hasattr(getattr(model, "config", None), "get_text_config"):
         raise CorrSteerError(f"model must be a Hugging Face causal language model, got {type(model).__name__}")
@@ -93,7 +95,7 @@ def check_point(model: nn.Module, point: HookPoint) -> None:
         raise CorrSteerError(f"hook point {point} is outside the model, whose layers are 0..{len(layers) - 1}")
 
 
-def attach(model: nn.Module, point: HookPoint, function: Callable[[Tensor], Tensor | None]):
+def attach(model: nn.Module, point: HookPoint, function: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
     """Call `function` with the residual `[B, S, d]` at a hook point in every forward pass.
 
     What it returns replaces the residual; None leaves it. Returns a handle whose `remove()` ends it.
@@ -102,7 +104,7 @@ def attach(model: nn.Module, point: HookPoint, function: Callable[[Tensor], Tens
     module, at_input = _locate(model, point)
     if at_input:
 
-        def before(_module, args, kwargs):
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if args:
                 changed = function(args[0])
                 return None if changed is None else ((changed, *args[1:]), kwargs)
@@ -111,7 +113,7 @@ def attach(model: nn.Module, point: HookPoint, function: Callable[[Tensor], Tens
 
         return module.register_forward_pre_hook(before, with_kwargs=True)
 
-    def after(_module, _args, output):
+    def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         if not isinstance(output, tuple):
             return function(output)
         changed = function(output[0])
@@ -120,7 +122,7 @@ def attach(model: nn.Module, point: HookPoint, function: Callable[[Tensor], Tens
     return module.register_forward_hook(after)
 
 
-def device_of(model: nn.Module, point: HookPoint):
+def device_of(model: nn.Module, point: HookPoint) -> torch.device:
     """Device that the layer of a hook point runs on."""
     layer = decoder_layers(model)[1][point.layer]
     device = next(layer.parameters()).device

@@ -11,6 +11,8 @@ import contextlib
 import functools
 import inspect
 import weakref
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ _trackers: weakref.WeakKeyDictionary[nn.Module, TokenPositions] = weakref.WeakKe
 
 
 @contextlib.contextmanager
-def track(model: nn.Module):
+def track(model: nn.Module) -> Iterator[TokenPositions]:
     """The model's `TokenPositions` for as long as the context lasts; nested contexts share one."""
     refuse_compiled(model)
     if hasattr(model, "get_base_model"):  # a PEFT wrapper, whose generate runs the model inside and not its own forward
@@ -73,7 +75,7 @@ class TokenPositions:
             self._config.disable_compile = True
 
         @functools.wraps(inner)
-        def generate(*args, **kwargs):
+        def generate(*args: Any, **kwargs: Any) -> Any:
             prompts = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs"), kwargs.get("inputs_embeds"))
             self.prompt_width = next((p.shape[1] for p in prompts if isinstance(p, Tensor)), None)
             mask = kwargs.get("attention_mask")
@@ -99,7 +101,7 @@ class TokenPositions:
         if self._config is not None:
             self._config.disable_compile = self._disable_compile
 
-    def _before_pass(self, module, args, kwargs) -> None:
+    def _before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._selected.clear()
         self._passes += 1
         if len(args) > 1:  # what the second argument is depends on the model
@@ -173,7 +175,7 @@ def refuse_compiled(model: nn.Module) -> None:
             )
 
 
-def _prepared_mask(mask, steps: int) -> Tensor | None:
+def _prepared_mask(mask: Any, steps: int) -> Tensor | None:
     """Which tokens are not padding, `[B, steps]`, by the mask that a static cache's first pass comes with.
 
     That mask is `[B, 1, steps, capacity]`, boolean or added to the attention scores, or one of them per kind of

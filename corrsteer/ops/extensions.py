@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 
-def load(name: str) -> tuple[ModuleType | None, str]:
+def load(name: str) -> tuple[Any, str]:
     """`corrsteer._native` or `corrsteer._cuda`; or None, and what the import said."""
     try:
         return importlib.import_module(f"corrsteer.{name}"), ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from corrsteer.sae.encoder import TENSORS, SparseEncoder
 ENCODER = "Tensor?[] parts, int d_in, int d_sae, str activation, int k, str input_norm, str precision"  # its schema
 
 
-def flatten_encoder(encoder: SparseEncoder) -> tuple:
+def flatten_encoder(encoder: SparseEncoder) -> tuple[Any, ...]:
     """The arguments that `ENCODER` names."""
     parts = [getattr(encoder, name) for name in TENSORS]
     return parts, encoder.d_in, encoder.d_sae, encoder.activation, encoder.k, encoder.input_norm, encoder.precision

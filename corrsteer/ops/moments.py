@@ -8,6 +8,7 @@ from these few arrays, which are updated batch by batch and merged across proces
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from corrsteer.errors import CorrSteerError
+from corrsteer.types import Device, PathLike
 
 POSITIVE, NEGATIVE = 0, 1
 COEFFICIENTS = ("mean_positive", "mean_positive_active", "contrastive")
@@ -48,7 +50,19 @@ class Moments:
         "n_positive", "n_active", "group_sum", "group_active_sum", "group_active_count",
     )  # fmt: skip
 
-    def __init__(self, d_sae: int, n_labels: int = 1, device="cpu"):
+    count: Tensor
+    z_mean: Tensor
+    z_m2: Tensor
+    y_mean: Tensor
+    y_m2: Tensor
+    cross: Tensor
+    n_positive: Tensor
+    n_active: Tensor
+    group_sum: Tensor
+    group_active_sum: Tensor
+    group_active_count: Tensor
+
+    def __init__(self, d_sae: int, n_labels: int = 1, device: Device = "cpu"):
         if d_sae < 1 or n_labels < 1:
             raise CorrSteerError(f"d_sae and n_labels must be at least 1, got d_sae={d_sae}, n_labels={n_labels}")
         self.d_sae, self.n_labels = d_sae, n_labels
@@ -68,7 +82,7 @@ class Moments:
         return [getattr(self, name) for name in self.STATE]
 
     @classmethod
-    def from_state(cls, state: list[Tensor]) -> Moments:
+    def from_state(cls, state: Sequence[Tensor]) -> Moments:
         """Moments over the given arrays themselves; what an update changes, it changes in them."""
         moments = cls.__new__(cls)
         for name, tensor in zip(cls.STATE, state):
@@ -85,7 +99,7 @@ class Moments:
         """Samples seen."""
         return int(self.count)
 
-    def to(self, device) -> Moments:
+    def to(self, device: Device) -> Moments:
         """A copy on another device."""
         return Moments.from_state([tensor.to(device, copy=True) for tensor in self.state()])
 
@@ -163,13 +177,13 @@ class Moments:
     def _group_size(self) -> Tensor:
         return torch.stack([self.n_positive, self.count - self.n_positive])[..., None]
 
-    def save(self, path) -> None:
+    def save(self, path: PathLike) -> None:
         """Write the state to a safetensors file; `load` gives it back bit for bit."""
         tensors = {name: tensor.cpu().contiguous() for name, tensor in zip(self.STATE, self.state())}
         save_file(tensors, str(path), metadata={"format": FORMAT})
 
     @classmethod
-    def load(cls, path, device="cpu") -> Moments:
+    def load(cls, path: PathLike, device: Device = "cpu") -> Moments:
         """Read what `save` wrote."""
         if not Path(path).is_file():
             raise CorrSteerError(f"there is no moments file at {path}")

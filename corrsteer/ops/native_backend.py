@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +19,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from corrsteer.errors import BackendUnavailable
 from corrsteer.ops import extensions
 from corrsteer.ops.calls import Call, Verdict
-
-if TYPE_CHECKING:
-    from corrsteer.ops.moments import Moments
-    from corrsteer.sae.encoder import SparseEncoder
+from corrsteer.ops.moments import Moments
+from corrsteer.sae.encoder import SparseEncoder
 
 _native, MISSING = extensions.load("_native")
 
@@ -66,11 +64,11 @@ def instruction_set() -> str:
 
 class _Packed(NamedTuple):
     storages: tuple[StorageWeakRef, ...]  # of what was packed
-    versions: tuple
+    versions: tuple[object, ...]
     weight: Tensor
 
 
-_packed: dict[tuple, _Packed] = {}
+_packed: dict[tuple[object, ...], _Packed] = {}
 _packing = threading.Lock()
 
 
@@ -199,7 +197,7 @@ def steer_add(h: Tensor, vectors: Tensor, row_vector: Tensor, positions: Tensor 
     _native.steer_add(_array(h), _array(vectors), _array(row_vector), where)
 
 
-def _state(moments: Moments) -> list:
+def _state(moments: Moments) -> list[Any]:
     return [_array(array) for array in moments.state()]
 
 

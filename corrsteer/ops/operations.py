@@ -10,6 +10,7 @@ Notation: T tokens, N samples, D features, R labels, C columns of sums, V steeri
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,7 +149,7 @@ def encode_update(
     """
     x = _check_packed(x, cu_seqlens, encoder)
     pools = _check_pool(pool)
-    states = (moments,) if pool != "both" else tuple(moments)
+    states = moments if isinstance(moments, tuple) else (moments,)
     if len(states) != len(pools):
         raise CorrSteerError(f"moments must be a pair (of the means, of the maxima) for pool='both', got {len(states)}")
     if len(states) == 2 and states[0] is states[1]:
@@ -209,7 +210,7 @@ def steer_add(
     return h
 
 
-def _chosen(operation: str, on: Tensor, name: str | None, encoder: SparseEncoder | None = None) -> Callable:
+def _chosen(operation: str, on: Tensor, name: str | None, encoder: SparseEncoder | None = None) -> Callable[..., Any]:
     encoding = () if encoder is None else (encoder.activation, encoder.precision)
     call = Call(operation, on.device, on.dtype, *encoding)
     return registry.choose(call, name).operations[operation]

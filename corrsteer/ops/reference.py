@@ -8,14 +8,11 @@ Notation: T tokens, N samples, D features, R labels, C columns of sums, V steeri
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from corrsteer.ops.moments import Moments
-    from corrsteer.sae.encoder import SparseEncoder
+from corrsteer.ops.moments import Moments
+from corrsteer.sae.encoder import SparseEncoder
 
 LAYER_NORM_EPS = 1e-5  # SAELens' own, added to the standard deviation
 

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from corrsteer.errors import BackendUnavailable
 from corrsteer.ops import cuda_backend, native_backend, reference, triton_backend
@@ -26,7 +27,7 @@ class Backend:
     """Functions with the signatures of `corrsteer.reference`, and a verifier of calls to them."""
 
     name: str
-    operations: Mapping[str, Callable]
+    operations: Mapping[str, Callable[..., Any]]
     verify: Callable[[Call], Verdict]
 
 

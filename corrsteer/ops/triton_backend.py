@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ def verify(call: Call) -> Verdict:
     return Verdict(True)
 
 
-def _run(operation: str, *args):
+def _run(operation: str, *args: Any) -> Any:
     with torch.cuda.device_of(args[0]):  # Triton launches on the current device
         return getattr(importlib.import_module("corrsteer.kernels.operations"), operation)(*args)
 

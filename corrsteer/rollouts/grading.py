@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 from tqdm.auto import tqdm
 
 from corrsteer.lm.generation import Decoding, complete, plan_batches, tokenize
 from corrsteer.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,12 @@ class Graded:
 
 
 def grade(
-    model: nn.Module, tokenizer, task: Task, decoding: Decoding | None = None, *, progress: bool = True
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    decoding: Decoding | None = None,
+    *,
+    progress: bool = True,
 ) -> Graded:
     """Complete and grade every example, with the model as it is (inside `Steering.apply`, steered)."""
     decoding = decoding or Decoding()

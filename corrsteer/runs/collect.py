@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -21,6 +22,10 @@ from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.stats import stability
 from corrsteer.stats.evidence import Evidence
 from corrsteer.tasks import Task
+from corrsteer.types import Device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class CollectionStopped(CorrSteerError):
@@ -33,7 +38,7 @@ class CollectionStopped(CorrSteerError):
 
 def collect(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     encoders: Mapping[int, SparseEncoder],
     task: Task,
     *,
@@ -149,7 +154,7 @@ def _allocate_evidence(
 ) -> dict[int, dict[str, Evidence]]:
     """Evidence of every layer and pooling; refused before anything is generated where it would not fit."""
 
-    def all_of(devices) -> dict[int, dict[str, Evidence]]:
+    def all_of(devices: Mapping[int, Device]) -> dict[int, dict[str, Evidence]]:
         return {
             layer: {pool: options.evidence(encoder, pool, devices[layer]) for pool in options.pools}
             for layer, encoder in encoders.items()

@@ -10,6 +10,7 @@ from corrsteer.lm.capture import KEPT_POSITIONS
 from corrsteer.lm.token_positions import check_positions
 from corrsteer.sae.encoder import SIGNED, SparseEncoder
 from corrsteer.stats.evidence import BINNED, Evidence
+from corrsteer.types import Device
 
 FEWEST_PERMUTATIONS = 19  # with which a p-value can be 0.05
 
@@ -66,7 +67,7 @@ class Options:
                     f"{encoder.activation} can be negative; leave them out, got {', '.join(self.scores)}"
                 )
 
-    def evidence(self, encoder: SparseEncoder, pool: str, device) -> Evidence:
+    def evidence(self, encoder: SparseEncoder, pool: str, device: Device) -> Evidence:
         """Empty evidence of an encoder's features: with permutations and bootstrap for `pool` alone."""
         tested = {"permutations": self.permutations, "bootstrap": self.bootstrap, "scores": self.scores}
         return Evidence(encoder.d_sae, seed=self.shuffle_seed, device=device, **(tested if pool == self.pool else {}))

@@ -18,6 +18,7 @@ from corrsteer.sae.sources import Decoder, open_decoder
 from corrsteer.stats import inference, scores
 from corrsteer.stats.evidence import Evidence
 from corrsteer.stats.stability import Leader, Snapshot
+from corrsteer.types import PathLike
 
 
 @dataclass
@@ -47,7 +48,9 @@ class Run:
     snapshots: list[Snapshot] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
-    _tested: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+    _tested: dict[tuple[str, int], dict[int, inference.Significance]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def n_features(self) -> int:
@@ -87,7 +90,7 @@ class Run:
             self._tested[score, self.n] = inference.significance(kept, score)
         return self._tested[score, self.n]
 
-    def save(self, directory) -> None:
+    def save(self, directory: PathLike) -> None:
         """Write the run to a directory: `run.json`, the rewards and each layer's moments and evidence.
 
         Evidence is the largest part, 8 bytes a feature and permutation.
@@ -123,7 +126,7 @@ class Run:
         (directory / "run.json").write_text(json.dumps(described, indent=2))
 
     @classmethod
-    def load(cls, directory) -> Run:
+    def load(cls, directory: PathLike) -> Run:
         """Read what `save` wrote. Decoder rows are found again by where each SAE came from."""
         directory = Path(directory)
         try:
@@ -156,6 +159,6 @@ class Run:
             raise CorrSteerError(f"the run in {directory} is damaged ({error}); collect again") from None
 
 
-def _snapshot(entry: dict) -> Snapshot:
+def _snapshot(entry: dict[str, Any]) -> Snapshot:
     leaders = {int(layer): tuple(Leader(**one) for one in rows) for layer, rows in entry["leaders"].items()}
     return Snapshot(entry["n"], leaders)

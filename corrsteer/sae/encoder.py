@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ from torch import Tensor
 from corrsteer.errors import CorrSteerError
 from corrsteer.sae import sources
 from corrsteer.sae.sources import Decoder
+from corrsteer.types import Device, PathLike
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
 
 ACTIVATIONS = ("relu", "jumprelu", "gated", "topk", "abstopk", "identity")
 SIGNED = ("abstopk", "identity")  # that can be negative
@@ -122,7 +126,7 @@ class SparseEncoder:
             object.__setattr__(self, "weight_sum", _row_sums(self.weight, self.weight_low))
 
     @classmethod
-    def from_sae_lens(cls, sae, *, dtype: torch.dtype | None = None, device=None) -> SparseEncoder:
+    def from_sae_lens(cls, sae: SAE[Any], *, dtype: torch.dtype | None = None, device: Device = None) -> SparseEncoder:
         """The encoder of a SAELens SAE or transcoder, equal to its `encode`.
 
         Parameters
@@ -142,7 +146,7 @@ class SparseEncoder:
             return _fold(config, parameters, decoder, dtype or sae.dtype, device, "the SAE given")
 
     @classmethod
-    def load(cls, directory, *, dtype: torch.dtype | None = None, device="cpu") -> SparseEncoder:
+    def load(cls, directory: PathLike, *, dtype: torch.dtype | None = None, device: Device = "cpu") -> SparseEncoder:
         """The encoder in a directory that SAELens wrote (`cfg.json`, `sae_weights.safetensors`).
 
         SAELens itself is not imported, and the decoder stays on disk.
@@ -160,7 +164,7 @@ class SparseEncoder:
 
     @classmethod
     def from_pretrained(
-        cls, release: str, sae_id: str, *, dtype: torch.dtype = torch.float32, device="cpu"
+        cls, release: str, sae_id: str, *, dtype: torch.dtype = torch.float32, device: Device = "cpu"
     ) -> SparseEncoder:
         """The encoder of a published SAE by SAELens' release and id, such as `gemma-scope-2b-pt-res-canonical`,
         `layer_20/width_16k/canonical`.
@@ -206,7 +210,9 @@ class SparseEncoder:
         weight = self.weight.to(self.compute_dtype)
         return weight if self.weight_low is None else weight + self.weight_low
 
-    def to(self, device=None, dtype: torch.dtype | None = None, *, precision: str | None = None) -> SparseEncoder:
+    def to(
+        self, device: Device = None, dtype: torch.dtype | None = None, *, precision: str | None = None
+    ) -> SparseEncoder:
         """A copy elsewhere; `dtype`, or `precision` by name, applies to the weight alone, the rest stays float32."""
         if isinstance(device, torch.dtype):  # encoder.to(torch.bfloat16), as one writes it to a tensor
             device, dtype = None, device

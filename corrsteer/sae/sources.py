@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from corrsteer.errors import CorrSteerError
+from corrsteer.types import PathLike
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 DTYPES = {
@@ -30,7 +31,7 @@ class Decoder:
     rows: Callable[[list[int]], Tensor]
 
 
-def read(directory, config: dict[str, Any]) -> dict[str, Tensor]:
+def read(directory: PathLike, config: dict[str, Any]) -> dict[str, Tensor]:
     """Encoder parameters of an SAE directory; `W_dec` only where the encoder needs its norms."""
     directory = Path(directory)
     gated = config["architecture"] == "gated"
@@ -50,7 +51,7 @@ def read(directory, config: dict[str, Any]) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in needed}
 
 
-def dtype_of(config: dict[str, Any], directory) -> torch.dtype:
+def dtype_of(config: dict[str, Any], directory: PathLike) -> torch.dtype:
     """The dtype an SAE's configuration names."""
     if config.get("dtype", "float32") not in DTYPES:
         raise CorrSteerError(
@@ -59,7 +60,7 @@ def dtype_of(config: dict[str, Any], directory) -> torch.dtype:
     return DTYPES[config.get("dtype", "float32")]
 
 
-def read_config(directory) -> dict[str, Any]:
+def read_config(directory: PathLike) -> dict[str, Any]:
     """Configuration of an SAE directory, in SAELens 6's form."""
     directory = Path(directory)
     path = directory / CONFIG
@@ -107,7 +108,7 @@ def decoder_in_memory(W_dec: Tensor, divide_by_norm: bool) -> Decoder:
     return Decoder({"kind": "memory"}, lambda features: _finish(W_dec[features], divide_by_norm))
 
 
-def decoder_on_disk(directory, divide_by_norm: bool) -> Decoder:
+def decoder_on_disk(directory: PathLike, divide_by_norm: bool) -> Decoder:
     """Rows read one by one from an SAE directory."""
     directory = Path(directory).resolve()
 

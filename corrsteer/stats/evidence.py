@@ -28,6 +28,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from torch import Tensor
 from corrsteer import ops
 from corrsteer.errors import CorrSteerError
 from corrsteer.stats.histograms import Histograms
+from corrsteer.types import Device, Features, PathLike
 
 ORDER = 6  # p + q of the highest joint moments
 FORMAT = "corrsteer.evidence/1"
@@ -110,6 +112,16 @@ class Evidence:
         "n_low",
         "n_high",
     )
+    sums: Tensor
+    resampled: Tensor
+    labels: Tensor
+    bootstrap_labels: Tensor
+    n_positive: Tensor
+    origin: Tensor
+    low: Tensor
+    high: Tensor
+    n_low: Tensor
+    n_high: Tensor
 
     def __init__(
         self,
@@ -121,7 +133,7 @@ class Evidence:
         scores: Sequence[str] = ("pearson",),
         bins: int = 32,
         seed: int = 0,
-        device="cpu",
+        device: Device = "cpu",
     ):
         for name, value, least in (
             ("d_sae", d_sae, 1), ("n_labels", n_labels, 1), ("permutations", permutations, 0),
@@ -181,7 +193,7 @@ class Evidence:
         """Whether a group of columns is kept."""
         return any(name in layout.groups for layout in self._layouts.values())
 
-    def columns(self, name: str, features=slice(None), label: int = 0) -> Tensor:
+    def columns(self, name: str, features: Features = slice(None), label: int = 0) -> Tensor:
         """A group of columns of some features, `[features, width]`: of a group with a share for each reward, `label`'s.
 
         Groups are `z{p}u{q}`, `positive` and `positive2` (of z and z² where y > 0), one column each, `permuted`,
@@ -307,7 +319,7 @@ class Evidence:
         old = getattr(self, name).to(shift.device)
         new = old.clone()
 
-        def expand(places: list, d: Tensor) -> None:
+        def expand(places: list[Any], d: Tensor) -> None:
             for q, place in enumerate(places):
                 new[place] = sum(math.comb(q, k) * d ** (q - k) * old[places[k]] for k in range(q + 1))
 
@@ -326,11 +338,11 @@ class Evidence:
         counted = self.n_low[label] + self.n_high[label] == self.labels[label, 0]
         return bool((self.low[label] <= 0) & (self.high[label] > 0) & counted)
 
-    def _settings(self) -> dict:
+    def _settings(self) -> dict[str, Any]:
         names = ("d_sae", "n_labels", "permutations", "bootstrap", "scores", "bins", "seed")
         return {name: getattr(self, name) for name in names}
 
-    def save(self, path) -> None:
+    def save(self, path: PathLike) -> None:
         """Write the state to a safetensors file; `load` gives it back bit for bit."""
         tensors = {name: getattr(self, name).cpu().contiguous() for name in self.STATE}
         if self.histograms:
@@ -339,7 +351,7 @@ class Evidence:
         save_file(tensors, str(path), metadata={"format": FORMAT, "evidence": json.dumps(described)})
 
     @classmethod
-    def load(cls, path, device="cpu") -> Evidence:
+    def load(cls, path: PathLike, device: Device = "cpu") -> Evidence:
         """Read what `save` wrote."""
         if not Path(path).is_file():
             raise CorrSteerError(f"there is no evidence file at {path}")

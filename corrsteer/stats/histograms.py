@@ -17,6 +17,7 @@ from torch import Tensor
 
 from corrsteer import ops
 from corrsteer.errors import CorrSteerError
+from corrsteer.types import Device
 
 MANTISSA = 23  # bits of a float32
 SUB = 2  # of them that count: 2^SUB bins an octave, each at most 25 % wide
@@ -33,7 +34,7 @@ class Histograms:
     counts : see above.
     """
 
-    def __init__(self, d_sae: int, bins: int, columns: int, device="cpu"):
+    def __init__(self, d_sae: int, bins: int, columns: int, device: Device = "cpu"):
         with torch.inference_mode(False):
             self.top = torch.zeros(d_sae, dtype=torch.int32, device=device)
             self.counts = torch.zeros(bins, d_sae, 1 + columns, dtype=torch.float64, device=device)

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from corrsteer.errors import CorrSteerError
 from corrsteer.stats.evidence import BINNED, SCORES, Evidence
+from corrsteer.types import Features
 
 # Of the largest score, what counts as equal to the observed one: sums in another order differ by rounding (in float32,
 # on GPUs), and of sparse features many permutations give the very same score.
 TIE = 1e-6
 
 
-def score(evidence: Evidence, name: str = "pearson", features=slice(None), label: int = 0) -> Tensor:
+def score(evidence: Evidence, name: str = "pearson", features: Features = slice(None), label: int = 0) -> Tensor:
     """A score of features, `[features]` float64, the better the larger; the sign says which way, 0 is nothing.
 
     - `pearson`: r, as the paper.
@@ -37,12 +38,12 @@ def score(evidence: Evidence, name: str = "pearson", features=slice(None), label
     return _observed(evidence, name, features, label)
 
 
-def correlation(evidence: Evidence, features=slice(None), label: int = 0) -> Tensor:
+def correlation(evidence: Evidence, features: Features = slice(None), label: int = 0) -> Tensor:
     """Pearson's r, `[features]` float64; 0 where either variance is 0."""
     return pearson(evidence, evidence.columns("z1u1", features, label), features, label)[0][:, 0]
 
 
-def auroc(evidence: Evidence, features=slice(None), label: int = 0) -> tuple[Tensor, Tensor]:
+def auroc(evidence: Evidence, features: Features = slice(None), label: int = 0) -> tuple[Tensor, Tensor]:
     """The area under the ROC curve of z for y > 0, and a bound of its error, `[features]` float64 each.
 
     Pairs that share a bin count as ties. Pairs of zeros are; of any others each could go either way by half, so the
@@ -72,7 +73,7 @@ def check(evidence: Evidence, name: str, label: int = 0) -> None:
         )
 
 
-def _observed(evidence: Evidence, name: str, features, label: int) -> Tensor:
+def _observed(evidence: Evidence, name: str, features: Features, label: int) -> Tensor:
     if name == "pearson":
         return correlation(evidence, features, label)
     if name in BINNED:
@@ -85,7 +86,7 @@ def _observed(evidence: Evidence, name: str, features, label: int) -> Tensor:
     return torch.where(finite, value, 0)
 
 
-def permuted(evidence: Evidence, name: str, features, label: int) -> Tensor:
+def permuted(evidence: Evidence, name: str, features: Features, label: int) -> Tensor:
     """The score of every permutation, `[features, P]`; of mutual information without its sign."""
     if name == "pearson":
         return pearson(evidence, evidence.columns("permuted", features, label), features, label)[0]
@@ -111,7 +112,7 @@ def testable(evidence: Evidence, name: str, label: int = 0) -> bool:
     return name != "squared_ratio" or evidence.has("permuted_positive2")
 
 
-def pearson(evidence: Evidence, cross: Tensor, features, label: int) -> tuple[Tensor, Tensor]:
+def pearson(evidence: Evidence, cross: Tensor, features: Features, label: int) -> tuple[Tensor, Tensor]:
     """r of `cross: [features, any]`, columns of Σ z u for some order of u, and where it exists, `[features, 1]`."""
     n = max(evidence.n, 1)
     z, zz = evidence.columns("z1u0", features), evidence.columns("z2u0", features)
@@ -122,7 +123,7 @@ def pearson(evidence: Evidence, cross: Tensor, features, label: int) -> tuple[Te
     return torch.where(varies, r, 0).clamp(-1, 1), varies
 
 
-def _of_groups(evidence: Evidence, name: str, positive: Tensor, features, label: int) -> Tensor:
+def _of_groups(evidence: Evidence, name: str, positive: Tensor, features: Features, label: int) -> Tensor:
     """Scores of groups, from `positive: [features, any]`, sums of z or z² over samples with y > 0."""
     total = evidence.columns("z2u0" if name == "squared_ratio" else "z1u0", features)
     n, n_positive = evidence.n, evidence.n_positive[label]
@@ -140,7 +141,7 @@ def _of_groups(evidence: Evidence, name: str, positive: Tensor, features, label:
     return torch.where(varies, (above - below) * (share * (1 - share) / torch.where(varies, variance, 1)).sqrt(), 0)
 
 
-def _binned(evidence: Evidence, features, label: int, of_permutations: bool = False) -> tuple[Tensor, Tensor]:
+def _binned(evidence: Evidence, features: Features, label: int, of_permutations: bool = False) -> tuple[Tensor, Tensor]:
     """Samples in each bin, `[1 + bins, features]`, and those with y > 0, `[1 + bins, features, 1]` or, permuted,
     `[..., P]`. The first bin is that of zeros, which are what is left."""
     R, P = evidence.n_labels, evidence.permutations

@@ -27,6 +27,7 @@ from corrsteer.lm.hook_points import HookPoint
 from corrsteer.lm.token_positions import check_positions
 from corrsteer.steering.features import Feature
 from corrsteer.steering.hooks import add_vectors
+from corrsteer.types import PathLike
 
 FORMAT = "corrsteer.steering/3"
 
@@ -102,7 +103,7 @@ class Steering:
         """
         return apply_rows(model, [self], None, positions=positions, scale=scale)
 
-    def save(self, path) -> None:
+    def save(self, path: PathLike) -> None:
         """Write a safetensors file: the directions, and everything else as JSON in its metadata."""
         described = {
             "features": [asdict(f) for f in self.features],
@@ -117,7 +118,7 @@ class Steering:
             raise CorrSteerError(f"{path} cannot be written ({error}); give a path in a folder that exists") from None
 
     @classmethod
-    def load(cls, path, model: nn.Module | None = None) -> Steering:
+    def load(cls, path: PathLike, model: nn.Module | None = None) -> Steering:
         """Read what `save` wrote; given the model, refuse a file for another width or other layers.
 
         Raises

@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from corrsteer.tasks import graders
 from corrsteer.tasks.examples import Example
 from corrsteer.tasks.graders import Grader, TaskError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Task:
             )
         return float(reward)
 
-    def prompts(self, tokenizer) -> list[str]:
+    def prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """Each example's prompt as the model reads it.
 
         With ``chat=True`` it is rendered by the tokenizer's chat template, special tokens included: tokenise the
@@ -105,7 +108,7 @@ class Task:
     @classmethod
     def from_rows(
         cls,
-        rows: Iterable[Mapping],
+        rows: Iterable[Mapping[str, Any]],
         grader: str | Grader = "exact",
         name: str = "task",
         prompt_field: str = "prompt",
@@ -137,7 +140,7 @@ class Task:
     @classmethod
     def from_jsonl(
         cls,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         grader: str | Grader = "exact",
         name: str | None = None,
         prompt_field: str = "prompt",
@@ -230,7 +233,7 @@ def _prompt(row: Any, key: str) -> str:
     return row[key]
 
 
-def _answer(row: Mapping, key: str | None, needed: bool) -> str | tuple[str, ...] | None:
+def _answer(row: Mapping[str, Any], key: str | None, needed: bool) -> str | tuple[str, ...] | None:
     value = None if key is None else row.get(key)
     if value is None:
         if needed:
@@ -273,7 +276,7 @@ def _parse_line(line: bytes) -> Any:
 
 def _open_dataset(name_or_path: Any, config: str | None, split: str) -> tuple[Any, str]:
     """The dataset, perhaps one with several splits, and what to call it."""
-    if not isinstance(name_or_path, (str, os.PathLike)):
+    if not isinstance(name_or_path, (str, os.PathLike[str])):
         return name_or_path, "dataset"
     try:
         import datasets

@@ -8,9 +8,12 @@ from torch import Tensor
 from corrsteer.errors import CorrSteerError
 from corrsteer.ops.moments import COEFFICIENTS, Moments
 from corrsteer.stats.evidence import Evidence
+from corrsteer.types import Features
 
 
-def coefficient_error(evidence: Evidence, moments: Moments, kind: str, features=slice(None), label: int = 0) -> Tensor:
+def coefficient_error(
+    evidence: Evidence, moments: Moments, kind: str, features: Features = slice(None), label: int = 0
+) -> Tensor:
     """Standard errors of `moments.coefficient(kind)`, `[features]` float64; NaN for groups of fewer than two samples.
 
     A mean's is the group's standard deviation over the root of its size; a difference's the root of the sum of squares
@@ -23,7 +26,7 @@ def coefficient_error(evidence: Evidence, moments: Moments, kind: str, features=
     squares = evidence.columns("positive2", features, label)[:, 0]
     sums = moments.group_sum[:, label, features]
 
-    def square(total: Tensor, squares: Tensor, size) -> Tensor:
+    def square(total: Tensor, squares: Tensor, size: Tensor | int) -> Tensor:
         size = torch.as_tensor(size, dtype=torch.float64, device=total.device)
         variance = (squares - total**2 / size.clamp(min=1)).clamp(min=0) / (size - 1).clamp(min=1)
         return torch.where(size > 1, variance / size.clamp(min=1), torch.nan)

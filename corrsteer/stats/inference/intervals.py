@@ -16,6 +16,7 @@ from torch import Tensor
 from corrsteer.errors import CorrSteerError
 from corrsteer.stats import scores
 from corrsteer.stats.evidence import ORDER, Evidence
+from corrsteer.types import Features
 
 METHODS = ("delta", "fisher", "bootstrap")
 FAR = 50.0  # standard deviations from 0 of a mean past which sixth moments lose too much to rounding
@@ -38,7 +39,7 @@ def fisher_interval(r: Tensor, n: int, level: float = 0.95) -> tuple[Tensor, Ten
 
 
 def delta_interval(
-    evidence: Evidence, level: float = 0.95, features=slice(None), label: int = 0
+    evidence: Evidence, level: float = 0.95, features: Features = slice(None), label: int = 0
 ) -> tuple[Tensor, Tensor]:
     """A distribution-free interval of the correlation, from joint moments up to the sixth order.
 
@@ -73,7 +74,7 @@ def delta_interval(
 
 
 def bootstrap_interval(
-    evidence: Evidence, level: float = 0.95, features=slice(None), label: int = 0
+    evidence: Evidence, level: float = 0.95, features: Features = slice(None), label: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The bias-corrected and accelerated interval of B Poisson bootstrap replicates of the correlation.
 
@@ -112,7 +113,7 @@ def bootstrap_interval(
     return _widened(at(-1.0), at(1.0), of, evidence.n, level)
 
 
-def bootstrap_correlations(evidence: Evidence, features=slice(None), label: int = 0) -> Tensor:
+def bootstrap_correlations(evidence: Evidence, features: Features = slice(None), label: int = 0) -> Tensor:
     """Every bootstrap replicate's r, `[features, B]` float64; 0 where a replicate's variance is 0."""
     R = evidence.n_labels
     w, wu, wuu = (evidence.bootstrap_labels[at] for at in (0, 1 + label, 1 + R + label))
@@ -125,7 +126,7 @@ def bootstrap_correlations(evidence: Evidence, features=slice(None), label: int 
 
 
 def interval(
-    evidence: Evidence, method: str = "delta", level: float = 0.95, features=slice(None), label: int = 0
+    evidence: Evidence, method: str = "delta", level: float = 0.95, features: Features = slice(None), label: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Low and high ends of the correlation's interval by `delta`, `fisher` or `bootstrap`."""
     if method not in METHODS:
@@ -152,7 +153,7 @@ class _Influence:
     few: Tensor
 
 
-def _influence(evidence: Evidence, level: float, features, label: int) -> _Influence:
+def _influence(evidence: Evidence, level: float, features: Features, label: int) -> _Influence:
     n = evidence.n
     k, trusted = _standardised(evidence, features, label)
     r = k[1, 1].clamp(-1, 1)
@@ -188,7 +189,7 @@ def _unskewed(quantile: Tensor, skew: Tensor) -> Tensor:
     return torch.where(skew.abs() < 1e-6, quantile, 3 / s * (root - 1))
 
 
-def _standardised(evidence: Evidence, features, label: int) -> tuple[dict[tuple[int, int], Tensor], Tensor]:
+def _standardised(evidence: Evidence, features: Features, label: int) -> tuple[dict[tuple[int, int], Tensor], Tensor]:
     """Moments E[a^p b^q] by (p, q), `[features]` each, and for which features they can be trusted."""
     evidence.check_label(label)
     n = max(evidence.n, 1)

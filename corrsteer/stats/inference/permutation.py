@@ -184,7 +184,7 @@ def _never_falling(p: Tensor, downwards: Tensor) -> None:
     p[downwards] = p[downwards].cummax(0).values
 
 
-def _samples(evidence: Evidence, label: int) -> tuple:
+def _samples(evidence: Evidence, label: int) -> tuple[object, ...]:
     """What evidences of the same samples and permutations have in common."""
     rewards = (float(t[label]) for t in (evidence.labels[:, 0], evidence.n_positive, evidence.low, evidence.high))
     return (evidence.permutations, evidence.seed, evidence.blocks, *rewards)
