@@ -119,7 +119,11 @@ setup(
     # `kernels` is also the name of another package: ours is installed inside corrsteer, never at the top level.
     packages=[*find_packages(include=["corrsteer", "corrsteer.*"]), "corrsteer.kernels"],
     package_dir={"corrsteer": "corrsteer", "corrsteer.kernels": "kernels"},
-    package_data={"corrsteer.demo": ["model/*", "sae/*/*"], "corrsteer.kernels": ["configs/*.json"]},
+    package_data={
+        "corrsteer": ["py.typed"],
+        "corrsteer.demo": ["model/*", "sae/*/*"],
+        "corrsteer.kernels": ["configs/*.json"],
+    },
     ext_modules=extensions,
     cmdclass={"build_ext": BuildExtensions},
 )

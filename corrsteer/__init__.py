@@ -42,7 +42,36 @@ _MODULES = {
     "stability": "stats.stability",
     "demo": "demo",
 }
-__all__ = sorted({*_HOME, *_MODULES, "__version__"})
+__all__ = [
+    "BackendUnavailable",
+    "Capture",
+    "CorrSteerError",
+    "Decoding",
+    "Evidence",
+    "HookPoint",
+    "Moments",
+    "Run",
+    "SparseEncoder",
+    "Steering",
+    "Task",
+    "__version__",
+    "apply_rows",
+    "calibrate_scale",
+    "collect",
+    "demo",
+    "encode",
+    "encode_pool",
+    "encode_update",
+    "evaluate",
+    "inference",
+    "planning",
+    "scores",
+    "select",
+    "stability",
+    "steer_add",
+    "update_moments",
+    "update_sums",
+]
 
 if TYPE_CHECKING:
     from corrsteer import demo

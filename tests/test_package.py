@@ -34,6 +34,7 @@ def test_importing_corrsteer_takes_under_half_a_second_beyond_torch_and_no_heavy
 
 
 def test_every_public_name_can_be_imported_and_is_documented():
+    assert set(corrsteer.__all__) == {*corrsteer._HOME, *corrsteer._MODULES, "__version__"}
     for name in corrsteer.__all__:
         assert getattr(corrsteer, name).__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

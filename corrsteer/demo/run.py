@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from corrsteer.demo import sums
 from corrsteer.experiments.evaluation import evaluate
@@ -35,7 +36,7 @@ ALPHA = 0.05
 COEFFICIENT = "mean_positive_active"
 
 
-def load():
+def load() -> tuple[nn.Module, PreTrainedTokenizerBase, dict[int, SparseEncoder]]:
     """The demo's model, tokenizer and encoders by layer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -48,8 +49,9 @@ def load():
 def tasks(seed: int = 0) -> tuple[Task, Task, Task]:
     """The demo's train, validation and test sums, none of which is in two of them."""
     splits = sums.splits(seed)
-    parts = (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
-    return tuple(Task.from_rows(rows, grader="exact", name=name) for name, rows in parts)
+    train = Task.from_rows(splits.train, grader="exact", name="train")
+    validation = Task.from_rows(splits.validation, grader="exact", name="validation")
+    return train, validation, Task.from_rows(splits.test, grader="exact", name="test")
 
 
 def run_demo(
@@ -164,7 +166,14 @@ def _run(seed: int, say: Callable[[str], None], progress: bool) -> dict[str, Any
     }
 
 
-def _collect(model, tokenizer: PreTrainedTokenizerBase, encoders, task, decoding, progress) -> Run:
+def _collect(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    encoders: Mapping[int, SparseEncoder],
+    task: Task,
+    decoding: Decoding,
+    progress: bool,
+) -> Run:
     return collect(
         model, tokenizer, encoders, task,
         pool="max", decoding=decoding, permutations=PERMUTATIONS, progress=progress,

@@ -14,14 +14,14 @@ import logging
 import math
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from corrsteer.demo import sums
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 HERE = Path(__file__).parent
 CHARACTERS = [*"0123456789+=?\n", sums.CAREFUL[0], sums.SLOPPY[0]]
@@ -53,6 +53,8 @@ def build_model(tokenizer: PreTrainedTokenizerBase):
     """The untrained language model. Its generation stops at the end of a line."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    end: Any = tokenizer.convert_tokens_to_ids("\n")
+    pad, start, stop = (cast(int, t) for t in (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id))
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -62,14 +64,14 @@ def build_model(tokenizer: PreTrainedTokenizerBase):
         num_key_value_heads=4,
         max_position_embeddings=128,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=[tokenizer.convert_tokens_to_ids("\n"), tokenizer.eos_token_id],
+        pad_token_id=pad,
+        bos_token_id=start,
+        eos_token_id=[end, stop],
     )
     return LlamaForCausalLM(config)
 
 
-def batch_of_documents(tokenizer: PreTrainedTokenizerBase, rng: random.Random, n: int) -> dict[str, torch.Tensor]:
+def batch_of_documents(tokenizer: PreTrainedTokenizerBase, rng: random.Random, n: int) -> BatchEncoding:
     """`n` documents, right-padded."""
     texts = [sums.document(rng) for _ in range(n)]
     return tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", return_token_type_ids=False)
@@ -104,7 +106,7 @@ def train_language_model(tokenizer: PreTrainedTokenizerBase, steps: int, batch: 
 
 
 @torch.inference_mode()
-def follows(model, tokenizer: PreTrainedTokenizerBase, n: int = 400) -> dict[str, float]:
+def follows(model: Any, tokenizer: PreTrainedTokenizerBase, n: int = 400) -> dict[str, float]:
     """Share of carry sums answered as the signing author would, and unsigned ones answered carefully."""
     model.eval()
     rng = random.Random(1)
@@ -124,7 +126,9 @@ def follows(model, tokenizer: PreTrainedTokenizerBase, n: int = 400) -> dict[str
 
 
 @torch.inference_mode()
-def residuals(model, tokenizer: PreTrainedTokenizerBase, n_documents: int, seed: int) -> list[torch.Tensor]:
+def residuals(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n_documents: int, seed: int
+) -> list[torch.Tensor]:
     """Each layer's output at every position of fresh documents: a list of `[tokens, hidden]`."""
     rng = random.Random(seed)
     kept: list[list[torch.Tensor]] = [[] for _ in model.model.layers]

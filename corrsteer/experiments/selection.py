@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,8 +85,11 @@ def select(
     choices.check(run)
     if top_k < 1:
         raise CorrSteerError(f"top_k must be at least 1, got {top_k}")
-    if strategy == "pruned" and (model is None or tokenizer is None or validation is None):
-        raise CorrSteerError("strategy 'pruned' steers the model: give model, tokenizer and validation")
+    pruned = None
+    if strategy == "pruned":
+        if model is None or tokenizer is None or validation is None:
+            raise CorrSteerError("strategy 'pruned' steers the model: give model, tokenizer and validation")
+        pruned = functools.partial(prune, model=model, tokenizer=tokenizer, validation=validation)
     unknown = set(layers or ()) - set(run.moments)
     if unknown:
         raise CorrSteerError(f"layers must be among those collected, {sorted(run.moments)}, got {sorted(unknown)}")
@@ -94,7 +98,7 @@ def select(
     ranked = _rank(run, choices, layers, top_k)
     chosen = ranked.best
     if strategy == "single":
-        chosen = sorted(chosen, key=lambda f: -abs(f.statistics.ranked_by))[:1]
+        chosen = sorted(chosen, key=lambda f: -abs(f.ranked_by))[:1]
     if _no_positive_reward(run):
         chosen = []
     steering = Steering(
@@ -105,13 +109,15 @@ def select(
         run.provenance
         | {"selection": asdict(choices), "pool": run.pool, "coefficient_pool": run.coefficient_pool, "n": run.n},
     )
-    if strategy == "pruned" and chosen:
-        steering = prune(steering, model, tokenizer, validation, positions, scale, decoding or Decoding(), progress)
+    if pruned and chosen:
+        steering = pruned(
+            steering, positions=positions, scale=scale, decoding=decoding or Decoding(), progress=progress
+        )
     by_chance = [f for f in steering.features if f.by_chance]
     if by_chance and alpha is None:
         steering.notes.append(
             f"{len(by_chance)} of {len(steering.features)} selected features chance alone could explain "
-            f"(adjusted p > {CHANCE}): " + ", ".join(f"{f.name} (p {f.statistics.p_adjusted:.2f})" for f in by_chance)
+            f"(adjusted p > {CHANCE}): " + ", ".join(f"{f.name} (p {f.p_adjusted:.2f})" for f in by_chance)
         )
     return steering
 
@@ -295,7 +301,7 @@ class _Describer:
             for name, p in (("value", tested.p), ("layer", tested.p_layer), ("adjusted", tested.p_adjusted)):
                 columns[f"p_{name}"] = p[indices.to(p.device)]
             columns["q_value"] = tested.q[indices.to(tested.q.device)]
-        known = {name: _known(column) for name, column in columns.items()}
+        known: dict[str, list[Any]] = {name: _known(column) for name, column in columns.items()}
         pairs = {kind: (_known(every[kind]), _known(errors[kind])) for kind in errors}
         return [
             Feature(
@@ -321,4 +327,4 @@ def _directions(run: Run, features: list[Feature], encoders: Mapping[int, Sparse
     decoders = run.decoders if encoders is None else {layer: e.decoder for layer, e in encoders.items()}
     if not features:
         return torch.zeros(0, 0)
-    return torch.cat([decoders[f.layer].rows([f.index]) for f in features])
+    return torch.cat([decoders[cast(int, f.layer)].rows([cast(int, f.index)]) for f in features])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,13 +76,14 @@ class Capture:
     def __enter__(self) -> Capture:
         self._buffer: dict[object, Tensor] = {}  # key -> [B, capacity, d], on the device of its layer
         self._capacity = 0
-        self._kept: Tensor | None = None  # [B, capacity] bool, which of the buffered steps are kept
+        self._kept: Tensor  # [B, capacity] bool, which of the buffered steps are kept
         self._filled = 0  # buffered steps whose token has been sampled
         self._pending = 0  # steps that the running pass has put behind them
-        self._alive: Tensor | None = None  # [B] bool, no stop token so far
+        self._alive: Tensor  # [B] bool, no stop token so far
         self._stop_ids: Tensor | None = None
         self._empty: dict[object, Tensor] = {}  # key -> [0, d], for hook points that left nothing in a buffer
         self._passes = 0  # passes whose token has been sampled
+        self._allocated = False
         self.flushed = False
         with contextlib.ExitStack() as stack:
             self._tracker = stack.enter_context(track(self.model))
@@ -131,9 +132,10 @@ class Capture:
             raise CorrSteerError(
                 "prompts must be read in one pass; call generate without prefill_chunk_size and without a filled cache"
             )
-        mask = self._tracker.select(h, "all") if first else None
+        # of a first pass, which reads prompts and so has one; other passes do without
+        mask = cast(Tensor, self._tracker.select(h, "all") if first else None)
         steps = h.shape[1] if first and self.positions == "all" else 1
-        if self._kept is None:
+        if not self._allocated:
             if not bool(mask[:, -1].all()):
                 raise CorrSteerError("prompts must be padded on the left, got padding in the last column of a prompt")
             self._allocate(h, steps + self.max_new_tokens - 1)
@@ -151,7 +153,7 @@ class Capture:
         if steps > self._capacity:
             for at in range(0, steps, self._capacity):
                 part = slice(at, at + self._capacity)
-                self.sink(key, h[:, part][mask[:, part]], _cu_seqlens(mask[:, part]))
+                self._to_sink(key, h[:, part][mask[:, part]], _cu_seqlens(mask[:, part]))
             self.flushed, self._pending, self._empty[key] = True, 0, h.new_empty(0, h.shape[2])
             return
         if key not in self._buffer:
@@ -171,13 +173,18 @@ class Capture:
                 f"budget_bytes must be at least {needed} for {rows} rows, {len(self.points)} hook points and "
                 f"{steps} steps, got {self.budget_bytes}; raise it, lower the batch size, or give a sink"
             )
+        self._allocated = True
         self._kept = torch.zeros(rows, self._capacity, dtype=torch.bool, device=h.device)
         self._alive = torch.ones(rows, dtype=torch.bool, device=h.device)
+
+    def _to_sink(self, key: Hashable, x: Tensor, cu_seqlens: Tensor) -> None:
+        assert self.sink is not None, "_allocate has seen to it"
+        self.sink(key, x, cu_seqlens)
 
     def _flush(self) -> None:
         """Hand what the buffers hold to the sink, and go on with empty ones."""
         for key in self.points:
-            self.sink(key, *self.packed(key))
+            self._to_sink(key, *self.packed(key))
         self._filled = 0
         self.flushed = True
 

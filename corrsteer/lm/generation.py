@@ -87,7 +87,7 @@ def stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[in
     """Token ids that end a completion: the model's own, or else the tokenizer's."""
     ids = getattr(model.generation_config, "eos_token_id", None)
     if ids is None:
-        ids = tokenizer.eos_token_id
+        ids: Any = tokenizer.eos_token_id
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
@@ -115,7 +115,7 @@ def complete(
     from transformers import GenerationConfig
 
     stops = stop_tokens(model, tokenizer)
-    pad = tokenizer.pad_token_id
+    pad: Any = tokenizer.pad_token_id
     if pad is None:
         pad = stops[0] if stops else 0
     sampled = {"temperature": decoding.temperature, "top_p": decoding.top_p} if decoding.temperature > 0 else {}
@@ -129,11 +129,12 @@ def complete(
         pad_token_id=pad,
         **sampled,
     )
-    inputs = pad_left(prompts, pad, model.device)
+    generator: Any = model
+    inputs = pad_left(prompts, pad, generator.device)
     with torch.random.fork_rng(range(torch.cuda.device_count()), enabled=bool(sampled)):
         if sampled:
             torch.manual_seed(decoding.seed * 1_000_003 + batch)
-        output = model.generate(**inputs, generation_config=config, stopping_criteria=list(criteria))
+        output = generator.generate(**inputs, generation_config=config, stopping_criteria=list(criteria))
     generated = output[:, inputs["input_ids"].shape[1] :].tolist()
     cut = [row[: next((i for i, t in enumerate(row) if t in stops), len(row))] for row in generated]
     return tokenizer.batch_decode(cut, skip_special_tokens=True)

@@ -78,9 +78,10 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def text_config(model: nn.Module) -> Any:
     """The configuration of the language model, also inside a multi-modal one."""
-    if not hasattr(getattr(model, "config", None), "get_text_config"):
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
         raise CorrSteerError(f"model must be a Hugging Face causal language model, got {type(model).__name__}")
-    return model.config.get_text_config(decoder=True)
+    return config.get_text_config(decoder=True)
 
 
 def width(model: nn.Module) -> int:

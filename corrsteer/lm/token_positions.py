@@ -11,7 +11,7 @@ import contextlib
 import functools
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,8 +28,10 @@ _trackers: weakref.WeakKeyDictionary[nn.Module, TokenPositions] = weakref.WeakKe
 def track(model: nn.Module) -> Iterator[TokenPositions]:
     """The model's `TokenPositions` for as long as the context lasts; nested contexts share one."""
     refuse_compiled(model)
-    if hasattr(model, "get_base_model"):  # a PEFT wrapper, whose generate runs the model inside and not its own forward
-        model = model.get_base_model()
+    # a PEFT wrapper's generate runs the model inside and not its own forward
+    base: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
+    if base is not None:
+        model = base()
     tracker = _trackers.get(model)
     if tracker is None:
         tracker = _trackers[model] = TokenPositions(model)
@@ -89,15 +91,16 @@ class TokenPositions:
                 self.prompt_width = None
 
         # Shadows the method on this one model, because a pass without a cache does not say where the prompt ended.
-        model.generate = generate
+        model.__dict__["generate"] = generate
 
     def remove(self) -> None:
         """Stop watching and leave the model as it was."""
         self._handle.remove()
         model = self._model()
-        del model.generate
-        if self._shadowed is not None:
-            model.generate = self._shadowed
+        if model is not None:
+            del model.__dict__["generate"]
+            if self._shadowed is not None:
+                model.__dict__["generate"] = self._shadowed
         if self._config is not None:
             self._config.disable_compile = self._disable_compile
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from corrsteer.ops.moments import Moments
-from corrsteer.sae.encoder import SparseEncoder
+from corrsteer.sae.encoder import SparseEncoder, given
 
 LAYER_NORM_EPS = 1e-5  # SAELens' own, added to the standard deviation
 
@@ -42,13 +42,14 @@ def encode(x: Tensor, encoder: SparseEncoder) -> Tensor:
     if encoder.activation == "identity":
         return x.to(encoder.compute_dtype, copy=True)
     product = preactivation(x, encoder)
-    p = product + encoder.bias
+    p = product + given(encoder.bias)
     if encoder.activation == "relu":
         return p.relu()
     if encoder.activation == "jumprelu":
-        return p.relu() * (p > encoder.threshold)
+        return p.relu() * (p > given(encoder.threshold))
     if encoder.activation == "gated":
-        return (product * encoder.magnitude_scale + encoder.magnitude_bias).relu() * (p > 0)
+        magnitude = product * given(encoder.magnitude_scale) + given(encoder.magnitude_bias)
+        return magnitude.relu() * (p > 0)
     rank = p.abs() if encoder.activation == "abstopk" else p
     top = rank.topk(encoder.k, dim=-1).indices
     kept = torch.zeros_like(p).scatter_(-1, top, p.gather(-1, top))

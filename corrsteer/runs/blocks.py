@@ -107,12 +107,11 @@ class BlockCollector:
             if capture.flushed:
                 running[layer].add(x, cu_seqlens)
                 found = {pool: running[layer].result(pool) for pool in self.options.pools}
-            elif len(self.options.pools) == 1:
-                (pool,) = self.options.pools
-                found = {pool: ops.encode_pool(x, cu_seqlens, encoder, pool, backend=self.options.backend)}
             else:
-                both = ops.encode_pool(x, cu_seqlens, encoder, "both", backend=self.options.backend)
-                found = dict(zip(("mean", "max"), both))
+                pools = self.options.pools
+                pool = pools[0] if len(pools) == 1 else "both"
+                out = ops.encode_pool(x, cu_seqlens, encoder, pool, backend=self.options.backend)
+                found = dict(zip(("mean", "max"), out)) if isinstance(out, tuple) else {pool: out}
             for pool, values in found.items():
                 pooled[layer][pool][rows] = values
         rewards[rows] = torch.tensor(grades, dtype=torch.float64)

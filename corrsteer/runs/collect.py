@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -108,8 +108,9 @@ def collect(
     prompts = tokenize(model, tokenizer, task, decoding)
     devices = {layer: hook_points.device_of(model, point) for layer, point in points.items()}
     encoders = {layer: encoder.to(devices[layer]) for layer, encoder in encoders.items()}
+    dtype: Any = model.dtype
     calls = [
-        registry.Call("encode_pool", devices[layer], model.dtype, encoder.activation, encoder.precision)
+        registry.Call("encode_pool", devices[layer], dtype, encoder.activation, encoder.precision)
         for layer, encoder in encoders.items()
     ]
     backends = sorted({registry.choose(call, backend).name for call in calls})

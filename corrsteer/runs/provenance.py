@@ -26,8 +26,9 @@ def provenance(
     """Model, task, SAEs, decoding and versions."""
     import transformers
 
+    config: Any = model.config
     return {
-        "model": model.config._name_or_path,
+        "model": config._name_or_path,
         "model_dtype": str(model.dtype),
         "task": {"name": task.name, "grader": task.grader_name, "chat": task.chat, "examples": len(task)},
         "saes": {

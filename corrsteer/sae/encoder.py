@@ -207,7 +207,7 @@ class SparseEncoder:
 
     def full_weight(self) -> Tensor:
         """The weight `[d_sae, d_in]` in `compute_dtype`, both its parts together for bf16x2."""
-        weight = self.weight.to(self.compute_dtype)
+        weight = given(self.weight).to(self.compute_dtype)
         return weight if self.weight_low is None else weight + self.weight_low
 
     def to(
@@ -263,13 +263,24 @@ def _row_sums(weight: Tensor, low: Tensor | None) -> Tensor:
     return sums.to(torch.promote_types(weight.dtype, torch.float32))
 
 
+def given(part: Tensor | None) -> Tensor:
+    """A part that encoders of this activation have."""
+    assert part is not None
+    return part
+
+
 def _check_dtype(dtype: torch.dtype) -> None:
     if dtype not in DTYPES and dtype != torch.float64:
         raise CorrSteerError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
 
 
 def _fold(
-    config: dict[str, Any], parameters: dict[str, Tensor], decoder: Decoder, dtype, device, origin: str
+    config: dict[str, Any],
+    parameters: dict[str, Tensor],
+    decoder: Decoder,
+    dtype: torch.dtype,
+    device: Device,
+    origin: str,
 ) -> SparseEncoder:
     """SAELens' parameters, `W_enc [d_in, d_sae]` and the rest, in our one form."""
     architecture, activation = config["architecture"], _activation(config, origin)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +14,9 @@ from torch import Tensor
 
 from corrsteer.errors import CorrSteerError
 from corrsteer.types import PathLike
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 DTYPES = {
@@ -155,7 +158,7 @@ def open_decoder(source: dict[str, Any]) -> Decoder:
     return Decoder({"kind": kind}, rows)
 
 
-def load_pretrained(release: str, sae_id: str):
+def load_pretrained(release: str, sae_id: str) -> SAE[Any]:
     """SAELens' own loader, on the CPU and in float32, with its complaints about names and downloads as ours."""
     try:
         from sae_lens import SAE

@@ -310,7 +310,7 @@ class Evidence:
             self.bootstrap_labels[1 + R + r] += 2 * d * wu + d * d * w
         self.n_positive += other.n_positive.to(self.device)
         self._extend(other.low, other.high, other.n_low, other.n_high)
-        if self.histograms:
+        if self.histograms and other.histograms:  # both have them, or neither
             self.histograms.merge(other.histograms)
         self.blocks |= other.blocks
 

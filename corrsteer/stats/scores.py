@@ -145,6 +145,7 @@ def _binned(evidence: Evidence, features: Features, label: int, of_permutations:
     """Samples in each bin, `[1 + bins, features]`, and those with y > 0, `[1 + bins, features, 1]` or, permuted,
     `[..., P]`. The first bin is that of zeros, which are what is left."""
     R, P = evidence.n_labels, evidence.permutations
+    assert evidence.histograms is not None, "`check` has seen to it"
     counts = evidence.histograms.counts[:, features]
     columns = slice(1 + R + label * P, 1 + R + (label + 1) * P) if of_permutations else slice(1 + label, 2 + label)
     total, positive = counts[..., 0], counts[..., columns]

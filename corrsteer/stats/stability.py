@@ -6,8 +6,6 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from corrsteer.stats import inference, scores
 from corrsteer.stats.evidence import Evidence
 
@@ -36,9 +34,8 @@ def snapshot(evidences: Mapping[int, Evidence]) -> Snapshot:
     for layer, evidence in evidences.items():
         best = scores.correlation(evidence).topk(min(2, evidence.d_sae))
         low, high = inference.delta_interval(evidence, features=best.indices)
-        rows = torch.stack([best.values, low, high], 1).tolist()
-        rows = [[None if math.isnan(value) else value for value in row] for row in rows]
-        leaders[layer] = tuple(Leader(i, *row) for i, row in zip(best.indices.tolist(), rows))
+        rows = zip(best.indices.tolist(), best.values.tolist(), low.tolist(), high.tolist())
+        leaders[layer] = tuple(Leader(i, r, _known(least), _known(most)) for i, r, least, most in rows)
     return Snapshot(next(iter(evidences.values())).n, leaders)
 
 
@@ -70,4 +67,9 @@ def stable(snapshots: Sequence[Snapshot], patience: int, layers: Collection[int]
 def _apart(best: Leader, next_best: Leader | None = None) -> bool:
     if next_best is None:
         return True
-    return None not in (best.low, next_best.high) and best.low > next_best.high
+    return best.low is not None and next_best.high is not None and best.low > next_best.high
+
+
+def _known(value: float) -> float | None:
+    """A number as JSON can have it."""
+    return None if math.isnan(value) else value

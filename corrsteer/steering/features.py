@@ -42,11 +42,6 @@ class FeatureStatistics:
     coefficient_error: float | None = None
     coefficients: dict[str, list[float | None]] | None = None
 
-    @property
-    def ranked_by(self) -> float:
-        """What it was ranked by: its score, or else the correlation."""
-        return self.correlation if self.score is None else self.score
-
 
 @dataclass(frozen=True)
 class Feature:
@@ -78,10 +73,21 @@ class Feature:
         return f"layer {self.layer} feature {self.index}"
 
     @property
+    def ranked_by(self) -> float:
+        """What it was ranked by: its score, or else the correlation; 0 where neither is known."""
+        if self.statistics is None:
+            return 0.0
+        return self.statistics.correlation if self.statistics.score is None else self.statistics.score
+
+    @property
+    def p_adjusted(self) -> float | None:
+        """How often chance gives any feature of all layers as large a score; None where that is not known."""
+        return None if self.statistics is None else self.statistics.p_adjusted
+
+    @property
     def by_chance(self) -> bool:
         """Whether chance explains its score; False where that is not known."""
-        p = None if self.statistics is None else self.statistics.p_adjusted
-        return p is not None and p > CHANCE
+        return self.p_adjusted is not None and self.p_adjusted > CHANCE
 
     def scaled(self, by: float) -> Feature:
         """The same with its coefficient, and the standard error of that, multiplied."""
@@ -93,5 +99,6 @@ class Feature:
     @classmethod
     def from_dict(cls, described: dict[str, Any]) -> Feature:
         """What `dataclasses.asdict` made of one."""
+        feature = cls(**described)
         statistics = described["statistics"]
-        return cls(**described | {"statistics": None if statistics is None else FeatureStatistics(**statistics)})
+        return feature if statistics is None else replace(feature, statistics=FeatureStatistics(**statistics))

@@ -185,7 +185,7 @@ def apply_rows(
         raise CorrSteerError(f"scale must be finite, got {scale}")
     chosen = None if rows is None else torch.tensor(list(rows), dtype=torch.int32)
     if chosen is not None and not bool(((chosen >= -1) & (chosen < len(steerings))).all()):
-        raise CorrSteerError(f"rows must lie in -1..{len(steerings) - 1}, got {list(rows)}")
+        raise CorrSteerError(f"rows must lie in -1..{len(steerings) - 1}, got {chosen.tolist()}")
     vectors: dict[HookPoint, Tensor] = {}
     for at, steering in enumerate(steerings):
         steering.check(model)

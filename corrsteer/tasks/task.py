@@ -41,7 +41,7 @@ class Task:
     def grade(self, completion: str, example: Example) -> float:
         """Reward of one completion: a finite number."""
         try:
-            reward = self.grader(completion, example)
+            reward: Any = self.grader(completion, example)
             reward = reward.item() if hasattr(reward, "item") else reward  # numpy and torch scalars
         except Exception as error:  # a user's grader may raise anything
             raise TaskError(f"{example.source}: grader {self.grader_name} failed: {_one_line(error)}") from error
@@ -96,8 +96,11 @@ class Task:
         first = round(len(groups) * train)
         second = round(len(groups) * (train + validation))
         third = round(len(groups) * (train + validation + test))
-        parts = groups[:first], groups[first:second], groups[second:third]
-        return tuple(replace(self, examples=tuple(example for group in part for example in group)) for part in parts)
+
+        def part(groups: list[list[Example]]) -> Task:
+            return replace(self, examples=tuple(example for group in groups for example in group))
+
+        return part(groups[:first]), part(groups[first:second]), part(groups[second:third])
 
     def take(self, n: int) -> Task:
         """The first n examples, or all if there are fewer."""
@@ -276,7 +279,7 @@ def _parse_line(line: bytes) -> Any:
 
 def _open_dataset(name_or_path: Any, config: str | None, split: str) -> tuple[Any, str]:
     """The dataset, perhaps one with several splits, and what to call it."""
-    if not isinstance(name_or_path, (str, os.PathLike[str])):
+    if not isinstance(name_or_path, (str, os.PathLike)):
         return name_or_path, "dataset"
     try:
         import datasets

@@ -107,8 +107,8 @@ def bootstrap_interval(
         rank = torch.where(of.quantile.isnan(), torch.nan, share) * (B - 1)
         lower = rank.floor().clamp(0, B - 1).nan_to_num().long()
         upper = (lower + 1).clamp(max=B - 1)
-        ends = (replicates.gather(1, k[:, None])[:, 0] for k in (lower, upper))
-        return torch.lerp(*ends, rank - lower)
+        low, high = (replicates.gather(1, k[:, None])[:, 0] for k in (lower, upper))
+        return torch.lerp(low, high, rank - lower)
 
     return _widened(at(-1.0), at(1.0), of, evidence.n, level)
 
@@ -135,8 +135,8 @@ def interval(
         raise CorrSteerError(f"level must lie between 0 and 1, got {level}")
     if method == "fisher":
         r, varies = scores.pearson(evidence, evidence.columns("z1u1", features, label), features, label)
-        ends = fisher_interval(r[:, 0], evidence.n, level)
-        return tuple(torch.where(varies[:, 0], end, torch.nan) for end in ends)
+        low, high = fisher_interval(r[:, 0], evidence.n, level)
+        return torch.where(varies[:, 0], low, torch.nan), torch.where(varies[:, 0], high, torch.nan)
     chosen = delta_interval if method == "delta" else bootstrap_interval
     return chosen(evidence, level, features, label)
 
