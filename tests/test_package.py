@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
@@ -106,6 +107,21 @@ def test_a_wheel_installs_and_its_command_runs_the_demo_from_another_directory(w
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert set(result["strategies"]) == {"single", "all", "pruned"} and result["backends"] == ["native"]
+
+
+def test_every_type_of_the_public_interface_is_known_to_a_type_checker(wheel, tmp_path):
+    """As one that checks a user's code sees them: of the installed package, whose kernels are no interface."""
+    environment = tmp_path / "venv"
+    venv.create(environment, symlinks=True)
+    (site,) = environment.glob("lib/python*/site-packages")
+    zipfile.ZipFile(wheel).extractall(site)
+    shutil.rmtree(site / "corrsteer" / "kernels")
+    (site / "others.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    (tmp_path / "elsewhere").mkdir()
+    checker = [str(Path(sys.executable).with_name("basedpyright")), "--verifytypes", "corrsteer", "--ignoreexternal"]
+    active = os.environ | {"VIRTUAL_ENV": str(environment), "PATH": f"{environment / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(checker, capture_output=True, text=True, cwd=tmp_path / "elsewhere", env=active)
+    assert "Type completeness score: 100%" in done.stdout, done.stdout[-3000:]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files")

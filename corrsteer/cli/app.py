@@ -15,7 +15,7 @@ from corrsteer.cli.options import Given, flags
 from corrsteer.errors import CorrSteerError
 from corrsteer.version import __version__
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -21,15 +21,15 @@ import torch
 from corrsteer.demo import sums
 
 if TYPE_CHECKING:
-    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 HERE = Path(__file__).parent
 CHARACTERS = [*"0123456789+=?\n", sums.CAREFUL[0], sums.SLOPPY[0]]
 SPECIAL = ["<pad>", "<s>", "</s>"]
-log = logging.getLogger("corrsteer.demo.train")
+log: logging.Logger = logging.getLogger("corrsteer.demo.train")
 
 
-def build_tokenizer():
+def build_tokenizer() -> PreTrainedTokenizerBase:
     """A character tokenizer that `AutoTokenizer` loads; `<s>` starts every text."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -49,7 +49,7 @@ def build_tokenizer():
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerBase):
+def build_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     """The untrained language model. Its generation stops at the end of a line."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -77,7 +77,7 @@ def batch_of_documents(tokenizer: PreTrainedTokenizerBase, rng: random.Random, n
     return tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", return_token_type_ids=False)
 
 
-def train_language_model(tokenizer: PreTrainedTokenizerBase, steps: int, batch: int, seed: int):
+def train_language_model(tokenizer: PreTrainedTokenizerBase, steps: int, batch: int, seed: int) -> LlamaForCausalLM:
     """Next-character prediction with AdamW and a cosine schedule."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -148,7 +148,9 @@ def residuals(
     return [torch.cat([out[mask] for out, mask in zip(layer, rows)]) for layer in kept]
 
 
-def train_sae(activations: torch.Tensor, layer: int, d_sae: int, k: int, samples: int, seed: int, directory: Path):
+def train_sae(
+    activations: torch.Tensor, layer: int, d_sae: int, k: int, samples: int, seed: int, directory: Path
+) -> None:
     """One top-k SAE by SAELens' trainer, on shuffled activations `[tokens, hidden]`."""
     from sae_lens import TopKTrainingSAEConfig, TrainingSAE
     from sae_lens.config import LoggingConfig, SAETrainerConfig

@@ -69,8 +69,13 @@ class Capture:
             raise CorrSteerError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         for point in points.values():
             hook_points.check_point(model, point)
-        self.model, self.points, self.positions = model, dict(points), positions
-        self.max_new_tokens, self.budget_bytes, self.sink = max_new_tokens, budget_bytes, sink
+        self.model: nn.Module = model
+        self.points: dict[Any, HookPoint] = dict(points)
+        self.positions: str = positions
+        self.max_new_tokens: int = max_new_tokens
+        self.budget_bytes: int = budget_bytes
+        self.sink: Sink | None = sink
+        self.flushed: bool = False
         self._stop = sorted(set(stop_tokens))
 
     def __enter__(self) -> Capture:

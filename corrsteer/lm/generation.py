@@ -39,7 +39,7 @@ class Decoding:
     batch_tokens: int = 16384
     batch_size: int = 256
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 1), ("batch_tokens", 1), ("batch_size", 1), ("temperature", 0)):
             if getattr(self, name) < least:
                 raise CorrSteerError(f"{name} must be at least {least}, got {getattr(self, name)}")

@@ -64,7 +64,9 @@ class TokenPositions:
                 f"model must be a Hugging Face causal language model with generate, got {type(model).__name__}"
             )
         self.users = self.generations = 0
-        self.start, self.mask, self.prompt_width = 0, None, None
+        self.start: int = 0
+        self.mask: Tensor | None = None
+        self.prompt_width: int | None = None
         self._prefill_width = self._passes = 0
         self._selected: dict[tuple[str, torch.device], Tensor] = {}
         self._handle = model.register_forward_pre_hook(self._before_pass, with_kwargs=True)

@@ -65,7 +65,8 @@ class Moments:
     def __init__(self, d_sae: int, n_labels: int = 1, device: Device = "cpu"):
         if d_sae < 1 or n_labels < 1:
             raise CorrSteerError(f"d_sae and n_labels must be at least 1, got d_sae={d_sae}, n_labels={n_labels}")
-        self.d_sae, self.n_labels = d_sae, n_labels
+        self.d_sae: int = d_sae
+        self.n_labels: int = n_labels
         with torch.inference_mode(False):  # made inside of it, they could not be updated outside
             for name, shape in self.shapes(d_sae, n_labels).items():
                 setattr(self, name, torch.zeros(shape, dtype=torch.float64, device=device))

@@ -17,7 +17,7 @@ from corrsteer.errors import BackendUnavailable
 from corrsteer.ops import cuda_backend, native_backend, reference, triton_backend
 from corrsteer.ops.calls import OPERATIONS, Call, Verdict
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 ENVIRONMENT = "CORRSTEER_BACKEND"
 

@@ -33,7 +33,7 @@ class Options:
     statistics_bytes: int
     backend: str | None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positions(self.positions, KEPT_POSITIONS)
         for name in self.pools:
             if name not in ("mean", "max"):

@@ -104,7 +104,7 @@ class SparseEncoder:
     decoder: Decoder = field(default_factory=lambda: sources.open_decoder({"kind": "none"}), repr=False)
     metadata: dict[str, Any] = field(default_factory=dict, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.weight is None:
             return
         own = "bf16x2" if self.weight_low is not None else _precision_of(self.weight.dtype)

@@ -145,10 +145,13 @@ class Evidence:
         for name in scores:
             if name not in SCORES:
                 raise CorrSteerError(f"scores must be among {', '.join(SCORES)}, got {name!r}")
-        self.d_sae, self.n_labels = int(d_sae), int(n_labels)
-        self.permutations, self.bootstrap = int(permutations), int(bootstrap)
-        self.scores = tuple(name for name in SCORES if name in scores)
-        self.bins, self.seed = int(bins), int(seed)
+        self.d_sae: int = int(d_sae)
+        self.n_labels: int = int(n_labels)
+        self.permutations: int = int(permutations)
+        self.bootstrap: int = int(bootstrap)
+        self.scores: tuple[str, ...] = tuple(name for name in SCORES if name in scores)
+        self.bins: int = int(bins)
+        self.seed: int = int(seed)
         R, P, B = self.n_labels, self.permutations, self.bootstrap
         moments = [(f"z{p}u{q}", p, R if q else 1, 1) for p in range(1, ORDER + 1) for q in range(ORDER + 1 - p)]
         moments += [("positive", 1, R, 1), ("positive2", 2, R, 1)]
@@ -167,7 +170,7 @@ class Evidence:
         self.low.fill_(math.inf)
         self.high.fill_(-math.inf)
         binned = any(name in BINNED for name in self.scores)
-        self.histograms = Histograms(self.d_sae, self.bins, R * (1 + P), device) if binned else None
+        self.histograms: Histograms | None = Histograms(self.d_sae, self.bins, R * (1 + P), device) if binned else None
 
     @property
     def n_columns(self) -> int:

@@ -36,8 +36,8 @@ class Histograms:
 
     def __init__(self, d_sae: int, bins: int, columns: int, device: Device = "cpu"):
         with torch.inference_mode(False):
-            self.top = torch.zeros(d_sae, dtype=torch.int32, device=device)
-            self.counts = torch.zeros(bins, d_sae, 1 + columns, dtype=torch.float64, device=device)
+            self.top: Tensor = torch.zeros(d_sae, dtype=torch.int32, device=device)
+            self.counts: Tensor = torch.zeros(bins, d_sae, 1 + columns, dtype=torch.float64, device=device)
 
     @property
     def nbytes(self) -> int:

@@ -61,7 +61,7 @@ class Feature:
     index: int | None = None
     statistics: FeatureStatistics | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not math.isfinite(self.coefficient):
             raise CorrSteerError(f"coefficient of {self.name} must be finite, got {self.coefficient}")
 

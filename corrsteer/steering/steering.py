@@ -51,7 +51,7 @@ class Steering:
     notes: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.directions.dim() != 2 or len(self.directions) != len(self.features):
             raise CorrSteerError(
                 f"directions must be [{len(self.features)}, d], one per feature, got {list(self.directions.shape)}"
