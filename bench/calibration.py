@@ -170,7 +170,7 @@ def demo(seeds: int) -> Iterator[dict[str, Any]]:
 
     for seed in range(seeds):
         result = run_demo(seed, say=lambda _: None, progress=False, shuffle_rewards=True)
-        least = min(feature["p_adjusted"] for feature in result["features"].values())
+        least = min(feature["statistics"]["p_adjusted"] for feature in result["features"].values())
         yield {"seed": seed, "survivors": len(result["survivors"]), "smallest_p_adjusted": least}
 
 

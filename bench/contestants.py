@@ -21,11 +21,11 @@ from corrsteer import (
     SparseEncoder,
     encode_pool,
     encode_update,
-    ops,
     steer_add,
     update_moments,
     update_sums,
 )
+from corrsteer.ops.operations import POOLS
 
 X_DTYPES = {"fp32": torch.float32, "fp32_ieee": torch.float32, "fp16": torch.float16}  # bfloat16 otherwise
 WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # that the precision rounds to; float32 otherwise
@@ -83,7 +83,7 @@ def _encode_update(case: Case, device: torch.device, backends: tuple[str, ...]) 
     sample = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
     labels = 1 if case.kind == "permutations" else case.labels
     y = _rewards(len(sizes), labels, g)
-    pools = ops.POOLS[case.pool]
+    pools = POOLS[case.pool]
 
     def states() -> tuple[Moments, ...]:
         return tuple(Moments(case.d_sae, labels, device=device) for _ in pools)
@@ -286,7 +286,7 @@ def _rewards(n: int, labels: int, g: torch.Generator) -> Tensor:
 
 def _sums(case: Case, device: torch.device) -> list[Tensor]:
     shape = (2 + case.labels, case.d_sae)
-    return [torch.zeros(shape, dtype=torch.float64, device=device) for _ in ops.POOLS[case.pool]]
+    return [torch.zeros(shape, dtype=torch.float64, device=device) for _ in POOLS[case.pool]]
 
 
 def _sets(device: torch.device, bytes_each: int) -> int:

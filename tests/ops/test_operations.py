@@ -968,7 +968,7 @@ def test_update_sums_compiles_once_for_any_number_of_samples_and_columns(place):
 
 @everywhere((ON_CPU, NATIVE[0], Place("triton", "cpu")))
 def test_operators_pass_torchs_own_checks_of_their_schema_and_fake_implementation(place):
-    from corrsteer.ops.operations import _flatten
+    from corrsteer.ops.flat import flatten_encoder
 
     encoder, backend = make_encoder("gated"), place.backend
     checks = ("test_schema", "test_faketensor")
@@ -977,11 +977,11 @@ def test_operators_pass_torchs_own_checks_of_their_schema_and_fake_implementatio
     h, rows = torch.zeros(2, 3, 4), torch.zeros(2, dtype=torch.int32)
     weights = torch.ones(2, 3, dtype=torch.float64)
     for operator, arguments in (
-        (operators.encode, (x, *_flatten(encoder))),
-        (operators.encode_pool, (x, lengths, *_flatten(encoder), "both")),
+        (operators.encode, (x, *flatten_encoder(encoder))),
+        (operators.encode_pool, (x, lengths, *flatten_encoder(encoder), "both")),
         (operators.update_moments, (torch.ones(2, 67), y, Moments(67).state())),
         (operators.update_sums, (torch.ones(2, 67), weights, torch.zeros(67, 3).double(), [1, 2])),
-        (operators.encode_update, (x, lengths, y, *_flatten(encoder), Moments(67).state(), "max")),
+        (operators.encode_update, (x, lengths, y, *flatten_encoder(encoder), Moments(67).state(), "max")),
         (operators.steer_add, (h, torch.ones(1, 4), rows, None)),
     ):
         torch.library.opcheck(operator.default, (*arguments, backend), test_utils=checks)
