@@ -139,7 +139,7 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-# The operations of `corrsteer.reference`
+# The operations of `corrsteer.ops.reference`
 
 
 def encode(x: Tensor, encoder: SparseEncoder) -> Tensor:

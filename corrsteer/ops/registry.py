@@ -24,7 +24,7 @@ ENVIRONMENT = "CORRSTEER_BACKEND"
 
 @dataclass(frozen=True)
 class Backend:
-    """Functions with the signatures of `corrsteer.reference`, and a verifier of calls to them."""
+    """Functions with the signatures of `corrsteer.ops.reference`, and a verifier of calls to them."""
 
     name: str
     operations: Mapping[str, Callable[..., Any]]

@@ -1,6 +1,6 @@
 """What is true of the Triton kernels alone: what they refuse, and on a GPU real sizes, graphs, memory and addresses.
 
-Whatever is true of every backend is in `test_ops.py`.
+Whatever is true of every backend is in `test_operations.py`.
 """
 
 import itertools

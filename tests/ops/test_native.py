@@ -1,4 +1,4 @@
-"""What is only true of the C++ kernels for CPUs; `test_ops.py` has what is true of every backend."""
+"""What is only true of the C++ kernels for CPUs; `test_operations.py` has what is true of every backend."""
 
 import dataclasses
 import gc
