@@ -70,7 +70,7 @@ class SparseEncoder:
     Attributes
     ----------
     d_in, d_sae : width of the residual stream and number of features.
-    activation : `relu`, `jumprelu`, `gated`, `topk`, `abstopk` or `identity`, as `corrsteer.ops.reference.encode` defines
+    activation : `relu`, `jumprelu`, `gated`, `topk`, `abstopk` or `identity`; `corrsteer.ops.reference.encode` defines
         them.
     weight : `[d_sae, d_in]`, float32, bfloat16 or float16, contiguous; None for `identity`.
     weight_low : `[d_sae, d_in]` bfloat16, what `weight` lacks; for the precision `bf16x2` only.

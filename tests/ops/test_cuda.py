@@ -1,5 +1,5 @@
 """The CUDA extension without a GPU: that its sources compile for every architecture without spills, and that the
-kernel and the boundary do what they should, on a CPU. On a GPU, `test_operations.py` has it among the other backends."""
+kernel and the boundary do what they should, on a CPU. For a GPU it is among the backends of `test_operations.py`."""
 
 import contextlib
 import importlib.machinery
