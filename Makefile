@@ -2,6 +2,7 @@
 #   make demo   the main job on the model that ships with the package
 #   make test   the test suite
 #   make bench  the microbenchmarks
+#   make docs   the documentation, served on this machine
 #   make test-sanitize   the C++ kernels' tests under the address and undefined-behaviour sanitizers
 # On a GPU machine: make demo TORCH="torch"    (or any other requirement that pip can resolve)
 
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 QUIET := --quiet --disable-pip-version-check
 
-.PHONY: demo test test-sanitize bench clean
+.PHONY: demo test test-sanitize bench docs clean
 
 demo: $(STAMP)
 	$(BIN)/corrsteer demo
@@ -40,6 +41,9 @@ test-sanitize: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench --benchmark-only
 
+docs: $(STAMP)
+	$(BIN)/python -m mkdocs serve
+
 $(STAMP): pyproject.toml setup.py Makefile $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed, this is " + sys.version) if sys.version_info < (3, 10) else None'
 	$(PYTHON) -m venv $(VENV)
@@ -50,4 +54,4 @@ $(STAMP): pyproject.toml setup.py Makefile $(wildcard csrc/* csrc/*/*)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info corrsteer/*.so
+	rm -rf $(VENV) build dist site *.egg-info corrsteer/*.so

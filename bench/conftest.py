@@ -2,7 +2,7 @@
 
 import torch
 
-from corrsteer.cli import doctor
+from corrsteer.report import doctor
 
 KEPT = ("processor", "machine", "system", "python_version")
 

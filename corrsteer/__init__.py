@@ -34,8 +34,7 @@ _HOME = {
     "evaluate": "experiments.evaluation",
     "CorrSteerError": "errors",
     "BackendUnavailable": "errors",
-}
-_MODULES = {
+    # modules
     "inference": "stats.inference",
     "planning": "stats.planning",
     "scores": "stats.scores",
@@ -93,12 +92,10 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        value = importlib.import_module(f"corrsteer.{_MODULES[name]}")
-    elif name in _HOME:
-        value = getattr(importlib.import_module(f"corrsteer.{_HOME[name]}"), name)
-    else:
+    if name not in _HOME:
         raise AttributeError(f"module 'corrsteer' has no attribute {name!r}")
+    home = importlib.import_module(f"corrsteer.{_HOME[name]}")
+    value = getattr(home, name, home)
     globals()[name] = value
     return value
 

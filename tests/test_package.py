@@ -35,7 +35,7 @@ def test_importing_corrsteer_takes_under_half_a_second_beyond_torch_and_no_heavy
 
 
 def test_every_public_name_can_be_imported_and_is_documented():
-    assert set(corrsteer.__all__) == {*corrsteer._HOME, *corrsteer._MODULES, "__version__"}
+    assert set(corrsteer.__all__) == {*corrsteer._HOME, "__version__"}
     for name in corrsteer.__all__:
         assert getattr(corrsteer, name).__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -56,14 +56,13 @@ def test_no_top_level_module_named_kernels_is_installed(wheel, tmp_path):
     assert "corrsteer" in site and "kernels" not in site
 
 
-def test_the_readmes_examples_run_as_they_stand(tmp_path, request):
+def test_the_readmes_ten_lines_find_steer_and_save(tmp_path, request):
     blocks = re.findall(r"```python\n(.*?)```", (request.config.rootpath / "README.md").read_text(), re.DOTALL)
-    example, inferred = [block for block in blocks if "demo.load()" in block]
+    (example,) = [block for block in blocks if "demo.load()" in block]
     assert len([line for line in example.splitlines() if line.strip()]) == 10
     output = python(example, cwd=tmp_path)
     assert "Feature(hook_point='blocks.1.hook_resid_post'" in output and "47+38=?85" in output
     assert (tmp_path / "steering.safetensors").is_file()
-    assert "p_adjusted=0.000999" in python(inferred, cwd=tmp_path)
 
 
 def test_the_extension_says_which_instruction_sets_this_processor_offers():

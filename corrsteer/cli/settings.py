@@ -63,12 +63,17 @@ class ModelSettings(Settings):
     batch_size: int = Field(default=256, ge=1, description="Most prompts in a batch.")
 
 
-class SteeringSettings(Settings):
-    """How a steering is applied."""
+class PositionSettings(Settings):
+    """Where a steering is applied."""
 
     positions: Literal["generated", "all", "prompt"] = Field(
         default="generated", description="generated, all or prompt: which tokens are steered."
     )
+
+
+class SteeringSettings(PositionSettings):
+    """How a steering is applied."""
+
     scale: float = Field(default=1.0, description="Multiplies the steering coefficients.")
 
 
@@ -145,12 +150,8 @@ class EvaluateSettings(TaskSettings, ModelSettings, SteeringSettings):
     """What `corrsteer evaluate` needs, and `corrsteer select --strategy pruned` for its validation."""
 
 
-class CalibrateSettings(TaskSettings, ModelSettings):
+class CalibrateSettings(TaskSettings, ModelSettings, PositionSettings):
     """What `corrsteer calibrate` needs, which chooses the scale itself."""
-
-    positions: Literal["generated", "all", "prompt"] = Field(
-        default="generated", description="generated, all or prompt: which tokens are steered."
-    )
 
 
 class GenerateSettings(ChatSettings, ModelSettings, SteeringSettings):

@@ -106,7 +106,11 @@ class Moments:
 
     @torch.no_grad()
     def merge(self, other: Moments) -> None:
-        """Fold in the moments of other samples, such as another process's; the order does not matter."""
+        """Fold in the moments of other samples, such as another process's; the order does not matter.
+
+        Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances" (1979),
+        eq. 1.5, here for cross moments as well.
+        """
         if (other.d_sae, other.n_labels) != (self.d_sae, self.n_labels):
             raise CorrSteerError(
                 f"other must have d_sae={self.d_sae} and n_labels={self.n_labels}, "
@@ -115,27 +119,17 @@ class Moments:
         if other.n == 0:
             return
         other = other.to(self.device)
-        self.merge_centred(other.count, other.z_mean, other.z_m2, other.y_mean, other.y_m2, other.cross)
+        total = self.count + other.count
+        z_delta, y_delta = other.z_mean - self.z_mean, other.y_mean - self.y_mean
+        weight = self.count * other.count / total
+        self.z_m2 += other.z_m2 + weight * z_delta.square()
+        self.y_m2 += other.y_m2 + weight * y_delta.square()
+        self.cross += other.cross + weight * y_delta[:, None] * z_delta
+        self.z_mean += z_delta * (other.count / total)
+        self.y_mean += y_delta * (other.count / total)
+        self.count += other.count
         for name in ("n_positive", "n_active", "group_sum", "group_active_sum", "group_active_count"):
             getattr(self, name).add_(getattr(other, name))
-
-    def merge_centred(
-        self, n: Tensor, z_mean: Tensor, z_m2: Tensor, y_mean: Tensor, y_m2: Tensor, cross: Tensor
-    ) -> None:
-        """Fold in the count, means and centred sums of other samples, in place.
-
-        Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances" (1979),
-        eq. 1.5, here for cross moments as well. The counts of groups and of active samples only add up: see `merge`.
-        """
-        total = self.count + n
-        z_delta, y_delta = z_mean - self.z_mean, y_mean - self.y_mean
-        weight = self.count * n / total
-        self.z_m2 += z_m2 + weight * z_delta.square()
-        self.y_m2 += y_m2 + weight * y_delta.square()
-        self.cross += cross + weight * y_delta[:, None] * z_delta
-        self.z_mean += z_delta * (n / total)
-        self.y_mean += y_delta * (n / total)
-        self.count += n
 
     def correlation(self) -> Tensor:
         """Pearson's r of every label and feature, `[n_labels, d_sae]` float64; 0 where either variance is 0."""

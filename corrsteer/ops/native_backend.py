@@ -20,7 +20,7 @@ from corrsteer.errors import BackendUnavailable
 from corrsteer.ops import extensions
 from corrsteer.ops.calls import Call, Verdict
 from corrsteer.ops.moments import Moments
-from corrsteer.sae.encoder import SparseEncoder, given
+from corrsteer.sae.encoder import SparseEncoder, required
 
 _native, MISSING = extensions.load("_native")
 
@@ -91,7 +91,7 @@ def packed_weight(encoder: SparseEncoder, isa: str) -> Tensor:
             return found.weight
         _packed.pop(key, None)
         # bf16x2: hi + lo is exact in float32, where it costs no more than two products of bfloat16
-        weight = given(encoder.weight) if encoder.weight_low is None else encoder.full_weight()
+        weight = required(encoder.weight) if encoder.weight_low is None else encoder.full_weight()
         dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
         size = _native.packed_size(isa, encoder.d_sae, encoder.d_in, _name(dtype))
         packed = torch.empty(size, dtype=dtype, device="cpu")

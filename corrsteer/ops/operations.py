@@ -149,9 +149,12 @@ def encode_update(
     """
     x = _check_packed(x, cu_seqlens, encoder)
     pools = _check_pool(pool)
-    states = moments if isinstance(moments, tuple) else (moments,)
+    states = (moments,) if isinstance(moments, Moments) else tuple(moments)
     if len(states) != len(pools):
-        raise CorrSteerError(f"moments must be a pair (of the means, of the maxima) for pool='both', got {len(states)}")
+        raise CorrSteerError(
+            f"moments must be {len(pools)} for pool={pool!r} (of the means, then of the maxima, for 'both'), "
+            f"got {len(states)}"
+        )
     if len(states) == 2 and states[0] is states[1]:
         raise CorrSteerError("moments must be two for pool='both', got the same one twice; make one for each pooling")
     for state in states:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from corrsteer.ops.moments import Moments
-from corrsteer.sae.encoder import SparseEncoder, given
+from corrsteer.sae.encoder import SparseEncoder, required
 
 LAYER_NORM_EPS = 1e-5  # SAELens' own, added to the standard deviation
 
@@ -42,13 +42,13 @@ def encode(x: Tensor, encoder: SparseEncoder) -> Tensor:
     if encoder.activation == "identity":
         return x.to(encoder.compute_dtype, copy=True)
     product = preactivation(x, encoder)
-    p = product + given(encoder.bias)
+    p = product + required(encoder.bias)
     if encoder.activation == "relu":
         return p.relu()
     if encoder.activation == "jumprelu":
-        return p.relu() * (p > given(encoder.threshold))
+        return p.relu() * (p > required(encoder.threshold))
     if encoder.activation == "gated":
-        magnitude = product * given(encoder.magnitude_scale) + given(encoder.magnitude_bias)
+        magnitude = product * required(encoder.magnitude_scale) + required(encoder.magnitude_bias)
         return magnitude.relu() * (p > 0)
     rank = p.abs() if encoder.activation == "abstopk" else p
     top = rank.topk(encoder.k, dim=-1).indices
@@ -79,29 +79,23 @@ def encode_pool(x: Tensor, cu_seqlens: Tensor, encoder: SparseEncoder, pools: tu
 def update_moments(pooled: Tensor, y: Tensor, moments: Moments) -> None:
     """Fold `pooled: [N, d_sae]` and `y: [N, R]` into `moments`, in place.
 
-    The batch's own moments are computed about its own means, and merged (`Moments.merge_centred`).
+    The batch's own moments are computed about its own means, and merged.
     """
     z, y = pooled.double(), y.double()
     if len(z) == 0:
         return
-    z_mean, y_mean = z.mean(0), y.mean(0)
-    z_dev, y_dev = z - z_mean, y - y_mean
+    batch = Moments(z.shape[1], y.shape[1], z.device)
+    batch.count.fill_(len(z))
+    batch.z_mean, batch.y_mean = z.mean(0), y.mean(0)
+    z_dev, y_dev = z - batch.z_mean, y - batch.y_mean
+    batch.z_m2, batch.y_m2, batch.cross = z_dev.square().sum(0), y_dev.square().sum(0), y_dev.T @ z_dev
     positive, active = (y > 0).double(), (z > 0).double()
-
-    moments.merge_centred(
-        n=torch.tensor(float(len(z)), dtype=torch.float64, device=z.device),
-        z_mean=z_mean,
-        z_m2=z_dev.square().sum(0),
-        y_mean=y_mean,
-        y_m2=y_dev.square().sum(0),
-        cross=y_dev.T @ z_dev,
-    )
-    moments.n_positive += positive.sum(0)
-    moments.n_active += active.sum(0)
+    batch.n_positive, batch.n_active = positive.sum(0), active.sum(0)
     for at, members in enumerate((positive, 1 - positive)):
-        moments.group_sum[at] += members.T @ z
-        moments.group_active_sum[at] += members.T @ (z * active)
-        moments.group_active_count[at] += members.T @ active
+        batch.group_sum[at] = members.T @ z
+        batch.group_active_sum[at] = members.T @ (z * active)
+        batch.group_active_count[at] = members.T @ active
+    moments.merge(batch)
 
 
 def update_sums(pooled: Tensor, weights: Tensor, sums: Tensor, powers: tuple[int, ...]) -> None:

@@ -84,8 +84,8 @@ def collect(
     shuffle_seed : of the examples' order, the permutations and the bootstrap.
     patience : stop early when for so many blocks no layer's best feature has changed, and their intervals lie above
         those of the next ones. P-values are of the samples collected, as if that many had been planned.
-    patience_layers : the layers that `patience` looks at; by default all. `selection.selectable` gives those that
-        `select` considers.
+    patience_layers : the layers that `patience` looks at; by default all.
+        `corrsteer.experiments.selection.selectable` gives those that `select` considers.
     buffer_bytes : memory for captured residuals. Past it they are encoded and pooled as they come; the result is
         the same.
     statistics_bytes : the most memory that evidence and a block's pooled activations may take, for all layers.

@@ -57,9 +57,9 @@ class Options:
 
     def check_encoders(self, encoders: Mapping[int, SparseEncoder]) -> None:
         """Raise unless what is asked of these encoders and layers can be had."""
-        unknown = sorted(set(self.patience_layers or ()) - set(encoders))
-        if unknown:
-            raise CorrSteerError(f"patience_layers must be among {sorted(encoders)}, got {unknown}")
+        layers = self.patience_layers
+        if layers is not None and not (layers and set(layers) <= set(encoders)):
+            raise CorrSteerError(f"patience_layers must be some of {sorted(encoders)}, got {sorted(layers)}")
         for layer, encoder in encoders.items():
             if self.evidence(encoder, self.pool, "meta").histograms and encoder.activation in SIGNED:
                 raise CorrSteerError(

@@ -146,9 +146,9 @@ class Run:
                     int(layer): {
                         pool: Evidence.load(directory / f"layer_{layer}.{pool}.evidence.safetensors") for pool in kept
                     }
-                    for layer, kept in described.get("evidence", {}).items()
+                    for layer, kept in described["evidence"].items()
                 },
-                snapshots=[_snapshot(entry) for entry in described.get("snapshots", [])],
+                snapshots=[_snapshot(entry) for entry in described["snapshots"]],
                 **{key: described[key] for key in ("pool", "coefficient_pool", "notes", "provenance")},
             )
         except CorrSteerError:

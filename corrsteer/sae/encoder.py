@@ -39,6 +39,13 @@ PRECISIONS = {
     "fp64": torch.float64,  # the truth that errors are measured from; the reference backend alone computes in it
 }
 TENSORS = ("weight", "weight_low", "weight_sum", "bias", "threshold", "magnitude_scale", "magnitude_bias")
+NEEDED = {
+    "relu": ("weight", "bias"),
+    "jumprelu": ("weight", "bias", "threshold"),
+    "gated": ("weight", "bias", "magnitude_scale", "magnitude_bias"),
+    "topk": ("weight", "bias"),
+    "abstopk": ("weight", "bias"),
+}
 FOLD_ROWS = 8192  # features folded at a time, so that folding needs little memory beside the weight
 
 # SAELens architecture -> our activation. A skip transcoder's skip path is not part of its encoder.
@@ -105,6 +112,9 @@ class SparseEncoder:
     metadata: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        missing = [name for name in NEEDED.get(self.activation, ()) if getattr(self, name) is None]
+        if missing:
+            raise CorrSteerError(f"{', '.join(missing)} must be given for activation {self.activation!r}, got None")
         if self.weight is None:
             return
         own = "bf16x2" if self.weight_low is not None else _precision_of(self.weight.dtype)
@@ -126,7 +136,9 @@ class SparseEncoder:
             object.__setattr__(self, "weight_sum", _row_sums(self.weight, self.weight_low))
 
     @classmethod
-    def from_sae_lens(cls, sae: SAE[Any], *, dtype: torch.dtype | None = None, device: Device = None) -> SparseEncoder:
+    def from_sae_lens(
+        cls, sae: SAE[Any], *, dtype: torch.dtype | None = None, device: Device | None = None
+    ) -> SparseEncoder:
         """The encoder of a SAELens SAE or transcoder, equal to its `encode`.
 
         Parameters
@@ -207,11 +219,11 @@ class SparseEncoder:
 
     def full_weight(self) -> Tensor:
         """The weight `[d_sae, d_in]` in `compute_dtype`, both its parts together for bf16x2."""
-        weight = given(self.weight).to(self.compute_dtype)
+        weight = required(self.weight).to(self.compute_dtype)
         return weight if self.weight_low is None else weight + self.weight_low
 
     def to(
-        self, device: Device = None, dtype: torch.dtype | None = None, *, precision: str | None = None
+        self, device: Device | None = None, dtype: torch.dtype | None = None, *, precision: str | None = None
     ) -> SparseEncoder:
         """A copy elsewhere; `dtype`, or `precision` by name, applies to the weight alone, the rest stays float32."""
         if isinstance(device, torch.dtype):  # encoder.to(torch.bfloat16), as one writes it to a tensor
@@ -263,9 +275,9 @@ def _row_sums(weight: Tensor, low: Tensor | None) -> Tensor:
     return sums.to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def given(part: Tensor | None) -> Tensor:
-    """A part that encoders of this activation have."""
-    assert part is not None
+def required(part: Tensor | None) -> Tensor:
+    """A part that encoders of its activation have, see `NEEDED`."""
+    assert part is not None, "the encoder's own check has seen to it"
     return part
 
 
@@ -279,7 +291,7 @@ def _fold(
     parameters: dict[str, Tensor],
     decoder: Decoder,
     dtype: torch.dtype,
-    device: Device,
+    device: Device | None,
     origin: str,
 ) -> SparseEncoder:
     """SAELens' parameters, `W_enc [d_in, d_sae]` and the rest, in our one form."""

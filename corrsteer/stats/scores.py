@@ -88,6 +88,7 @@ def _observed(evidence: Evidence, name: str, features: Features, label: int) -> 
 
 def permuted(evidence: Evidence, name: str, features: Features, label: int) -> Tensor:
     """The score of every permutation, `[features, P]`; of mutual information without its sign."""
+    check(evidence, name, label)
     if name == "pearson":
         return pearson(evidence, evidence.columns("permuted", features, label), features, label)[0]
     if name in BINNED:

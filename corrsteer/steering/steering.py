@@ -68,9 +68,11 @@ class Steering:
         vectors : hook point -> `[d]`, such as `{"blocks.20.hook_resid_post": positive.mean(0) - negative.mean(0)}`.
         coefficient : what each is multiplied by.
         """
-        if not vectors or any(vector.dim() != 1 for vector in vectors.values()):
-            shapes = {name: list(vector.shape) for name, vector in vectors.items()}
-            raise CorrSteerError(f"vectors must map hook points to tensors [d], at least one, got {shapes}")
+        shapes = {name: list(vector.shape) for name, vector in vectors.items()}
+        if len({tuple(shape) for shape in shapes.values()}) != 1 or any(len(shape) != 1 for shape in shapes.values()):
+            raise CorrSteerError(
+                f"vectors must map hook points to tensors [d], at least one, all of one d, got {shapes}"
+            )
         features = [Feature(name, coefficient) for name in vectors]
         return cls(features, torch.stack([vector.detach().float().cpu() for vector in vectors.values()]))
 

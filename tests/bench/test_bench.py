@@ -1,4 +1,4 @@
-"""The benchmarks' own logic, on tiny shapes: what is measured, what is not, and what the README then says."""
+"""The benchmarks' own logic, on tiny shapes: what is measured, what is not, and what the documents then say."""
 
 import argparse
 import itertools
@@ -332,22 +332,33 @@ def test_without_a_gpu_result_the_section_says_so_and_how_to_get_one():
     assert f"| {TINY.name} | reference |" in said
 
 
-def test_the_readme_is_renewed_between_its_markers_and_checked(tmp_path, capsys):
-    readme = tmp_path / "README.md"
+def test_the_documents_are_renewed_between_their_markers_and_checked(tmp_path, capsys):
+    readme, page = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
     (tmp_path / "bench" / "results").mkdir(parents=True)
-    readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
-    assert table.main(["--check"], tmp_path) == 1 and "old" in readme.read_text()
+    page.parent.mkdir()
+    readme.write_text(f"before\n{table.HEADLINE_BEGIN}\nold\n{table.HEADLINE_END}\nafter\n")
+    page.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    assert table.main(["--check"], tmp_path) == 1 and "old" in page.read_text()
+    assert "README.md, docs/benchmarks.md is not what bench/results says" in capsys.readouterr().err
     assert table.main([], tmp_path) == 0
-    assert readme.read_text() == f"before\n{table.BEGIN}\n\n{table.NO_GPU}\n\n{table.END}\nafter\n"
+    assert page.read_text() == f"before\n{table.BEGIN}\n\n{table.NO_GPU}\n\n{table.END}\nafter\n"
+    assert readme.read_text().count(table.NO_GPU) == 1
     assert table.main(["--check"], tmp_path) == 0
     record.write(gpu_result(measured=TINY), tmp_path / "bench" / "results")
     assert table.main(["--check"], tmp_path) == 1
-    readme.write_text("no markers")
+    page.write_text("no markers")
     with pytest.raises(SystemExit, match="must have these two lines once each"):
         table.main([], tmp_path)
 
 
-def test_the_readme_is_what_the_results_say():
+def test_the_headline_is_of_one_number_of_tokens_and_of_measured_cases():
+    case = Case(**vars(TINY) | {"tokens": table.HEADLINE_TOKENS, "steps": table.MAIN_STEPS})
+    other = Case(**vars(case) | {"pool": "max"})
+    said = table.headline([gpu_result(measured=case), gpu_result(measured=other), gpu_result(not_measured=case)])
+    assert said.count("| 16 x 64, ") == 1 and "| 20.00 | 1.00% |" in said
+
+
+def test_the_documents_are_what_the_results_say():
     assert table.main(["--check"]) == 0
 
 
@@ -426,7 +437,7 @@ def test_the_chart_has_the_speeds_of_the_result_and_the_same_bytes_each_time(tmp
     chart.draw(result, other)
     assert one.read_bytes() == other.read_bytes()
     assert {">8.0<", ">4.0<", ">1.0<"} <= set(re.findall(r">[\d.]+<", one.read_text()))
-    assert f"results/{record.stem(result)}.svg)" in table.section([result])
+    assert f"charts/{record.stem(result)}.svg)" in table.section([result])
 
 
 def test_on_a_gpu_steering_is_timed_with_the_compiled_backend_too_where_it_runs(monkeypatch):
@@ -436,3 +447,11 @@ def test_on_a_gpu_steering_is_timed_with_the_compiled_backend_too_where_it_runs(
             tuple(expected)
         }
         assert gpu.backends_of(TINY, "triton") == ["triton"]
+
+
+def test_a_benchmark_says_what_machine_it_ran_on_and_names_no_host():
+    from bench.conftest import KEPT, pytest_benchmark_update_machine_info
+
+    said = dict.fromkeys(KEPT, "x") | {"cpu": {"brand_raw": "made up"}, "node": "a-host"}
+    pytest_benchmark_update_machine_info(None, said)
+    assert said["cpu"] == "made up" and "node" not in said and said["packages"]["torch"]

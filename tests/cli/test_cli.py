@@ -112,6 +112,16 @@ def test_scores_permutations_and_bootstrap_are_collected_as_asked(world, tmp_pat
     assert twentieths == pytest.approx([round(value) for value in twentieths])
 
 
+@pytest.mark.parametrize(("layers", "waited_for"), [((0, 1), [1]), ((0,), [0])])
+def test_patience_waits_for_the_layers_that_select_considers(layers, waited_for, world, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("corrsteer.stats.stability.stable", lambda snapshots, patience, of: asked.append(list(of)))
+    saes = [argument for layer in layers for argument in ("--sae", f"{layer}=identity")]
+    arguments = ("--permutations", 0, "--block-size", 32, "--patience", 1)
+    run("collect", "--config", world / "collect.yaml", "--out", tmp_path / "run", *saes, *arguments)
+    assert asked == [waited_for] * 2
+
+
 def test_calibrate_writes_the_best_scale_into_the_coefficients(world, collected):
     steering, scaled = world / "s.safetensors", world / "scaled.safetensors"
     run("select", world / "run", "--out", steering, "--strategy", "single")

@@ -603,9 +603,11 @@ def test_a_vector_of_ones_own_is_a_steering_without_statistics(tmp_path):
     assert expected.tolist() != unsteered("llama")
 
 
-@pytest.mark.parametrize("vectors", [{}, {"blocks.1.hook_resid_post": torch.ones(1, WIDTH)}])
+@pytest.mark.parametrize(
+    "vectors", [{}, {"blocks.1.hook_resid_post": torch.ones(1, WIDTH)}, {"a": torch.ones(2), "b": torch.ones(3)}]
+)
 def test_vectors_that_are_none_or_of_another_shape_are_refused(vectors):
-    with pytest.raises(CorrSteerError, match=r"vectors must map hook points to tensors \[d\], at least one, got"):
+    with pytest.raises(CorrSteerError, match=r"vectors must map hook points to tensors \[d\], one or more of one"):
         Steering.from_vectors(vectors)
 
 
