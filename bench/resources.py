@@ -78,20 +78,20 @@ def encoding(arch: int, kernel: str, label: str, kind: str, entry: dict, types: 
     return Specimen(
         kernel, arch, label, all_types | types | dict(d_in="i32", d_sae="i32", T="i32"),
         {"ACTIVATION": activation, "DOT": kind, "DESCRIPTORS": bool(entry["descriptors"])}
-        | {name: entry[name] for name in ("BF", "BT", "BK", "SUB", "COLUMNS", "SUPER")} | constants,
+        | {name: entry[name] for name in ("BF", "BT", "BK", "SUBTILE", "WIDE_SUBTILE", "GROUP_SIZE")} | constants,
         entry["num_warps"], entry["num_stages"], kind,
     )  # fmt: skip
 
 
 def pooling(arch: int, kind: str, entry: dict, pools=("mean",), moments=True, singles=False, **given) -> Specimen:
-    types = dict(cu="*i32", sample="*i32", labels="*fp32", partials="*fp32", finished="*fp32")
+    types = dict(cu="*i32", segment_ids="*i32", sample_stats="*fp32", partials="*fp32", finished="*fp32")
     types |= {f"pooled_{p}": "*fp32" if p in pools and not moments else None for p in ("mean", "max")}
-    types |= dict(N="i32", group_tokens="i32", n_groups="i32")
+    types |= dict(N="i32", chunk_tokens="i32", n_chunks="i32")
     words = ["+".join(pools), "moments" if moments else "pooled"] + ["singles"] * singles
-    words += ["short"] * ("PIECES" in entry)
+    words += ["short"] * ("BF16_SPLITS" in entry)
     words += [str(v) if k == "activation" else k for k, v in given.items()]
     constants = dict(MEAN="mean" in pools, MAX="max" in pools, MOMENTS=moments, SINGLES=singles)
-    constants["PIECES"] = entry.get("PIECES", 0)
+    constants["BF16_SPLITS"] = entry.get("BF16_SPLITS", 0)
     label = f"{kind} {entry['BF']}x{entry['BT']}x{entry['BK']} {' '.join(words)}"
     return encoding(arch, "encode_pool.encode_pool_kernel", label, kind, entry, types, constants, **given)
 
@@ -136,7 +136,7 @@ def shipped(arch: int) -> Iterator[Specimen]:
         label = f"native {entry['BF']}x{entry['BT']}x{entry['BK']} {'values' if slots else 'maxima'}"
         yield encoding(
             arch, "topk.topk_kernel", label, "native", entry, {"slots": slots, "out": "*fp32", "k": "i32"},
-            {"ABSOLUTE": False, "GROUP": 16},
+            {"ABSOLUTE": False, "BUCKET": 16},
         )  # fmt: skip
     yield from small(arch)
 
@@ -144,21 +144,21 @@ def shipped(arch: int) -> Iterator[Specimen]:
 def small(arch: int) -> Iterator[Specimen]:
     """The kernels around the product, as `corrsteer.kernels.operations` launches them."""
     f, i, d, n = "*fp32", "*i32", "*fp64", "i32"
-    sizes = dict.fromkeys(("T", "N", "d_sae", "group_tokens", "n_groups", "stride"), n)
-    fold = dict(partials=f, finished=f, sample=i, labels=f, cu=i, before=d, batch=d) | dict.fromkeys(
-        ("z_mean", "z_m2", "cross", "n_active", "group_sum", "group_active_sum", "group_active_count"), d
-    )
-    yield Specimen("boundaries.fold_kernel", arch, "", fold | sizes, dict(MAX=False, BF=64, BG=16))
-    complete = dict(partials=f, pooled=f, sample=i, labels=f, cu=i) | sizes
-    yield Specimen("boundaries.complete_kernel", arch, "", complete, dict(MAX=False, BF=128, BG=16))
-    strides = dict.fromkeys(("pooled_n", "pooled_d", "y_n", "y_r", "N", "R", "D"), n)
+    sizes = dict.fromkeys(("T", "N", "d_sae", "chunk_tokens", "n_chunks", "stride"), n)
+    samples = dict(cu=i, segment_ids=i, sample_stats=f)
     arrays = dict.fromkeys(("cross", "group_sum", "group_active_sum", "group_active_count"), d)
-    products = dict(pooled=f, y=f, scratch=d, z_mean=d, y_mean=d) | arrays | strides
+    moments = dict(partials=f, finished=f, before=d, batch_y_mean=d, z_mean=d, z_m2=d, n_active=d) | samples | arrays
+    yield Specimen("combine_chunks.combine_moments_kernel", arch, "", moments | sizes, dict(MAX=False, BF=64, BC=16))
+    rows = dict(partials=f, pooled=f) | samples | sizes
+    yield Specimen("combine_chunks.combine_pooled_kernel", arch, "", rows, dict(MAX=False, BF=128, BC=16))
+    strides = dict.fromkeys(("pooled_n", "pooled_d", "y_n", "y_r", "N", "R", "D"), n)
+    batch = dict(old_count=d, z_rows=d, y_rows=d)
+    products = dict(pooled=f, y=f, z_mean=d, y_mean=d) | batch | arrays | strides
     yield Specimen("update_moments.products_kernel", arch, "", products, dict(BN=32, BR=32, BD=64), num_warps=8)
-    columns = dict(pooled=f, y=f, count=d, scratch=d) | strides
-    yield Specimen("update_moments.means_kernel", arch, "", columns, dict(BN=32, BC=64))
-    state = dict.fromkeys(("count", "z_mean", "z_m2", "y_mean", "y_m2", "n_positive", "n_active", "scratch"), d)
-    yield Specimen("update_moments.advance_kernel", arch, "", state | dict(N=n, R=n, D=n), dict(BC=64))
+    columns = dict(pooled=f, y=f, count=d) | batch | strides
+    yield Specimen("update_moments.column_moments_kernel", arch, "", columns, dict(BN=32, BC=64))
+    state = dict.fromkeys(("count", "z_mean", "z_m2", "y_mean", "y_m2", "n_positive", "n_active"), d)
+    yield Specimen("update_moments.merge_kernel", arch, "", state | batch | dict(N=n, R=n, D=n), dict(BC=64))
     summed = dict(pooled=f, weights=d, sums=d) | dict.fromkeys(("pooled_n", "weights_n", "sums_d", "N", "D", "C"), n)
     adjacent = dict.fromkeys(("pooled_d", "weights_c", "sums_c"), 1)  # as Triton takes a stride of 1
     for power in (1, 6):
@@ -170,14 +170,14 @@ def small(arch: int) -> Iterator[Specimen]:
         ("h_b", "h_s", "h_d", "vectors_v", "vectors_d", "row_stride", "positions_b", "positions_s", "S", "V", "d"), n
     )
     yield Specimen("steer_add.steer_add_kernel", arch, "", steer, dict(BLOCK=1024))
-    scalars = ("before", "batch", "count", "y_mean", "y_m2", "n_positive")
+    scalars = ("before", "batch_y_mean", "count", "y_mean", "y_m2", "n_positive")
     others = ("other_count", "other_y_mean", "other_y_m2", "other_n_positive")
-    planned = dict(cu=i, sample=i, labels=f, y=f, y_stride=n, T=n, N=n, steps=n) | dict.fromkeys(scalars + others, d)
+    planned = samples | dict(y=f, y_stride=n, T=n, N=n, steps=n) | dict.fromkeys(scalars + others, d)
     yield Specimen("plan.plan_kernel", arch, "", planned, dict(TOKENS=256, SAMPLES=1024))
     norm = dict(x="*bf16", scale=f, mean=f, d_in=n)
     yield Specimen("token_norm.token_norm_kernel", arch, "", norm, dict(CENTRED=True, BK=1024))
     sparse = dict(values=f, features=i, cu=i, pooled=f, first_sample=n, T=n, k=n, d_sae=n)
-    yield Specimen("topk.pool_sparse_kernel", arch, "", sparse, dict(MAX=True, SIGNED=True, K=64, BF=1024))
+    yield Specimen("pool_sparse.pool_sparse_kernel", arch, "", sparse, dict(MAX=True, SIGNED=True, K=64, BF=1024))
 
 
 def examine(specimen: Specimen) -> Report:

@@ -36,12 +36,12 @@ def candidates(kind: str, tokens: int, descriptors: int) -> Iterator[dict[str, i
     """Entries worth trying: blocks that 16 or fewer warps can hold in registers."""
     block_k = 64 if kind != "tf32x3" else 32
     for BF, BT, stages in itertools.product((64, 128, 256), (64, 128, 256), (2, 3, 4, 6)):
-        for warps, slice_ in itertools.product((4, 8), (16, 32)):
+        for warps, subtile in itertools.product((4, 8), (16, 32)):
             fits = 32 <= BF * BT // (32 * warps) <= 128  # accumulators a thread
             if fits and BT <= max(64, tokens):
                 yield {
-                    "BF": BF, "BT": BT, "BK": block_k, "SUB": slice_, "COLUMNS": 64 if slice_ == 16 else 32,
-                    "SUPER": 8, "walk": 1024 // BT, "descriptors": descriptors, "num_warps": warps,
+                    "BF": BF, "BT": BT, "BK": block_k, "SUBTILE": subtile, "WIDE_SUBTILE": 64 if subtile == 16 else 32,
+                    "GROUP_SIZE": 8, "max_tiles_per_chunk": 1024 // BT, "descriptors": descriptors, "num_warps": warps,
                     "num_stages": stages,
                 }  # fmt: skip
 
@@ -67,7 +67,7 @@ def fastest(case: Case, entries: list[dict], device: torch.device, deadline: flo
         raise SystemExit(f"no candidate computes {case.name} rightly; run python -m bench.gpu to see what is wrong")
     best = min(right, key=lambda m: m["median_ms"])
     print(f"  {case.name}: {right[0]['median_ms']:.3f} -> {best['median_ms']:.3f} ms", flush=True)
-    return {name: best[name] for name in (*entries[0], "PIECES") if name in best}, measured
+    return {name: best[name] for name in (*entries[0], "BF16_SPLITS") if name in best}, measured
 
 
 def main() -> int:
@@ -90,8 +90,8 @@ def main() -> int:
         in_use.pop("up_to_tokens", None)
         entries = [in_use, *candidates(kind, tokens, in_use["descriptors"])]
         if name == "encode_pool_short":  # by the product with the segment matrix, or by the loop
-            pieces = {"PIECES": 3 if kind == "bf16x2" else 2}
-            entries += [entry | pieces for entry in entries[1:]]
+            splits = {"BF16_SPLITS": 3 if kind == "bf16x2" else 2}
+            entries += [entry | splits for entry in entries[1:]]
         share = time.monotonic() + (ends - time.monotonic()) / (len(jobs) - at)
         best, log[f"{kind} {name} {tokens}"] = fastest(case, entries, device, share)
         if tokens == TOKENS[-1]:

@@ -1,5 +1,5 @@
-"""Triton kernels, one file an operation.
+"""Triton kernels, a file an operation: kernels, then what launches them.
 
-`operations` launches them, `launch` and `configs/` say with which blocks; `product` is what the encoding kernels have
-in common. Nothing here knows of models, or of the rest of corrsteer.
+`operations` is the table of them. `launch` and `configs/` say with which blocks; `matmul` is what the encoding kernels
+have in common, `segment_reduce` how they pool. Nothing here knows of models, or of the rest of corrsteer.
 """

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 CONFIGS = Path(__file__).parent / "configs"
@@ -62,15 +63,20 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def tiles_per_group(tiles: int, blocks: int, most: int, programs: int) -> int:
-    """How many token tiles one program walks, at most `most`.
+def tiles_per_chunk(tiles: int, blocks: int, most: int, programs: int) -> int:
+    """How many token tiles one program goes through, at most `most`.
 
-    Time goes in waves of `programs` at once, each as long as a program; of equal times the longest walk is taken, as
+    Time goes in waves of `programs` at once, each as long as a program; of equal times the longest chunk is taken, as
     it stores the fewest partial results. The 1/8 stands for what a program costs besides its tiles.
     """
 
-    def time(walk: int) -> float:
-        return triton.cdiv(blocks * triton.cdiv(tiles, walk), programs) * (walk + 1 / 8)
+    def time(chunk: int) -> float:
+        return triton.cdiv(blocks * triton.cdiv(tiles, chunk), programs) * (chunk + 1 / 8)
 
     best = min(range(min(most, tiles), 0, -1), key=time)
-    return triton.cdiv(tiles, triton.cdiv(tiles, best))  # the same number of groups, of even length
+    return triton.cdiv(tiles, triton.cdiv(tiles, best))  # the same number of chunks, of even length
+
+
+def readable(values: Tensor) -> Tensor:
+    """The same numbers in a dtype that Triton and its interpreter both read rightly."""
+    return values.to({torch.bool: torch.uint8, torch.bfloat16: torch.float32}.get(values.dtype, values.dtype))

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrsteer.kernels.product import INTERPRETING
+from corrsteer.kernels.matmul import INTERPRETING
 
 BLOCK = 1024
 

@@ -1,7 +1,7 @@
 """update_moments for any number of labels: products of rewards and pooled activations, of float32 accuracy.
 
-Three launches. `means` reads what the batch and the state had; `products` adds to the arrays with one row a label;
-`advance` moves the state's means and counts on, when nobody reads the old ones any more.
+Three launches. `column_moments` reads what the batch and the state had; `products` adds to the arrays with one row a
+label; `merge` brings the state's means and counts up to date, when nobody reads the old ones any more.
 """
 
 import torch
@@ -9,7 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrsteer.kernels.plan import readable
+from corrsteer.kernels.launch import readable
+from corrsteer.kernels.moments import accumulate, chan_mean, chan_product
+
+MEAN, M2, N_POSITIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # rows of what `column_moments` leaves
 
 
 @triton.jit
@@ -34,45 +37,42 @@ def column_moments(values, stride_n, stride_d, c, m_c, N, BN: tl.constexpr, BC: 
 
 
 @triton.jit
-def means_kernel(pooled, pooled_n, pooled_d, y, y_n, y_r, count, scratch, N, R, D, BN: tl.constexpr, BC: tl.constexpr):
-    """The batch's column moments into `scratch`, float64: the old count, then mean, m2 and positives of D features,
-    then of R labels."""
-    program = tl.program_id(0)
-    blocks = tl.cdiv(D, BC)
-    if program == 0:
-        tl.store(scratch, tl.load(count))
-    if program < blocks:
-        c = program * BC + tl.arange(0, BC)
-        m_c = c < D
-        mean, m2, positive = column_moments(pooled, pooled_n, pooled_d, c, m_c, N, BN, BC)
-        base, size = scratch + 1, D
-    else:
-        c = (program - blocks) * BC + tl.arange(0, BC)
-        m_c = c < R
-        mean, m2, positive = column_moments(y, y_n, y_r, c, m_c, N, BN, BC)
-        base, size = scratch + 1 + 3 * D, R
-    tl.store(base + c, mean, mask=m_c)
-    tl.store(base + size + c, m2, mask=m_c)
-    tl.store(base + 2 * size + c, positive, mask=m_c)
+def store_column_moments(rows, values, stride_n, stride_d, c, N, C, BN: tl.constexpr, BC: tl.constexpr):
+    m_c = c < C
+    mean, m2, positive = column_moments(values, stride_n, stride_d, c, m_c, N, BN, BC)
+    tl.store(rows + MEAN * C + c, mean, mask=m_c)
+    tl.store(rows + M2 * C + c, m2, mask=m_c)
+    tl.store(rows + N_POSITIVE * C + c, positive, mask=m_c)
 
 
 @triton.jit
-def gain(pointer, amount, mask):
-    tl.store(pointer, tl.load(pointer, mask=mask, other=0.0) + amount.to(tl.float64), mask=mask)
+def column_moments_kernel(
+    pooled, pooled_n, pooled_d, y, y_n, y_r, count, old_count, z_rows, y_rows, N, R, D,
+    BN: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The batch's column moments, `z_rows: [3, D]` and `y_rows: [3, R]`, and a copy of the state's count; float64."""
+    program = tl.program_id(0)
+    blocks = tl.cdiv(D, BC)
+    if program == 0:
+        tl.store(old_count, tl.load(count))
+    if program < blocks:
+        store_column_moments(z_rows, pooled, pooled_n, pooled_d, program * BC + tl.arange(0, BC), N, D, BN, BC)
+    else:
+        store_column_moments(y_rows, y, y_n, y_r, (program - blocks) * BC + tl.arange(0, BC), N, R, BN, BC)
 
 
 @triton.jit
 def products_kernel(
-    pooled, pooled_n, pooled_d, y, y_n, y_r, scratch, z_mean, y_mean,
+    pooled, pooled_n, pooled_d, y, y_n, y_r, old_count, z_rows, y_rows, z_mean, y_mean,
     cross, group_sum, group_active_sum, group_active_count, N, R, D,
     BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """`[BR, BD]` of the arrays that have a row for each label."""
     r, f = tl.program_id(1) * BR + tl.arange(0, BR), tl.program_id(0) * BD + tl.arange(0, BD)
     m_r, m_f = r < R, f < D
-    z_batch = tl.load(scratch + 1 + f, mask=m_f, other=0.0)
-    y_batch = tl.load(scratch + 1 + 3 * D + r, mask=m_r, other=0.0)
-    covariance = tl.zeros((BR, BD), tl.float32)
+    z_batch = tl.load(z_rows + MEAN * D + f, mask=m_f, other=0.0)
+    y_batch = tl.load(y_rows + MEAN * R + r, mask=m_r, other=0.0)
+    covariance = tl.zeros((BR, BD), tl.float32)  # [BR, BD]
     sum_positive, sum_other = covariance, covariance
     active_sum_positive, active_sum_other = covariance, covariance
     active_positive, active_other = covariance, covariance
@@ -97,50 +97,47 @@ def products_kernel(
         active_positive = tl.dot(positive, active, active_positive, input_precision="tf32")
         active_other = tl.dot(other, active, active_other, input_precision="tf32")
 
-    old_n = tl.load(scratch)
     z_delta = z_batch - tl.load(z_mean + f, mask=m_f, other=0.0)
     y_delta = y_batch - tl.load(y_mean + r, mask=m_r, other=0.0)
     m = m_r[:, None] & m_f[None, :]
     at = r.to(tl.int64)[:, None] * D + f[None, :]
-    second = (tl.zeros((1, 1), tl.int64) + R) * D
-    gain(cross + at, covariance.to(tl.float64) + y_delta[:, None] * z_delta[None, :] * (old_n * (N / (old_n + N))), m)
-    gain(group_sum + at, sum_positive, m)
-    gain(group_sum + second + at, sum_other, m)
-    gain(group_active_sum + at, active_sum_positive, m)
-    gain(group_active_sum + second + at, active_sum_other, m)
-    gain(group_active_count + at, active_positive, m)
-    gain(group_active_count + second + at, active_other, m)
+    other = at + (tl.zeros((1, 1), tl.int64) + R) * D  # second `[R, D]` of `[2, R, D]`
+    old_cross = tl.load(cross + at, mask=m, other=0.0)
+    covariance = covariance.to(tl.float64)
+    merged = chan_product(tl.load(old_count), old_cross, N, covariance, z_delta[None, :], y_delta[:, None])
+    tl.store(cross + at, merged, mask=m)
+    accumulate(group_sum + at, sum_positive, m)
+    accumulate(group_sum + other, sum_other, m)
+    accumulate(group_active_sum + at, active_sum_positive, m)
+    accumulate(group_active_sum + other, active_sum_other, m)
+    accumulate(group_active_count + at, active_positive, m)
+    accumulate(group_active_count + other, active_other, m)
 
 
 @triton.jit
-def merge_mean(mean, m2, batch_mean, batch_m2, old_n, N, c, m_c):
-    old = tl.load(mean + c, mask=m_c, other=0.0)
-    delta = batch_mean - old
-    share = N / (old_n + N)
-    gain(m2 + c, batch_m2 + delta * delta * (old_n * share), m_c)
-    tl.store(mean + c, old + delta * share, mask=m_c)
+def merge_into_state(mean, m2, n_positive, rows, old_n, N, c, C):
+    """Columns `c: [BC]` of the batch, in `rows: [3, C]`, merged into a state's arrays `[C]`."""
+    m_c = c < C
+    old_mean, batch_mean = tl.load(mean + c, mask=m_c, other=0.0), tl.load(rows + MEAN * C + c, mask=m_c, other=0.0)
+    old_m2, batch_m2 = tl.load(m2 + c, mask=m_c, other=0.0), tl.load(rows + M2 * C + c, mask=m_c, other=0.0)
+    delta = batch_mean - old_mean
+    tl.store(m2 + c, chan_product(old_n, old_m2, N, batch_m2, delta), mask=m_c)
+    tl.store(mean + c, chan_mean(old_n, old_mean, N, batch_mean), mask=m_c)
+    accumulate(n_positive + c, tl.load(rows + N_POSITIVE * C + c, mask=m_c, other=0.0), m_c)
 
 
 @triton.jit
-def advance_kernel(scratch, count, z_mean, z_m2, y_mean, y_m2, n_positive, n_active, N, R, D, BC: tl.constexpr):
-    """Means, second moments and counts of the state, moved on by the batch in `scratch`."""
+def merge_kernel(
+    old_count, z_rows, y_rows, count, z_mean, z_m2, y_mean, y_m2, n_positive, n_active, N, R, D, BC: tl.constexpr
+):
+    """Means, second moments and counts of the batch, merged into the state's."""
     program = tl.program_id(0)
     blocks = tl.cdiv(D, BC)
-    old_n = tl.load(scratch)
+    old_n = tl.load(old_count)
     if program < blocks:
-        c = program * BC + tl.arange(0, BC)
-        m_c = c < D
-        own = scratch + 1 + c
-        batch_mean, batch_m2 = tl.load(own, mask=m_c, other=0.0), tl.load(own + D, mask=m_c, other=0.0)
-        merge_mean(z_mean, z_m2, batch_mean, batch_m2, old_n, N, c, m_c)
-        gain(n_active + c, tl.load(own + 2 * D, mask=m_c, other=0.0), m_c)
+        merge_into_state(z_mean, z_m2, n_active, z_rows, old_n, N, program * BC + tl.arange(0, BC), D)
     else:
-        c = (program - blocks) * BC + tl.arange(0, BC)
-        m_c = c < R
-        own = scratch + 1 + 3 * D + c
-        batch_mean, batch_m2 = tl.load(own, mask=m_c, other=0.0), tl.load(own + R, mask=m_c, other=0.0)
-        merge_mean(y_mean, y_m2, batch_mean, batch_m2, old_n, N, c, m_c)
-        gain(n_positive + c, tl.load(own + 2 * R, mask=m_c, other=0.0), m_c)
+        merge_into_state(y_mean, y_m2, n_positive, y_rows, old_n, N, (program - blocks) * BC + tl.arange(0, BC), R)
         if program == blocks:
             tl.store(count, old_n + N)
 
@@ -152,15 +149,15 @@ def update_moments(pooled: Tensor, y: Tensor, moments) -> None:
     if N == 0:
         return
     pooled, y = readable(pooled), readable(y)
-    scratch = torch.empty(1 + 3 * (D + R), dtype=torch.float64, device=pooled.device)
-    rows, columns = (pooled, *pooled.stride()), (y, *y.stride())
-    each = triton.cdiv(D, 64) + triton.cdiv(R, 64)
-    means_kernel[(each,)](*rows, *columns, moments.count, scratch, N, R, D, BN=32, BC=64)
+    z_rows, y_rows, old_count = (torch.empty(n, dtype=torch.float64, device=y.device) for n in (3 * D, 3 * R, 1))
+    batch, batch_rows = (pooled, *pooled.stride(), y, *y.stride()), (old_count, z_rows, y_rows)
+    grid = (triton.cdiv(D, 64) + triton.cdiv(R, 64),)
+    column_moments_kernel[grid](*batch, moments.count, *batch_rows, N, R, D, BN=32, BC=64)
     products_kernel[(triton.cdiv(D, 64), triton.cdiv(R, 32))](
-        *rows, *columns, scratch, moments.z_mean, moments.y_mean, moments.cross, moments.group_sum,
+        *batch, *batch_rows, moments.z_mean, moments.y_mean, moments.cross, moments.group_sum,
         moments.group_active_sum, moments.group_active_count, N, R, D, BN=32, BR=32, BD=64, num_warps=8,
     )  # fmt: skip
-    advance_kernel[(each,)](
-        scratch, moments.count, moments.z_mean, moments.z_m2, moments.y_mean, moments.y_m2, moments.n_positive,
+    merge_kernel[grid](
+        *batch_rows, moments.count, moments.z_mean, moments.z_m2, moments.y_mean, moments.y_m2, moments.n_positive,
         moments.n_active, N, R, D, BC=64,
     )  # fmt: skip

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrsteer.kernels.plan import readable
-from corrsteer.kernels.update_moments import gain
+from corrsteer.kernels.launch import readable
+from corrsteer.kernels.moments import accumulate
 
 MANY = 256  # columns of p = 1 above which they are products of matrices
 ROWS = tl.constexpr(128)  # whose products are added up in float32
@@ -26,7 +26,7 @@ def sums_kernel(
     m_f, m_c = f < D, c < C
     f, c = f.to(tl.int64), c.to(tl.int64)
     p_z, p_w = pooled + f * pooled_d, weights + c * weights_c
-    total = tl.zeros((BC, BD), tl.float64)
+    total = tl.zeros((BC, BD), tl.float64)  # [BC, BD]
     for _ in range(0, N):
         z = tl.load(p_z, mask=m_f, other=0).to(tl.float64)
         w = tl.load(p_w, mask=m_c, other=0.0)
@@ -36,7 +36,7 @@ def sums_kernel(
         total += w[:, None] * raised[None, :]
         p_z += pooled_n
         p_w += weights_n
-    gain(sums + c[:, None] * sums_c + f[None, :] * sums_d, total, m_c[:, None] & m_f[None, :])
+    accumulate(sums + c[:, None] * sums_c + f[None, :] * sums_d, total, m_c[:, None] & m_f[None, :])
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def sum_products_kernel(
     f, c = tl.program_id(0) * BD + tl.arange(0, BD), tl.program_id(1) * BC + tl.arange(0, BC)
     m_f, m_c = f < D, c < C
     f, c = f.to(tl.int64), c.to(tl.int64)
-    total = tl.zeros((BD, BC), tl.float64)
+    total = tl.zeros((BD, BC), tl.float64)  # [BD, BC]
     for first in range(0, N, ROWS):
         part = tl.zeros((BD, BC), tl.float32)
         for n0 in range(first, tl.minimum(first + ROWS, N), BN):
@@ -60,7 +60,7 @@ def sum_products_kernel(
             w = tl.load(weights + n[:, None] * weights_n + c[None, :] * weights_c, mask=m_w, other=0.0)  # [BN, BC]
             part = tl.dot(z.to(tl.float32), w.to(tl.float32), part, input_precision="tf32x3")
         total += part.to(tl.float64)
-    gain(sums + f[:, None] * sums_d + c[None, :] * sums_c, total, m_f[:, None] & m_c[None, :])
+    accumulate(sums + f[:, None] * sums_d + c[None, :] * sums_c, total, m_f[:, None] & m_c[None, :])
 
 
 def update_sums(pooled: Tensor, weights: Tensor, sums: Tensor, powers: tuple[int, ...]) -> None:

@@ -134,7 +134,7 @@ def test_the_k_largest_are_the_same_however_many_tokens_go_through_at_a_time(pla
 
     problem = make(Case("abstopk", "bf16", BF16, (3, 9, 8), d_in=24, d_sae=67), place.device)
     whole = encode(problem.x, problem.encoder, backend=place.backend)
-    monkeypatch.setattr(topk, "CHUNK", chunk)
+    monkeypatch.setattr(topk, "MAX_TOKENS", chunk)
     parts = encode(problem.x, problem.encoder, backend=place.backend)
     assert_as_close_as_eager(parts, *dense_bounds(problem.x, problem.exact))
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
@@ -467,7 +467,8 @@ def test_partial_results_of_a_long_sample_may_have_more_than_2_to_the_31_element
     d_in, d_sae = 64, 1 << 20
     features = [0, 12345, d_sae - 1]
     config = launch.config(torch.device(place.device), "encode_pool", "native", 10**6, ("both",))
-    tokens = 130 * config["walk"] * config["BT"]  # 130 groups at least, and 18 float32 of each for every feature
+    # 130 chunks at least, and 18 float32 of each for every feature
+    tokens = 130 * config["max_tiles_per_chunk"] * config["BT"]
     encoder = wide_encoder(d_in, d_sae, place.device)
     x = torch.randn(tokens, d_in, generator=torch.Generator().manual_seed(1)).to(place.device, BF16)
     lengths, y = (tokens - 3, 3), torch.tensor([1.0, -1.0], device=place.device)
@@ -483,11 +484,12 @@ def test_partial_results_of_a_long_sample_may_have_more_than_2_to_the_31_element
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted here")
 @pytest.mark.parametrize("lengths", [[2] * 512, [1] * 1024], ids=["pairs", "single tokens"])
-def test_moments_of_long_groups_of_sparse_and_of_shifted_activations_do_not_cancel(monkeypatch, lengths):
+def test_moments_of_long_chunks_of_sparse_and_of_shifted_activations_do_not_cancel(monkeypatch, lengths):
     from corrsteer.kernels import launch
 
     config = launch.config
-    monkeypatch.setattr(launch, "config", lambda *a: config(*a) | {"walk": 64})  # groups of 1024 tokens, as on a GPU
+    longer = {"max_tiles_per_chunk": 64}  # chunks of 1024 tokens, as on a GPU
+    monkeypatch.setattr(launch, "config", lambda *a: config(*a) | longer)
     x = torch.randn(1024, 16, generator=torch.Generator().manual_seed(0))
     x[0] *= 20
     # the first eight features are sparse, the others lie 17 standard deviations from 0

@@ -77,8 +77,8 @@ def test_a_main_kernel_that_spills_or_takes_too_much_shared_memory_is_named():
 
 def test_every_operations_launch_binds_its_arguments_and_compiles_for_sm_90():
     launched = finished("launches")
-    for kernel in ("encode_pool", "fold", "complete", "plan", "encode", "topk", "pool_sparse", "products", "sums",
-                   "sum_products", "steer_add"):  # fmt: skip
+    for kernel in ("encode_pool", "combine_moments", "combine_pooled", "plan", "encode", "topk", "pool_sparse",
+                   "products", "sums", "sum_products", "steer_add"):  # fmt: skip
         assert f"'{kernel}_kernel'" in launched
 
 
@@ -116,14 +116,14 @@ def test_a_gpus_own_file_comes_first_and_a_borrowed_one_is_logged(monkeypatch, t
 
 
 @pytest.mark.parametrize("tiles, blocks, most", [(1, 1, 4), (2, 128, 4), (16, 128, 4), (128, 512, 4), (7, 3, 8)])
-def test_groups_of_tiles_cover_all_of_them_evenly_within_the_limit(tiles, blocks, most):
-    from corrsteer.kernels.launch import tiles_per_group
+def test_chunks_of_tiles_cover_all_of_them_evenly_within_the_limit(tiles, blocks, most):
+    from corrsteer.kernels.launch import tiles_per_chunk
 
-    walk = tiles_per_group(tiles, blocks, most, 132)
-    groups = -(-tiles // walk)
-    assert 1 <= walk <= most and (groups - 1) * walk < tiles <= groups * walk
-    if tiles * blocks >= 132 * most:  # there is work for all: long walks, and few partial results
-        assert walk == most
+    chunk = tiles_per_chunk(tiles, blocks, most, 132)
+    chunks = -(-tiles // chunk)
+    assert 1 <= chunk <= most and (chunks - 1) * chunk < tiles <= chunks * chunk
+    if tiles * blocks >= 132 * most:  # there is work for all: long chunks, and few partial results
+        assert chunk == most
 
 
 def test_tuning_keeps_the_fastest_candidate_that_computes_rightly(monkeypatch):

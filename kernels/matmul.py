@@ -1,33 +1,38 @@
-"""What every encoding kernel does first: a tile of `W x` in registers, then bias and activation.
+"""What every encoding kernel does first: a tile of `W x` in registers, then bias and activation; and its arguments.
 
 Features lie on the accumulator's rows and tokens on its columns. A vector with one number a feature then costs a
 thread two to four registers, and pooling, which runs along tokens, mostly stays inside a thread; with tokens on rows
 every such vector is replicated over a warp and the fused epilogue spills.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from corrsteer.kernels.token_norm import token_norm
 
 # The interpreter multiplies bfloat16 operands wrongly without a word; there they are widened first.
 INTERPRETING = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def tile_of(program, n_features, n_groups, SUPER: tl.constexpr):
-    """Which (feature block, token group) a program works on.
+def grouped_order(program, n_blocks, n_chunks, GROUP_SIZE: tl.constexpr):
+    """Which (feature block, token chunk) a program works on; the grouped ordering of Triton's matmul tutorial.
 
     Programs that run at the same time should read the same weights and the same tokens from L2: they go through
-    `SUPER` token groups for one feature block, then for the next, before the next `SUPER` groups are begun.
+    GROUP_SIZE chunks for one feature block, then for the next, before the next GROUP_SIZE chunks are begun.
     """
-    per_super = SUPER * n_features
-    first = program // per_super * SUPER
-    width = tl.minimum(n_groups - first, SUPER)
-    within = program % per_super
-    return within // width, first + within % width
+    per_group = GROUP_SIZE * n_blocks
+    first = program // per_group * GROUP_SIZE
+    size = tl.minimum(n_chunks - first, GROUP_SIZE)
+    within = program % per_group
+    return within // size, first + within % size
 
 
 @triton.jit
-def product(
+def matmul_tile(
     x, weight, weight_low, f0, t0, T, d_sae, d_in,
     BF: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
@@ -37,11 +42,11 @@ def product(
     `tf32x3` and `ieee` (operands widened to float32). Rows beyond the end of W or x give numbers that mean nothing.
     """
     LOW: tl.constexpr = weight_low is not None
-    acc = tl.zeros((BF, BT), tl.float32)
+    acc = tl.zeros((BF, BT), tl.float32)  # [BF, BT]
     for k in range(0, d_in, BK):
         if DESCRIPTORS:  # the copy engine fetches, and fills with zeros what lies outside
-            b_w = weight.load([f0, k])
-            b_x = x.load([t0, k])
+            b_w = weight.load([f0, k])  # [BF, BK]
+            b_x = x.load([t0, k])  # [BT, BK]
             if LOW:
                 b_low = weight_low.load([f0, k])
         else:
@@ -70,7 +75,7 @@ def product(
 
 
 @triton.jit
-def normalised(acc, f, t, T, d_sae, scale, mean, weight_sum):
+def normalise(acc, f, t, T, d_sae, scale, mean, weight_sum):
     """`acc` after the SAE's input normalisation: `scale · (W x - mean(x) · row sums of W)`; None leaves a part out."""
     if scale is not None:
         if mean is not None:
@@ -81,7 +86,7 @@ def normalised(acc, f, t, T, d_sae, scale, mean, weight_sum):
 
 
 @triton.jit
-def activated(acc, f, d_sae, bias, threshold, magnitude_scale, magnitude_bias, ACTIVATION: tl.constexpr):
+def activate(acc, f, d_sae, bias, threshold, magnitude_scale, magnitude_bias, ACTIVATION: tl.constexpr):
     """Bias and activation, as `corrsteer.reference.encode` defines them; `linear` adds the bias alone.
 
     Written as "0 where p <= threshold", so that a NaN, which compares false, stays one and is not lost.
@@ -101,7 +106,48 @@ def activated(acc, f, d_sae, bias, threshold, magnitude_scale, magnitude_bias, A
 
 
 @triton.jit
-def halves(z):
+def split_accumulator(z):
     """`[BF, W]` as its left and its right `[BF, W / 2]`; registers are renamed, nothing moves."""
     left, right = tl.split(tl.permute(tl.reshape(z, (z.shape[0], 2, z.shape[1] // 2)), (0, 2, 1)))
     return left, right
+
+
+def dot_kind(x: Tensor, encoder) -> str:
+    """DOT: operands that differ in type are widened, so that none of them is rounded."""
+    if encoder.precision == "fp32_ieee":
+        return "ieee"
+    if encoder.weight_low is not None:
+        return "bf16x2" if x.dtype == torch.bfloat16 else "tf32x3"
+    return "native" if x.dtype == encoder.weight.dtype and x.dtype != torch.float32 else "tf32x3"
+
+
+def matmul_arguments(x: Tensor, encoder, config: dict[str, int]) -> dict:
+    """What every kernel with a product takes; x and the weights as tensor descriptors where the copy engine can read
+    the rows."""
+    x = x if x.stride(-1) == 1 and x.stride(0) == x.shape[1] else x.contiguous()
+    operands = {"x": (x, config["BT"]), "weight": (encoder.weight, config["BF"])}
+    if encoder.weight_low is not None:
+        operands["weight_low"] = (encoder.weight_low, config["BF"])
+    described = config["descriptors"] and all(
+        t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0 for t, _ in operands.values()
+    )
+    if described:
+        given = {
+            # strides by hand, as those of a single row may be anything
+            n: TensorDescriptor(t, list(t.shape), [t.shape[1], 1], [rows, config["BK"]])
+            for n, (t, rows) in operands.items()
+        }
+    else:
+        given = {n: t for n, (t, _) in operands.items()}
+    scale, mean = (None, None) if encoder.input_norm == "none" else token_norm(x, encoder.input_norm)
+    blocks = ("BF", "BT", "BK", "SUBTILE", "GROUP_SIZE", "num_warps", "num_stages")
+    return {"weight_low": None, **given, **{name: config[name] for name in blocks}} | dict(
+        bias=encoder.bias, weight_sum=encoder.weight_sum, scale=scale, mean=mean, T=len(x), d_in=encoder.d_in,
+        d_sae=encoder.d_sae, DOT=dot_kind(x, encoder), DESCRIPTORS=bool(described),
+    )  # fmt: skip
+
+
+def activation_arguments(encoder) -> dict:
+    """What `activate` takes besides."""
+    names = ("threshold", "magnitude_scale", "magnitude_bias")
+    return {name: getattr(encoder, name) for name in names} | {"ACTIVATION": encoder.activation}
