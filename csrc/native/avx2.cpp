@@ -14,7 +14,7 @@ namespace corrsteer {
 namespace in_avx2 {
 constexpr int LANES = 8, VECTORS = 3, TOKENS = 4, WIDENING_TOKENS = 3;
 #define NOT_ZERO(v) uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(__m256(v), _mm256_setzero_ps(), _CMP_NEQ_UQ)))
-#include "panel.inc"
+#include "kernels.inc"
 }  // namespace in_avx2
 
 const Kernels avx2 = in_avx2::kernels("avx2");

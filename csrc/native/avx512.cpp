@@ -14,7 +14,7 @@ namespace corrsteer {
 namespace in_avx512 {
 constexpr int LANES = 16, VECTORS = 3, TOKENS = 8, WIDENING_TOKENS = 8;
 #define NOT_ZERO(v) uint32_t(_mm512_cmp_ps_mask(__m512(v), _mm512_setzero_ps(), _CMP_NEQ_UQ))
-#include "panel.inc"
+#include "kernels.inc"
 }  // namespace in_avx512
 
 const Kernels avx512 = in_avx512::kernels("avx512");

@@ -15,7 +15,7 @@ namespace in_avx512_bf16 {
 constexpr int LANES = 16, VECTORS = 3, TOKENS = 8, WIDENING_TOKENS = 8;
 #define BF16_PAIRS(sum, w, x) Vec(_mm512_dpbf16_ps(__m512(sum), (__m512bh)(w), (__m512bh)(x)))
 #define NOT_ZERO(v) uint32_t(_mm512_cmp_ps_mask(__m512(v), _mm512_setzero_ps(), _CMP_NEQ_UQ))
-#include "panel.inc"
+#include "kernels.inc"
 }  // namespace in_avx512_bf16
 
 const Kernels avx512_bf16 = in_avx512_bf16::kernels("avx512_bf16");

@@ -9,9 +9,9 @@
 #include <unistd.h>
 #endif
 
-#include "memory.h"
+#include "scratch.h"
 #include "topk.h"
-#include "workers.h"
+#include "parallel.h"
 
 namespace corrsteer {
 namespace {

@@ -5,7 +5,7 @@
 
 #include "kernels.h"
 #include "moments.h"
-#include "numbers.h"
+#include "dtypes.h"
 
 namespace corrsteer {
 

@@ -10,10 +10,10 @@
 #include <string>
 #include <vector>
 
-#include "arrays.h"
+#include "arguments.h"
 #include "encode.h"
 #include "steer_add.h"
-#include "sums.h"
+#include "power_sums.h"
 
 namespace py = pybind11;
 

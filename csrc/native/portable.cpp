@@ -9,7 +9,7 @@ constexpr int VECTORS = 4, TOKENS = 6, WIDENING_TOKENS = 6;  // of 32 registers
 #else
 constexpr int VECTORS = 2, TOKENS = 6, WIDENING_TOKENS = 6;  // of 16
 #endif
-#include "panel.inc"
+#include "kernels.inc"
 }  // namespace in_portable
 
 const Kernels portable = in_portable::kernels("portable");

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "numbers.h"
+#include "dtypes.h"
 
 namespace corrsteer {
 

@@ -4,7 +4,7 @@
 #include <functional>
 #include <limits>
 
-#include "numbers.h"
+#include "dtypes.h"
 
 namespace corrsteer {
 namespace {

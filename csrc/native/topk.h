@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "kernels.h"
-#include "memory.h"
+#include "scratch.h"
 
 namespace corrsteer {
 

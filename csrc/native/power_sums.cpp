@@ -1,10 +1,10 @@
-#include "sums.h"
+#include "power_sums.h"
 
 #include <algorithm>
 #include <numeric>
 
-#include "memory.h"
-#include "workers.h"
+#include "scratch.h"
+#include "parallel.h"
 
 namespace corrsteer {
 namespace {

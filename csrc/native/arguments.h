@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "numbers.h"
+#include "dtypes.h"
 
 namespace corrsteer {
 
