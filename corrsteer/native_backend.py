@@ -201,8 +201,8 @@ def steer_add(h: Tensor, vectors: Tensor, row_vector: Tensor, positions: Tensor 
     _native.steer_add(_array(h), _array(vectors), _array(row_vector), where)
 
 
-def _state(moments: Moments) -> list:
-    return [_array(array) for array in moments.state()]
+def _state(moments: Moments) -> dict:
+    return {name: _array(getattr(moments, name)) for name in moments.STATE}
 
 
 OPERATIONS = {

@@ -53,7 +53,8 @@ __global__ void steer_add_kernel(const SteerAddArgs args) {
     constexpr int F32_WIDTH = WIDTH < MAX_WIDTH<float> ? WIDTH : MAX_WIDTH<float>;
     for (int at = 0; at < WIDTH; at += F32_WIDTH) {
         const auto added = *reinterpret_cast<const AlignedVector<float, F32_WIDTH>*>(vector + at);
-        for (int n = 0; n < F32_WIDTH; n++) sum.value[at + n] = round_to<T>(to_float(sum.value[at + n]) + added.value[n]);
+        for (int n = 0; n < F32_WIDTH; n++)
+            sum.value[at + n] = round_to<T>(to_float(sum.value[at + n]) + added.value[n]);
     }
     *reinterpret_cast<AlignedVector<T, WIDTH>*>(h) = sum;
 }
