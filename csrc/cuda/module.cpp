@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include "steer_add.h"
 
@@ -21,11 +22,11 @@ constexpr int64_t MAX_GRID_X = INT32_MAX, MAX_D = 65535 * 128;  // as many block
 
 [[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
-Dtype parse_dtype(const std::string& name) {
+Dtype parse_dtype(std::string_view name) {
     if (name == "float32") return Dtype::float32;
     if (name == "float16") return Dtype::float16;
     if (name == "bfloat16") return Dtype::bfloat16;
-    refuse("dtype must be float32, float16 or bfloat16, got " + name + "; convert h");
+    refuse("dtype must be float32, float16 or bfloat16, got " + std::string(name) + "; convert h");
 }
 
 template <size_t N>
@@ -40,7 +41,7 @@ void check_address(const char* name, uintptr_t address, uintptr_t itemsize) {
                ", the size of an element, and not 0, got " + std::to_string(address));
 }
 
-void steer_add(const std::string& dtype_name, uintptr_t h, std::array<int64_t, 3> shape, std::array<int64_t, 3> strides,
+void steer_add(std::string_view dtype_name, uintptr_t h, std::array<int64_t, 3> shape, std::array<int64_t, 3> strides,
                uintptr_t vectors, std::array<int64_t, 2> vectors_shape, std::array<int64_t, 2> vectors_strides,
                uintptr_t row_vector, int64_t row_vector_stride, uintptr_t positions,
                std::array<int64_t, 2> positions_strides, uintptr_t stream) {
