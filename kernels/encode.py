@@ -51,7 +51,7 @@ def encode_kernel(
 
 
 def encode(x: Tensor, encoder) -> Tensor:
-    """`corrsteer.reference.encode`: `[T, d_sae]` float32."""
+    """`corrsteer.ops.reference.encode`: `[T, d_sae]` float32."""
     T, d_sae = len(x), encoder.d_sae
     if "topk" in encoder.activation:
         values, features = top_activations(x, encoder)

@@ -140,7 +140,7 @@ def pool_chunks(x: Tensor, cu: Tensor, encoder, pools: tuple[str, ...], planned:
 
 
 def encode_pool(x: Tensor, cu_seqlens: Tensor, encoder, pools: tuple[str, ...]) -> Tensor:
-    """`corrsteer.reference.encode_pool`: `[len(pools), N, d_sae]` float32."""
+    """`corrsteer.ops.reference.encode_pool`: `[len(pools), N, d_sae]` float32."""
     cu_seqlens = cu_seqlens.contiguous()
     N, d_sae = len(cu_seqlens) - 1, encoder.d_sae
     pooled = torch.empty(len(pools), N, d_sae, dtype=torch.float32, device=x.device)

@@ -15,7 +15,7 @@ ROWS_BYTES = 64 << 20  # of pooled rows at a time, where they must exist: below 
 
 
 def encode_update(x: Tensor, cu_seqlens: Tensor, y: Tensor, encoder, moments: tuple, pools: tuple[str, ...]) -> None:
-    """`corrsteer.reference.encode_update`; with one label and no top k, without the pooled matrix either."""
+    """`corrsteer.ops.reference.encode_update`; with one label and no top k, without the pooled matrix either."""
     if len(cu_seqlens) == 1:
         return
     cu_seqlens = cu_seqlens.contiguous()

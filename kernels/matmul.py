@@ -87,7 +87,7 @@ def normalise(acc, f, t, T, d_sae, scale, mean, weight_sum):
 
 @triton.jit
 def activate(acc, f, d_sae, bias, threshold, magnitude_scale, magnitude_bias, ACTIVATION: tl.constexpr):
-    """Bias and activation, as `corrsteer.reference.encode` defines them; `linear` adds the bias alone.
+    """Bias and activation, as `corrsteer.ops.reference.encode` defines them; `linear` adds the bias alone.
 
     Written as "0 where p <= threshold", so that a NaN, which compares false, stays one and is not lost.
     """

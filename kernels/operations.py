@@ -1,4 +1,4 @@
-"""The operations of `corrsteer.reference`, each by its launcher."""
+"""The operations of `corrsteer.ops.reference`, each by its launcher."""
 
 from corrsteer.kernels.encode import encode
 from corrsteer.kernels.encode_pool import encode_pool

@@ -33,7 +33,7 @@ def steer_add_kernel(
 
 
 def steer_add(h: Tensor, vectors: Tensor, row_vector: Tensor, positions: Tensor | None) -> None:
-    """`corrsteer.reference.steer_add`, in place on `h: [B, S, d]` of any strides."""
+    """`corrsteer.ops.reference.steer_add`, in place on `h: [B, S, d]` of any strides."""
     B, S, d = h.shape
     if h.numel() == 0:
         return

@@ -143,7 +143,7 @@ def merge_kernel(
 
 
 def update_moments(pooled: Tensor, y: Tensor, moments) -> None:
-    """`corrsteer.reference.update_moments`: fold `pooled: [N, d_sae]` and `y: [N, R]` into `moments`, in place."""
+    """`corrsteer.ops.reference.update_moments`: fold `pooled: [N, d_sae]` and `y: [N, R]` into `moments`, in place."""
     N, D = pooled.shape
     R = y.shape[1]
     if N == 0:

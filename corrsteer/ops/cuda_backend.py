@@ -14,7 +14,7 @@ from corrsteer.ops.calls import Call, Verdict
 
 _cuda, MISSING = extensions.load("_cuda")
 
-NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # `Number` in csrc/cuda/steer_add.h
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}  # as the extension calls them
 BUILD = (
     "install the CUDA toolkit (12 or later), then in the source folder: "
     "CORRSTEER_CUDA=1 pip install --force-reinstall --no-deps ."
@@ -27,7 +27,7 @@ def verify(call: Call) -> Verdict:
         return Verdict(False, "its kernels run on NVIDIA GPUs", "use another backend")
     if _cuda is None:
         return Verdict(False, f"its extension could not be imported ({MISSING})", BUILD)
-    if call.dtype not in NUMBERS:
+    if call.dtype not in DTYPES:
         return Verdict(False, "its kernels compute in float32", "use float32, bfloat16 or float16")
     if problem := _cuda.problem():
         return Verdict(False, f"its extension cannot run here ({problem})", f"update the driver, or {BUILD}")
@@ -44,7 +44,7 @@ def steer_add(h: Tensor, vectors: Tensor, row_vector: Tensor, positions: Tensor 
             return steer_add(h, vectors, row_vector, positions)
     vectors = vectors.float()
     _cuda.steer_add(
-        NUMBERS[h.dtype], h.data_ptr(), h.shape, h.stride(),
+        DTYPES[h.dtype], h.data_ptr(), h.shape, h.stride(),
         vectors.data_ptr(), vectors.shape, vectors.stride(),
         row_vector.data_ptr(), row_vector.stride(0),
         0 if positions is None else positions.data_ptr(), (0, 0) if positions is None else positions.stride(),

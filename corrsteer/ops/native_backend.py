@@ -197,8 +197,8 @@ def steer_add(h: Tensor, vectors: Tensor, row_vector: Tensor, positions: Tensor 
     _native.steer_add(_array(h), _array(vectors), _array(row_vector), where)
 
 
-def _state(moments: Moments) -> list[Any]:
-    return [_array(array) for array in moments.state()]
+def _state(moments: Moments) -> dict[str, Any]:
+    return {name: _array(getattr(moments, name)) for name in moments.STATE}
 
 
 OPERATIONS = {

@@ -1,3 +1,4 @@
+// The launches of steer_add, one kernel for each dtype and vector width.
 #include "steer_add.h"
 
 #include "steer_add.cuh"
@@ -5,33 +6,35 @@
 namespace corrsteer {
 namespace {
 
-template <class T, int N>
-void launch_pack(const Steering& a, cudaStream_t stream) {
-    const Blocks blocks = blocks_of(a, N);
-    steer_add_kernel<T, N><<<dim3(blocks.x, blocks.y), THREADS, 0, stream>>>(a);
+template <class T, int WIDTH>
+void launch_width(const SteerAddArgs& args, cudaStream_t stream) {
+    const Grid grid = grid_of(args, WIDTH);
+    steer_add_kernel<T, WIDTH><<<dim3(grid.x, grid.y), THREADS, 0, stream>>>(args);
 }
 
 template <class T>
-void launch_as(const Steering& a, cudaStream_t stream) {
-    if (pack_of<T>(a) == 1) launch_pack<T, 1>(a, stream);
-    else launch_pack<T, 16 / sizeof(T)>(a, stream);
+void launch_dtype(const SteerAddArgs& args, cudaStream_t stream) {
+    if (vector_width<T>(args) == 1) launch_width<T, 1>(args, stream);
+    else launch_width<T, MAX_WIDTH<T>>(args, stream);
 }
+
+const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 }  // namespace
 
-const char* launch(const Steering& steering, Number number, void* stream) {
+const char* launch(const SteerAddArgs& args, Dtype dtype, void* stream) {
     const auto on = static_cast<cudaStream_t>(stream);
-    if (number == Number::float32) launch_as<float>(steering, on);
-    if (number == Number::float16) launch_as<__half>(steering, on);
-    if (number == Number::bfloat16) launch_as<__nv_bfloat16>(steering, on);
-    const cudaError_t error = cudaGetLastError();
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    switch (dtype) {
+        case Dtype::float32: launch_dtype<float>(args, on); break;
+        case Dtype::float16: launch_dtype<__half>(args, on); break;
+        case Dtype::bfloat16: launch_dtype<__nv_bfloat16>(args, on); break;
+    }
+    return message(cudaGetLastError());
 }
 
 const char* problem() {
     int devices = 0;
-    const cudaError_t error = cudaGetDeviceCount(&devices);
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    return message(cudaGetDeviceCount(&devices));
 }
 
 }  // namespace corrsteer

@@ -1,29 +1,31 @@
-// steer_add on a GPU: its arguments, and what may be called of the code that nvcc compiles.
+// steer_add on a GPU: its arguments, and the functions that nvcc compiles.
 #pragma once
 
 #include <cstdint>
 
 namespace corrsteer {
 
-// h: [B, S, d] of numbers; vectors: [V, d] float32; row_vector: [B] int32; positions: [B, S] bool, or null for all.
-// Strides are in numbers.
-struct Steering {
-    void* h;
-    const float* vectors;
-    const int32_t* row_vector;
-    const bool* positions;
+enum class Dtype { float32, float16, bfloat16 };
+
+// h: [B, S, d] of a Dtype; vectors: [V, d] float32; row_vector: [B] int32; positions: [B, S] bool, or null for all.
+// Strides are in elements.
+struct SteerAddArgs {
     int64_t B, S, d, V;
-    int64_t h_row, h_position, h_dimension, vectors_row, vectors_dimension, row_vector_row;
-    int64_t positions_row, positions_position;
+    void* h;
+    int64_t h_stride_b, h_stride_s, h_stride_d;
+    const float* vectors;
+    int64_t vectors_stride_v, vectors_stride_d;
+    const int32_t* row_vector;
+    int64_t row_vector_stride_b;
+    const bool* positions;
+    int64_t positions_stride_b, positions_stride_s;
 };
 
-enum class Number { float32, float16, bfloat16 };
+// Launch on a stream of the current device; null, or CUDA's error message. It neither synchronises nor allocates, so
+// that a CUDA graph can capture it.
+const char* launch(const SteerAddArgs&, Dtype, void* stream);
 
-// Launch on a stream of the current device; null, or what is wrong in CUDA's words. It neither waits nor allocates, so
-// that it can be captured in a graph.
-const char* launch(const Steering&, Number, void* stream);
-
-// Why nothing can be launched on this machine, in CUDA's words; null if it can.
+// CUDA's error message if nothing can be launched on this machine; null if it can.
 const char* problem();
 
 }  // namespace corrsteer

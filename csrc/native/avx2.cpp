@@ -1,4 +1,4 @@
-// Sixteen registers of eight numbers: twelve accumulators, three of weights, one of x.
+// Sixteen registers of eight float32: twelve accumulators, three of weights, one of x.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -12,9 +12,9 @@
 
 namespace corrsteer {
 namespace in_avx2 {
-constexpr int LANES = 8, VECTORS = 3, TOKENS = 4, WIDENING_TOKENS = 3;
-#define NOT_ZERO(v) uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(__m256(v), _mm256_setzero_ps(), _CMP_NEQ_UQ)))
-#include "panel.inc"
+constexpr int LANES = 8, VECTORS = 3, MR = 4, WIDENING_MR = 3;
+#define NONZERO_LANES(v) uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(__m256(v), _mm256_setzero_ps(), _CMP_NEQ_UQ)))
+#include "kernels.inc"
 }  // namespace in_avx2
 
 const Kernels avx2 = in_avx2::kernels("avx2");

@@ -1,4 +1,4 @@
-// Thirty-two registers of sixteen numbers: twenty-four accumulators.
+// Thirty-two registers of sixteen float32: twenty-four accumulators.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -12,9 +12,9 @@
 
 namespace corrsteer {
 namespace in_avx512 {
-constexpr int LANES = 16, VECTORS = 3, TOKENS = 8, WIDENING_TOKENS = 8;
-#define NOT_ZERO(v) uint32_t(_mm512_cmp_ps_mask(__m512(v), _mm512_setzero_ps(), _CMP_NEQ_UQ))
-#include "panel.inc"
+constexpr int LANES = 16, VECTORS = 3, MR = 8, WIDENING_MR = 8;
+#define NONZERO_LANES(v) uint32_t(_mm512_cmp_ps_mask(__m512(v), _mm512_setzero_ps(), _CMP_NEQ_UQ))
+#include "kernels.inc"
 }  // namespace in_avx512
 
 const Kernels avx512 = in_avx512::kernels("avx512");

@@ -2,16 +2,15 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
-#include <vector>
+#include <optional>
 
 #if defined(__unix__)
 #include <unistd.h>
 #endif
 
-#include "memory.h"
+#include "parallel.h"
+#include "scratch.h"
 #include "topk.h"
-#include "workers.h"
 
 namespace corrsteer {
 namespace {
@@ -21,28 +20,32 @@ namespace {
 constexpr int64_t CHUNK = 512, SMALL_CHUNK = 256;
 constexpr double LAYER_NORM_EPS = 1e-5;  // SAELens' own, added to the standard deviation
 
-int64_t panels_of(const Kernels& kernels, int64_t features) { return (features + kernels.panel - 1) / kernels.panel; }
+int64_t panel_count(const Kernels& kernels, int64_t features) { return (features + kernels.nr - 1) / kernels.nr; }
 
-int64_t padded(int64_t d_in, bool bf16) { return bf16 ? (d_in + 1) / 2 * 2 : d_in; }
+int64_t kr_of(Dtype packed_dtype) { return packed_dtype == Dtype::bfloat16 ? 2 : 1; }
 
-// How much of d_in to multiply at a time: blocks of equal size, of which a panel's weights fill about 40 % of the L2
-// cache (measured at 64 to 4096 tokens). Even, so that no pair of bfloat16 is cut.
-int64_t block_of(const Encoder& encoder) {
+int64_t padded_d_in(int64_t d_in, Dtype packed_dtype) {
+    const int64_t kr = kr_of(packed_dtype);
+    return (d_in + kr - 1) / kr * kr;
+}
+
+// KC: blocks of equal size, of which a micro-panel fills about 40 % of the L2 cache (measured at 64 to 4096 tokens).
+// Even, so that no pair of bfloat16 is cut.
+int64_t choose_kc(const Encoder& encoder) {
     int64_t cache = 0;
 #if defined(_SC_LEVEL2_CACHE_SIZE)
     cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #endif
     if (cache <= 0) cache = 1 << 20;
-    const int64_t whole = encoder.kernels->panel * encoder.d_in * (encoder.bf16 ? 2 : 4);
-    const int64_t blocks = std::max<int64_t>(1, (whole * 5 + 2 * cache - 1) / (2 * cache));
+    const int64_t panel = encoder.kernels->nr * encoder.d_in * size_of(encoder.weight_dtype);
+    const int64_t blocks = std::max<int64_t>(1, (panel * 5 + 2 * cache - 1) / (2 * cache));
     return ((encoder.d_in + blocks - 1) / blocks + 1) / 2 * 2;
 }
 
-Features features_of(const Encoder& encoder, int64_t feature, int64_t width) {
-    Features out;
-    std::fill_n(reinterpret_cast<float*>(&out), sizeof out / sizeof(float), 0.0f);
+PanelVectors panel_vectors(const Encoder& encoder, int64_t feature, int64_t width) {
+    PanelVectors out;
     std::copy_n(encoder.bias + feature, width, out.bias);
-    if (encoder.activation == Activation::jumprelu)
+    if (encoder.threshold)
         for (int64_t i = 0; i < width; i++) out.threshold[i] = std::max(0.0f, encoder.threshold[feature + i]);
     if (encoder.magnitude_scale) std::copy_n(encoder.magnitude_scale + feature, width, out.magnitude_scale);
     if (encoder.magnitude_bias) std::copy_n(encoder.magnitude_bias + feature, width, out.magnitude_bias);
@@ -63,211 +66,200 @@ void normalise(InputNorm norm, float* x, int64_t d_in) {
     for (int64_t i = 0; i < d_in; i++) x[i] = float((x[i] - mean) * scale);
 }
 
-// One call of `encode`.
+// One call of `encode`: chunk after chunk of tokens, and within each all panels of features, spread over threads.
 class Encoding {
 public:
-    Encoding(const Encoder& encoder, const Rows& x, const int32_t* cu_seqlens, int64_t samples, const Wanted& wanted,
+    Encoding(const Encoder& encoder, const Rows& x, const int32_t* cu_seqlens, int64_t samples, const Outputs& outputs,
              int threads)
         : encoder_(encoder), kernels_(*encoder.kernels), x_(x), cu_seqlens_(cu_seqlens), samples_(samples),
-          wanted_(wanted), threads_(threads), panels_(panels_of(kernels_, encoder.d_sae)), block_(block_of(encoder)) {
-        const bool normed = encoder.input_norm != InputNorm::none;
-        const bool pairs = encoder.bf16 && x.dtype == Dtype::bf16 && kernels_.bf16_by_bf16 && !normed;
-        operands_ = pairs          ? Operands::bf16_by_bf16
-                    : encoder.bf16 ? Operands::bf16_by_f32
-                                   : Operands::f32_by_f32;
-        copied_ = !pairs && (x.dtype != Dtype::f32 || normed);
-        const bool sparse = encoder.activation == Activation::topk || encoder.activation == Activation::abstopk;
-        const int64_t most = copied_ || sparse ? SMALL_CHUNK : CHUNK, chunks = (x.n + most - 1) / most;
-        const int64_t tokens = chunks ? (x.n + chunks - 1) / chunks : 1;  // of equal size: few would read all weights
-        const int64_t rows = std::min(most, samples);                     // pooled in a chunk
-        chunk_tokens_ = tokens, chunk_samples_ = rows;
-        if (copied_) copy_ = scratch<float>(tokens * encoder.d_in);
-        if (sparse)
-            top_ = std::make_unique<TopK>(encoder.k, encoder.activation == Activation::abstopk, tokens, threads);
-        tiles_ = scratch<float>(threads * tokens * kernels_.panel);
-        if (wanted.mean_too()) means_ = scratch<float>(threads * rows * kernels_.panel);
-        if (wanted.maximum_too()) maxima_ = scratch<float>(threads * rows * kernels_.panel);
-        if (wanted.any_state()) rows_ = scratch<int32_t>(threads * kernels_.parts * rows);
-        if (x.n > tokens) {  // samples may be cut
-            if (wanted.mean_too()) carried_sum_ = scratch<double>(panels_ * kernels_.panel);
-            if (wanted.maximum_too()) carried_maximum_ = scratch<float>(panels_ * kernels_.panel);
+          outputs_(outputs), threads_(threads), nr_(kernels_.nr), panels_(panel_count(kernels_, encoder.d_sae)),
+          kc_(choose_kc(encoder)) {
+        const bool normed = encoder.input_norm != InputNorm::none, bf16 = encoder.weight_dtype == Dtype::bfloat16;
+        const bool bf16_dot = bf16 && x.dtype == Dtype::bfloat16 && kernels_.bf16_dot && !normed;
+        operands_ = bf16_dot ? Operands::bf16_by_bf16 : bf16 ? Operands::bf16_by_f32 : Operands::f32_by_f32;
+        const bool convert = !bf16_dot && (x.dtype != Dtype::float32 || normed), topk = is_topk(encoder.activation);
+        const int64_t room = convert || topk ? SMALL_CHUNK : CHUNK, chunks = (x.n + room - 1) / room;
+        chunk_tokens_ = chunks ? (x.n + chunks - 1) / chunks : 1;  // of equal size: few would read all weights
+        chunk_samples_ = std::min(room, samples);
+        if (convert) converted_ = scratch<float>(chunk_tokens_ * encoder.d_in);
+        if (topk) topk_.emplace(encoder.k, encoder.activation == Activation::abstopk, chunk_tokens_, threads);
+        tiles_ = scratch<float>(threads * chunk_tokens_ * nr_);
+        if (outputs.need_mean()) means_ = scratch<float>(threads * chunk_samples_ * nr_);
+        if (outputs.need_maximum()) maxima_ = scratch<float>(threads * chunk_samples_ * nr_);
+        if (outputs.need_moments()) nonzero_rows_ = scratch<int32_t>(threads * kernels_.f64_vectors * chunk_samples_);
+        if (x.n > chunk_tokens_) {  // samples may lie in several chunks
+            if (outputs.need_mean()) carried_sum_ = scratch<double>(panels_ * nr_);
+            if (outputs.need_maximum()) carried_maximum_ = scratch<float>(panels_ * nr_);
         }
     }
 
     void run() {
-        Chunk chunk{0, 0, 0, 0};
+        Chunk chunk;
         do {
             chunk = next(chunk);
             encode(chunk);
-        } while (chunk.last_token < x_.n || chunk.last < samples_);
+        } while (chunk.token_end < x_.n || chunk.sample_end < samples_);
     }
 
 private:
     // Tokens up to the most that there is room for, and of the samples that end by then as many as there is room for.
     Chunk next(const Chunk& before) const {
-        Chunk chunk{before.last_token, std::min(before.last_token + chunk_tokens_, x_.n), before.last, before.last};
-        while (chunk.last < samples_ && chunk.last - chunk.first < chunk_samples_ &&
-               cu_seqlens_[chunk.last + 1] <= chunk.last_token)
-            chunk.last++;
-        if (chunk.last < samples_ && chunk.last - chunk.first == chunk_samples_)
-            chunk.last_token = std::min<int64_t>(chunk.last_token, cu_seqlens_[chunk.last]);
+        Chunk chunk{before.token_end, std::min(before.token_end + chunk_tokens_, x_.n), before.sample_end,
+                    before.sample_end};
+        while (chunk.sample_end < samples_ && chunk.sample_end - chunk.sample < chunk_samples_ &&
+               cu_seqlens_[chunk.sample_end + 1] <= chunk.token_end)
+            chunk.sample_end++;
+        if (chunk.sample_end < samples_ && chunk.sample_end - chunk.sample == chunk_samples_)
+            chunk.token_end = std::min<int64_t>(chunk.token_end, cu_seqlens_[chunk.sample_end]);
         return chunk;
     }
 
     void encode(const Chunk& chunk) {
-        const int64_t tokens = chunk.last_token - chunk.first_token;
-        prepare(chunk);
-        if (top_) {
-            top_->clear(tokens);
-            share(threads_, panels_, [&](int64_t panel, int worker) {
+        const int64_t tokens = chunk.token_end - chunk.token;
+        const Rows x = operand(chunk);
+        if (topk_) {
+            topk_->clear(tokens);
+            parallel_for(threads_, panels_, [&](int64_t panel, int worker) {
                 float* tile = tile_of(worker);
-                multiply(panel, tokens, tile);
-                top_->offer(kernels_, tile, tokens, panel * kernels_.panel, width_of(panel), worker);
+                multiply(x, panel, tile);
+                topk_->insert(kernels_, tile, tokens, panel * nr_, width_of(panel), worker);
             });
-            share(threads_, tokens, [&](int64_t token, int) { top_->settle(token); });
+            parallel_for(threads_, tokens, [&](int64_t token, int) { topk_->merge(token); });
         }
-        std::unique_ptr<Rewards> y;
-        if (const State* state = wanted_.any_state())
-            y = std::make_unique<Rewards>(wanted_.y + chunk.first * state->labels, chunk.last - chunk.first,
-                                          state->labels);
-        share(threads_, panels_, [&](int64_t panel, int worker) {
+        std::optional<Rewards> y;
+        if (outputs_.need_moments())
+            y.emplace(outputs_.y + chunk.sample * outputs_.labels, chunk.sample_end - chunk.sample, outputs_.labels);
+        parallel_for(threads_, panels_, [&](int64_t panel, int worker) {
             float* tile = tile_of(worker);
-            if (wanted_.mean_state) fetch(*wanted_.mean_state, panel * kernels_.panel, width_of(panel));
-            if (wanted_.maximum_state) fetch(*wanted_.maximum_state, panel * kernels_.panel, width_of(panel));
-            if (top_) top_->write(tile, tokens, kernels_.panel, panel * kernels_.panel);
-            else multiply(panel, tokens, tile);
-            if (wanted_.dense) copy(tile, tokens, panel, wanted_.dense + chunk.first_token * encoder_.d_sae);
-            else reduce(chunk, tile, panel, worker, y.get());
+            for (const auto& state : {outputs_.mean_state, outputs_.maximum_state})
+                if (state) prefetch(*state, panel * nr_, width_of(panel));
+            if (topk_) topk_->write(tile, tokens, nr_, panel * nr_);
+            else multiply(x, panel, tile);
+            if (outputs_.dense) copy(tile, tokens, panel, outputs_.dense + chunk.token * encoder_.d_sae);
+            else reduce(chunk, tile, panel, worker, y ? &*y : nullptr);
         });
-        if (wanted_.mean_state) finish(*y, *wanted_.mean_state);
-        if (wanted_.maximum_state) finish(*y, *wanted_.maximum_state);
+        for (const auto& state : {outputs_.mean_state, outputs_.maximum_state})
+            if (state) merge_rewards(*y, *state);
     }
 
-    // The chunk's residuals as the product takes them.
-    void prepare(const Chunk& chunk) {
-        current_ = {x_.row(chunk.first_token), x_.dtype, chunk.last_token - chunk.first_token, x_.stride};
-        if (!copied_) return;
-        current_ = {copy_.get(), Dtype::f32, current_.n, encoder_.d_in};
-        share(threads_, current_.n, [&](int64_t t, int) {
-            float* row = &copy_[t * encoder_.d_in];
-            widen(x_.dtype, x_.row(chunk.first_token + t), encoder_.d_in, row);
+    // The chunk's residuals as the product takes them: widened or normalised, or as they are.
+    Rows operand(const Chunk& chunk) {
+        const int64_t tokens = chunk.token_end - chunk.token;
+        if (!converted_) return {x_.at(chunk.token), x_.dtype, tokens, x_.stride};
+        parallel_for(threads_, tokens, [&](int64_t t, int) {
+            float* row = &converted_[t * encoder_.d_in];
+            x_.widen(chunk.token + t, 0, encoder_.d_in, row);
             if (encoder_.input_norm != InputNorm::none) normalise(encoder_.input_norm, row, encoder_.d_in);
         });
+        return {converted_.get(), Dtype::float32, tokens, encoder_.d_in};
     }
 
-    void multiply(int64_t panel, int64_t tokens, float* tile) const {
-        const int64_t bytes = encoder_.bf16 ? 2 : 4;
+    void multiply(const Rows& x, int64_t panel, float* tile) const {
+        const int64_t step = nr_ * size_of(encoder_.weight_dtype);
         const char* weight = static_cast<const char*>(encoder_.weight) +
-                             panel * kernels_.panel * padded(encoder_.d_in, encoder_.bf16) * bytes;
-        for (int64_t k = 0; k < encoder_.d_in; k += block_)
-            kernels_.multiply(operands_, weight + k * kernels_.panel * bytes,
-                              static_cast<const char*>(current_.data) + k * size_of(current_.dtype), current_.stride,
-                              tokens, std::min(block_, encoder_.d_in - k), tile, k == 0);
-        kernels_.activate(encoder_.activation, features_of(encoder_, panel * kernels_.panel, width_of(panel)),
-                          tokens, tile);
+                             panel * padded_d_in(encoder_.d_in, encoder_.weight_dtype) * step;
+        for (int64_t k = 0; k < encoder_.d_in; k += kc_)
+            kernels_.multiply(operands_, weight + k * step, x.at(0, k), x.stride, x.n, std::min(kc_, encoder_.d_in - k),
+                              tile, k > 0);
+        kernels_.activate(encoder_.activation, panel_vectors(encoder_, panel * nr_, width_of(panel)), x.n, tile);
     }
 
+    // Pool a tile, and write the panel's pooled activations or merge them into the states.
     void reduce(const Chunk& chunk, const float* tile, int64_t panel, int worker, const Rewards* y) {
-        const int64_t samples = chunk.last - chunk.first, feature = panel * kernels_.panel;
-        float* mean = means_ ? &means_[worker * chunk_samples_ * kernels_.panel] : nullptr;
-        float* maximum = maxima_ ? &maxima_[worker * chunk_samples_ * kernels_.panel] : nullptr;
+        const int64_t samples = chunk.sample_end - chunk.sample, feature = panel * nr_;
+        const auto part = [](const auto& memory, int64_t at) { return memory ? &memory[at] : nullptr; };
+        float* mean = part(means_, worker * chunk_samples_ * nr_);
+        float* maximum = part(maxima_, worker * chunk_samples_ * nr_);
         kernels_.pool(tile, chunk, cu_seqlens_, mean, maximum,
-                      {carried_sum_ ? &carried_sum_[feature] : nullptr,
-                       carried_maximum_ ? &carried_maximum_[feature] : nullptr});
-        if (wanted_.mean) copy(mean, samples, panel, wanted_.mean + chunk.first * encoder_.d_sae);
-        if (wanted_.maximum) copy(maximum, samples, panel, wanted_.maximum + chunk.first * encoder_.d_sae);
+                      {part(carried_sum_, feature), part(carried_maximum_, feature)});
+        if (outputs_.mean) copy(mean, samples, panel, outputs_.mean + chunk.sample * encoder_.d_sae);
+        if (outputs_.maximum) copy(maximum, samples, panel, outputs_.maximum + chunk.sample * encoder_.d_sae);
         if (!y) return;
-        int32_t* rows = &rows_[worker * kernels_.parts * chunk_samples_];
-        if (wanted_.mean_state) fold(kernels_, mean, *y, feature, width_of(panel), rows, *wanted_.mean_state);
-        if (wanted_.maximum_state) fold(kernels_, maximum, *y, feature, width_of(panel), rows, *wanted_.maximum_state);
+        int32_t* rows = &nonzero_rows_[worker * kernels_.f64_vectors * chunk_samples_];
+        const auto merge = [&](const float* pooled, const std::optional<State>& state) {
+            if (state) merge_panel(kernels_, pooled, *y, feature, width_of(panel), rows, *state);
+        };
+        merge(mean, outputs_.mean_state);
+        merge(maximum, outputs_.maximum_state);
     }
 
     void copy(const float* tile, int64_t rows, int64_t panel, float* out) const {
         for (int64_t row = 0; row < rows; row++)
-            std::copy_n(tile + row * kernels_.panel, width_of(panel),
-                        out + row * encoder_.d_sae + panel * kernels_.panel);
+            std::copy_n(tile + row * nr_, width_of(panel), out + row * encoder_.d_sae + panel * nr_);
     }
 
-    int64_t width_of(int64_t panel) const {
-        return std::min(kernels_.panel, encoder_.d_sae - panel * kernels_.panel);
-    }
+    int64_t width_of(int64_t panel) const { return std::min(nr_, encoder_.d_sae - panel * nr_); }
 
-    float* tile_of(int worker) const { return &tiles_[worker * chunk_tokens_ * kernels_.panel]; }
+    float* tile_of(int worker) const { return &tiles_[worker * chunk_tokens_ * nr_]; }
 
     const Encoder& encoder_;
     const Kernels& kernels_;
     const Rows& x_;
     const int32_t* cu_seqlens_;
     const int64_t samples_;
-    const Wanted& wanted_;
+    const Outputs& outputs_;
     const int threads_;
-    const int64_t panels_, block_;
+    const int64_t nr_, panels_, kc_;
     Operands operands_;
-    bool copied_;  // whether residuals are widened or normalised first
     int64_t chunk_tokens_, chunk_samples_;  // the most there are in a chunk
-    Rows current_{};                        // the chunk's residuals
 
-    std::unique_ptr<TopK> top_;
-    Scratch<float> tiles_, means_, maxima_;  // [workers, chunk's tokens or samples, panel]
-    Scratch<int32_t> rows_;                  // [workers, parts, chunk's samples]
-    Scratch<float> copy_;                    // [chunk's tokens, d_in], of residuals
-    Scratch<double> carried_sum_;            // [panels, panel], of a sample that a chunk has cut
-    Scratch<float> carried_maximum_;
+    std::optional<TopK> topk_;
+    Scratch<float> converted_;               // [chunk's tokens, d_in], residuals where they are widened or normalised
+    Scratch<float> tiles_, means_, maxima_;  // [workers, chunk's tokens or samples, NR]
+    Scratch<int32_t> nonzero_rows_;          // [workers, f64_vectors, chunk's samples]
+    Scratch<double> carried_sum_;            // [panels, NR]
+    Scratch<float> carried_maximum_;         // [panels, NR]
 };
 
 }  // namespace
 
-int64_t packed_size(const Kernels& kernels, int64_t d_sae, int64_t d_in, bool bf16) {
-    return panels_of(kernels, d_sae) * kernels.panel * padded(d_in, bf16);
+int64_t packed_size(const Kernels& kernels, int64_t d_sae, int64_t d_in, Dtype packed_dtype) {
+    return panel_count(kernels, d_sae) * kernels.nr * padded_d_in(d_in, packed_dtype);
 }
 
-void pack(const Kernels& kernels, const Rows& weight, int64_t d_in, bool bf16, void* packed, int threads) {
-    const int64_t panel = kernels.panel, rows = padded(d_in, bf16), pair = bf16 ? 2 : 1;
-    const auto put = [&](auto* out, int64_t first, auto read) {
-        for (int64_t i = 0; i < panel; i++) {
-            const bool exists = first + i < weight.n;
-            const void* row = exists ? weight.row(first + i) : nullptr;
-            for (int64_t k = 0; k < rows; k++)
-                out[(k / pair * panel + i) * pair + k % pair] = exists && k < d_in ? read(row, k) : 0;
-        }
+void pack(const Kernels& kernels, const Rows& weight, int64_t d_in, void* packed, int threads) {
+    const bool bf16 = weight.dtype == Dtype::bfloat16;
+    const int64_t nr = kernels.nr, kr = kr_of(weight.dtype), depth = padded_d_in(d_in, weight.dtype);
+    const auto interleave = [&](const auto* row, int64_t i, auto* out) {  // row: [d_in]; out: [depth / KR, NR, KR]
+        for (int64_t k = 0; k < depth; k++) out[(k / kr * nr + i) * kr + k % kr] = row && k < d_in ? row[k] : 0;
     };
-    share(threads, panels_of(kernels, weight.n), [&](int64_t at, int) {
-        const int64_t first = at * panel;
-        if (bf16) {
-            put(static_cast<uint16_t*>(packed) + first * rows, first,
-                [](const void* row, int64_t k) { return static_cast<const uint16_t*>(row)[k]; });
-        } else {
-            put(static_cast<float*>(packed) + first * rows, first, [&](const void* row, int64_t k) {
-                float value;
-                widen(weight.dtype, static_cast<const char*>(row) + k * size_of(weight.dtype), 1, &value);
-                return value;
-            });
+    const auto rows = scratch<float>(threads * d_in);
+    parallel_for(threads, panel_count(kernels, weight.n), [&](int64_t panel, int worker) {
+        const int64_t first = panel * nr;
+        for (int64_t i = 0; i < nr; i++) {
+            const bool exists = first + i < weight.n;
+            if (bf16) {
+                const auto* row = exists ? static_cast<const uint16_t*>(weight.at(first + i)) : nullptr;
+                interleave(row, i, static_cast<uint16_t*>(packed) + first * depth);
+            } else {
+                float* row = exists ? &rows[worker * d_in] : nullptr;
+                if (exists) weight.widen(first + i, 0, d_in, row);
+                interleave(row, i, static_cast<float*>(packed) + first * depth);
+            }
         }
     });
 }
 
-void encode(const Encoder& encoder, const Rows& x, const int32_t* cu_seqlens, int64_t samples, const Wanted& wanted,
+void encode(const Encoder& encoder, const Rows& x, const int32_t* cu_seqlens, int64_t samples, const Outputs& outputs,
             int threads) {
-    Encoding(encoder, x, cu_seqlens, samples, wanted, threads).run();
+    Encoding(encoder, x, cu_seqlens, samples, outputs, threads).run();
 }
 
 void update_moments(const Kernels& kernels, const Rows& pooled, const double* y, const State& state, int threads) {
-    const int64_t panels = panels_of(kernels, state.features), most = std::min(CHUNK, pooled.n);
-    const Scratch<float> tiles = scratch<float>(threads * most * kernels.panel);
-    const Scratch<int32_t> rows = scratch<int32_t>(threads * kernels.parts * most);
-    for (int64_t first = 0; first < pooled.n; first += most) {
-        const Rewards rewards(y + first * state.labels, std::min(most, pooled.n - first), state.labels);
-        share(threads, panels, [&](int64_t panel, int worker) {
-            const int64_t feature = panel * kernels.panel, width = std::min(kernels.panel, state.features - feature);
-            float* tile = &tiles[worker * most * kernels.panel];
-            std::fill_n(tile, rewards.samples * kernels.panel, 0.0f);
-            for (int64_t j = 0; j < rewards.samples; j++) {
-                const char* row = static_cast<const char*>(pooled.row(first + j)) + feature * size_of(pooled.dtype);
-                widen(pooled.dtype, row, width, tile + j * kernels.panel);
-            }
-            fold(kernels, tile, rewards, feature, width, &rows[worker * kernels.parts * most], state);
+    const int64_t nr = kernels.nr, room = std::min(CHUNK, pooled.n);
+    const auto tiles = scratch<float>(threads * room * nr);
+    const auto nonzero_rows = scratch<int32_t>(threads * kernels.f64_vectors * room);
+    for (int64_t first = 0; first < pooled.n; first += room) {
+        const Rewards rewards(y + first * state.labels, std::min(room, pooled.n - first), state.labels);
+        parallel_for(threads, panel_count(kernels, state.features), [&](int64_t panel, int worker) {
+            const int64_t feature = panel * nr, width = std::min(nr, state.features - feature);
+            float* tile = &tiles[worker * room * nr];
+            std::fill_n(tile, rewards.samples * nr, 0.0f);
+            for (int64_t j = 0; j < rewards.samples; j++) pooled.widen(first + j, feature, width, tile + j * nr);
+            int32_t* rows = &nonzero_rows[worker * kernels.f64_vectors * room];
+            merge_panel(kernels, tile, rewards, feature, width, rows, state);
         });
-        finish(rewards, state);
+        merge_rewards(rewards, state);
     }
 }
 

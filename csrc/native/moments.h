@@ -1,4 +1,4 @@
-// Folding a chunk's pooled activations, panel by panel, into the state of a `corrsteer.Moments`.
+// Merging a chunk's pooled activations, panel by panel, into the state of a `corrsteer.Moments`.
 #pragma once
 
 #include <cstdint>
@@ -10,12 +10,13 @@ namespace corrsteer {
 
 // The arrays of a `corrsteer.Moments` of D features and R labels, float64; shapes as there.
 struct State {
-    double *count, *z_mean, *z_m2, *y_mean, *y_m2, *cross, *n_positive, *n_active;
-    double *group_sum, *group_active_sum, *group_active_count;
-    int64_t features, labels;
+    int64_t features = 0, labels = 0;
+    double *count = nullptr, *z_mean = nullptr, *z_m2 = nullptr, *y_mean = nullptr, *y_m2 = nullptr, *cross = nullptr;
+    double *n_positive = nullptr, *n_active = nullptr;
+    double *group_sum = nullptr, *group_active_sum = nullptr, *group_active_count = nullptr;
 };
 
-// The rewards of a chunk's samples.
+// The rewards of a chunk's samples, and what all features have in common of them.
 class Rewards {
 public:
     // y: [samples, labels] float64.
@@ -26,15 +27,15 @@ public:
     std::vector<double> deviation, positive;   // [labels, samples]: y - mean, and 1 where y > 0
 };
 
-// Fold pooled activations [samples, panel] of the features from `feature` on, `width` of which exist. `rows` is room
-// for [parts, samples] numbers. Panels may be folded at the same time; `finish` comes after all of them.
-void fold(const Kernels&, const float* pooled, const Rewards&, int64_t feature, int64_t width, int32_t* rows,
-          const State&);
+// Merge pooled activations [samples, NR] of the features from `feature` on, `width` of which exist. `rows` is scratch
+// for [f64_vectors, samples] numbers. Panels may be merged at the same time; `merge_rewards` comes after all of them.
+void merge_panel(const Kernels&, const float* pooled, const Rewards&, int64_t feature, int64_t width, int32_t* rows,
+                 const State&);
 
-// Have these features' part of a state fetched into the cache, while there is something else to do.
-void fetch(const State&, int64_t feature, int64_t width);
+// Prefetch these features' part of a state.
+void prefetch(const State&, int64_t feature, int64_t width);
 
-// Fold what does not depend on features.
-void finish(const Rewards&, const State&);
+// Merge what does not depend on features.
+void merge_rewards(const Rewards&, const State&);
 
 }  // namespace corrsteer

@@ -12,28 +12,30 @@ thread_local dim3 blockDim;
 namespace corrsteer {
 namespace {
 
-template <class T, int N>
-void run(const Steering& a) {
-    const Blocks blocks = blocks_of(a, N);
+template <class T, int WIDTH>
+void run_width(const SteerAddArgs& args) {
+    const Grid grid = grid_of(args, WIDTH);
     blockDim = dim3(THREADS);
-    for (blockIdx.x = 0; blockIdx.x < blocks.x; blockIdx.x++)
-        for (blockIdx.y = 0; blockIdx.y < blocks.y; blockIdx.y++)
-            for (threadIdx.x = 0; threadIdx.x < unsigned(THREADS); threadIdx.x++) steer_add_kernel<T, N>(a);
+    for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x++)
+        for (blockIdx.y = 0; blockIdx.y < grid.y; blockIdx.y++)
+            for (threadIdx.x = 0; threadIdx.x < unsigned(THREADS); threadIdx.x++) steer_add_kernel<T, WIDTH>(args);
 }
 
 template <class T>
-void run_as(const Steering& a) {
-    if (pack_of<T>(a) == 1) run<T, 1>(a);
-    else run<T, 16 / sizeof(T)>(a);
+void run_dtype(const SteerAddArgs& args) {
+    if (vector_width<T>(args) == 1) run_width<T, 1>(args);
+    else run_width<T, MAX_WIDTH<T>>(args);
 }
 
 }  // namespace
 
-const char* launch(const Steering& a, Number number, void* stream) {
+const char* launch(const SteerAddArgs& args, Dtype dtype, void* stream) {
     if (stream) return "invalid resource handle";
-    if (number == Number::float32) run_as<float>(a);
-    if (number == Number::float16) run_as<__half>(a);
-    if (number == Number::bfloat16) run_as<__nv_bfloat16>(a);
+    switch (dtype) {
+        case Dtype::float32: run_dtype<float>(args); break;
+        case Dtype::float16: run_dtype<__half>(args); break;
+        case Dtype::bfloat16: run_dtype<__nv_bfloat16>(args); break;
+    }
     return nullptr;
 }
 

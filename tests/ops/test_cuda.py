@@ -36,7 +36,7 @@ def test_the_sources_compile_without_warnings_or_spills(architecture, tmp_path):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-        assert len(spills) == 6 and set(spills) == {("0", "0")}, done.stderr  # three dtypes, in packs and one by one
+        assert len(spills) == 6 and set(spills) == {("0", "0")}, done.stderr  # three dtypes, vectorised and not
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ SHAPES = {  # B, S, d, and how h is laid out
     "a decode step": (5, 1, 2304, lambda h: h),
     "a few dimensions": (3, 4, 9, lambda h: h),
     "several blocks, the last not full": (2, 3, 1111, lambda h: h),
-    "several blocks of packs": (2, 1, 2080, lambda h: h),
+    "several blocks of vectorised threads": (2, 1, 2080, lambda h: h),
     "every other position": (4, 3, 32, lambda h: h.repeat_interleave(2, 1)[:, ::2]),
     "columns of a wider one": (4, 3, 32, lambda h: torch.cat([h, h], -1)[..., 32:]),
     "columns at an odd address": (4, 3, 32, lambda h: torch.cat([h[..., :1], h], -1)[..., 1:]),
@@ -132,7 +132,7 @@ def test_it_is_launched_on_the_device_of_the_residual(on_cpu, monkeypatch):
 def arguments(**changes):
     """What the extension is called with for h [2, 3, 4], as a list, some of it changed."""
     given = dict(
-        number=0, h=H.data_ptr(), shape=H.shape, strides=H.stride(), vectors=V.data_ptr(), vectors_shape=V.shape,
+        dtype="float32", h=H.data_ptr(), shape=H.shape, strides=H.stride(), vectors=V.data_ptr(), vectors_shape=V.shape,
         vectors_strides=V.stride(), rows=ROWS.data_ptr(), rows_stride=1, positions=0, positions_strides=(0, 0),
         stream=0,
     )  # fmt: skip
@@ -141,14 +141,14 @@ def arguments(**changes):
 
 H, V, ROWS = torch.zeros(2, 3, 4), torch.ones(1, 4), torch.zeros(2, dtype=torch.int32)
 HOSTILE = {
-    "an unknown dtype": (dict(number=3), "number must be"),
-    "a negative size": (dict(shape=(2, -3, 4)), "must not be negative"),
-    "a negative stride": (dict(strides=(12, 4, -1)), "must not be negative"),
-    "the same number twice": (dict(strides=(0, 4, 1)), "must not hold the same number twice"),
+    "an unknown dtype": (dict(dtype="float64"), "dtype must be float32, float16 or bfloat16, got float64"),
+    "a negative size": (dict(shape=(2, -3, 4)), "shape of h must not be negative, got -3"),
+    "a negative stride": (dict(strides=(12, 4, -1)), "strides of h must not be negative, got -1"),
+    "the same element twice": (dict(strides=(0, 4, 1)), "must not hold the same element twice"),
     "vectors of another width": (dict(vectors_shape=(1, 5)), r"vectors must be \[V, d=4\], got a width of 5"),
-    "no memory": (dict(h=0), "must have memory"),
-    "no rows": (dict(rows=0), "must have memory"),
-    "an address between numbers": (dict(h=H.data_ptr() + 2), "multiples of the size"),
+    "no memory": (dict(h=0), "address of h must be a multiple of 4, .* and not 0, got 0"),
+    "no rows": (dict(rows=0), "address of row_vector must .* got 0"),
+    "an address between elements": (dict(h=H.data_ptr() + 2), "address of h must be a multiple of 4"),
     "more blocks than a launch may have": (dict(shape=(2**20, 2**20, 4)), "at most 2147483647"),
 }
 

@@ -386,6 +386,7 @@ UNDEFINED = torch.tensor([0.0] * 66 + [torch.nan])
 LENGTHS = cu([2, 2])
 X, CU, Y = torch.zeros(5, 19), cu([2, 3]), torch.zeros(2, 1, dtype=torch.float64)
 STATE = native._state(EMPTY := Moments(67))
+HALF = {name: STATE[name] for name in ("count", "z_mean", "z_m2", "y_mean")}
 POOLED, DENSE = torch.zeros(2, 67), torch.zeros(5, 67)
 WEIGHTS, SUMS = torch.zeros(2, 4, dtype=torch.float64), torch.zeros(67, 4, dtype=torch.float64)
 
@@ -419,13 +420,13 @@ def steer(h=(1, 2, 4), vectors=(3, 4), rows=(0,), positions=None, dtype=F32):
 
 
 HOSTILE = {
-    "x of float64": (lambda: pool_of(X.double()), "x must be .* float32 or bfloat16 or float16.* got .* float64"),
+    "x of float64": (lambda: pool_of(X.double()), "x must be .* float32, bfloat16 or float16.* got .* float64"),
     "x of integers": (lambda: pool_of(X.int()), "x must be .* got .* int32"),
     "x of another width": (lambda: pool_of(X[:, :18].contiguous()), r"x must be \[-1, 19\]"),
     "x with gaps in its rows": (lambda: pool_of(torch.zeros(5, 38)[:, ::2]), "x must be contiguous"),
     "x of one dimension": (lambda: pool_of(X[0]), r"x must be \[-1, 19\]"),
     "x without memory": (lambda: pool_of(forged(X, address=0)), "address must be that of a tensor's memory"),
-    "x between two numbers": (lambda: pool_of(forged(X, address=X.data_ptr() + 2)), "multiple of the size"),
+    "x between two elements": (lambda: pool_of(forged(X, address=X.data_ptr() + 2)), "multiple of the size"),
     "x of negative strides": (lambda: pool_of(forged(X, strides=(-19, 1))), "strides must not be negative"),
     "x of negative size": (lambda: pool_of(forged(X, shape=(-1, 19))), "shape must be that of a tensor"),
     "x of more than all memory": (lambda: pool_of(forged(X, shape=(2**62, 19))), "shape must be that of a tensor"),
@@ -450,24 +451,24 @@ HOSTILE = {
         r"out must be \[5, 67\]",
     ),
     "rewards of float32": (
-        lambda: _native.encode_update(an_encoder(), array(X), array(CU), array(Y.float()), [], None, 1),
+        lambda: _native.encode_update(an_encoder(), array(X), array(CU), array(Y.float()), {}, None, 1),
         "y must be .* float64",
     ),
     "rewards of other samples": (
-        lambda: _native.encode_update(an_encoder(), array(X), array(CU), array(Y[:1]), [], None, 1),
+        lambda: _native.encode_update(an_encoder(), array(X), array(CU), array(Y[:1]), {}, None, 1),
         r"y must be \[2, -1\]",
     ),
     "half a state": (
-        lambda: _native.encode_update(an_encoder(), array(X), array(CU), array(Y), STATE[:5], None, 1),
-        "moments must be 11 arrays, got 5",
+        lambda: _native.encode_update(an_encoder(), array(X), array(CU), array(Y), HALF, None, 1),
+        "moments must have y_m2",
     ),
     "another SAE's state": (
         lambda: _native.encode_update(an_encoder(), array(X), array(CU), array(Y), native._state(Moments(66)), None, 1),
-        r"moments must be \[67\] float64",
+        r"moments.z_mean must be \[67\] float64",
     ),
     "another state's labels": (
         lambda: _native.update_moments("portable", array(POOLED), array(Y), native._state(Moments(67, 2)), 1),
-        r"moments must be \[1\] float64",
+        r"moments.y_mean must be \[1\] float64",
     ),
     "pooled of another width": (
         lambda: _native.update_moments("portable", array(POOLED), array(Y), native._state(Moments(66)), 1),
@@ -483,12 +484,12 @@ HOSTILE = {
     "sums of float32": (lambda: sum_of(sums=SUMS.float()), "sums must be .* float64 .*, got .* float32"),
     "sums of one dimension": (lambda: sum_of(sums=SUMS[:, 0]), r"sums must be \[-1, -1\]"),
     "sums with gaps in their rows": (lambda: sum_of(sums=SUMS.repeat(1, 2)[:, ::2]), "sums must be contiguous"),
-    "sums that are the same numbers twice": (
-        lambda: sum_of(sums=SUMS[:1].expand(67, 4)), r"sums must not hold the same number twice, got strides \[0, 1\]"
+    "sums that are the same elements twice": (
+        lambda: sum_of(sums=SUMS[:1].expand(67, 4)), r"sums must not hold the same element twice, got strides \[0, 1\]"
     ),
     "sums whose rows overlap": (
         lambda: sum_of(sums=torch.zeros(70, dtype=torch.float64).as_strided((67, 4), (1, 1))),
-        "sums must not hold the same number twice",
+        "sums must not hold the same element twice",
     ),
     "sums without memory": (lambda: sum_of(sums=forged(SUMS, address=0)), "address must be that of a tensor's memory"),
     "powers of fewer columns": (lambda: sum_of(powers=(3,)), r"powers must be .* add up to 4, got \[3\]"),
@@ -513,11 +514,11 @@ HOSTILE = {
     "k of 0": (lambda: an_encoder("topk", k=0), r"k must lie in 1..d_sae=67, got 0"),
     "k beyond d_sae": (lambda: an_encoder("topk", k=68), r"k must lie in 1..d_sae=67, got 68"),
     "an unknown activation": (lambda: an_encoder("relu", activation="identity"), "activation must be .* got identity"),
-    "an unknown norm": (lambda: an_encoder("relu", input_norm="batch"), "input_norm must be .* got batch"),
+    "an unknown norm": (lambda: an_encoder("relu", input_norm="batch"), "input_norm must be none, .* got batch"),
     "an unknown instruction set": (lambda: an_encoder("relu", instruction_set="amx"), "processor offers .* got amx"),
     "a weight that is not packed": (lambda: an_encoder("relu", weight=array(torch.zeros(67 * 19))), "weight must be"),
-    "no features": (lambda: an_encoder("relu", d_sae=0), "d_in and d_sae must be sizes"),
-    "a negative width": (lambda: an_encoder("relu", d_in=-1), "d_in and d_sae must be sizes"),
+    "no features": (lambda: an_encoder("relu", d_sae=0), r"d_sae and d_in must lie in 1\.\.2147483647, got 0 and 19"),
+    "a negative width": (lambda: an_encoder("relu", d_in=-1), r"d_sae and d_in must lie in .* got 67 and -1"),
     "a weight of integers to pack": (
         lambda: _native.pack("portable", array(torch.zeros(3, 4).int()), array(torch.zeros(99)), 1), "weight must be"
     ),
@@ -528,11 +529,11 @@ HOSTILE = {
     "a row's vector before the first": (lambda: steer(rows=(-2,)), r"row_vector must lie in -1..2, got -2"),
     "vectors of another width": (lambda: steer(vectors=(3, 5)), r"vectors must be \[-1, 4\]"),
     "residuals of two dimensions": (lambda: steer(h=(2, 4)), r"h must be \[-1, -1, -1\]"),
-    "residuals that are the same number twice": (
+    "residuals that are the same element twice": (
         lambda: _native.steer_add(
             array(torch.zeros(1, 1, 4).expand(2, 1, 4)), array(torch.zeros(3, 4)), array(torch.zeros(2).int()), None
         ),
-        "h must not hold the same number twice",
+        "h must not hold the same element twice",
     ),
     "residuals of float64": (lambda: steer(dtype=torch.float64), "h must be .* got .* float64"),
     "rows of other samples": (lambda: steer(rows=(0, 0)), r"row_vector must be \[1\]"),
@@ -575,6 +576,6 @@ def test_a_threshold_that_is_nan_is_refused_wherever_it_comes_from():
 def test_a_state_that_is_not_contiguous_is_refused_before_anything_is_changed():
     moments = Moments(67)
     moments.z_mean = torch.zeros(134, dtype=torch.float64)[::2]
-    with pytest.raises(ValueError, match="moments must be contiguous"):
+    with pytest.raises(ValueError, match="moments.z_mean must be contiguous"):
         update_moments(torch.ones(2, 67), torch.ones(2), moments, backend="native")
     assert moments.n == 0
