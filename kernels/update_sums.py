@@ -64,7 +64,7 @@ def sum_products_kernel(
 
 
 def update_sums(pooled: Tensor, weights: Tensor, sums: Tensor, powers: tuple[int, ...]) -> None:
-    """`corrsteer.ops.reference.update_sums`: add weighted power sums of `pooled: [N, D]` to `sums: [D, C]`, in place."""
+    """`corrsteer.ops.reference.update_sums`: power sums of `pooled: [N, D]` added to `sums: [D, C]`."""
     N, D = pooled.shape
     if N == 0 or D == 0:
         return
