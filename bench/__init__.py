@@ -1,4 +1,4 @@
-"""Microbenchmarks: `python -m bench.gpu`, `python -m bench.cpu`, and `python -m bench.table` for the README."""
+"""Microbenchmarks: `python -m bench.gpu`, `python -m bench.cpu`, and `python -m bench.table` for the documents."""
 
 import importlib.util
 from pathlib import Path

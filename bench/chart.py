@@ -1,4 +1,4 @@
-"""The README's chart of a CPU's result: how much faster than SAELens in float32, by size and precision."""
+"""The chart of a CPU's result: how much faster than SAELens in float32, by size and precision."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ PRODUCT = "oneDNN, prepacked"
 STEPS = 8  # mean kept tokens a sample
 
 
+def plain(case: dict[str, Any]) -> bool:
+    """Whether a case is one of those compared by size: jumprelu, pooled by mean, of usual length."""
+    form = (case["kind"], case["activation"], case["pool"], case["steps"])
+    return form == ("encode_update", "jumprelu", "mean", STEPS)
+
+
 def speeds(result: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     """By size and precision, how many times as fast as `eager fp32` each contestant is."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for case in result["cases"]:
-        plain = (case["kind"], case["activation"], case["pool"], case["steps"]) == (
-            "encode_update",
-            "jumprelu",
-            "mean",
-            STEPS,
-        )
-        if plain and case["status"] == "measured" and "native" in case["ratios"]:
+        if plain(case) and case["status"] == "measured" and "native" in case["ratios"]:
             size = f"{case['d_in']} × {case['d_sae']}\n{case['tokens']} tokens"
             ratios = case["ratios"]["native"]
             ours = 1 / ratios["eager fp32"]["median"]

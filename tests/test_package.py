@@ -56,12 +56,11 @@ def test_no_top_level_module_named_kernels_is_installed(wheel, tmp_path):
     assert "corrsteer" in site and "kernels" not in site
 
 
-def test_the_readmes_ten_lines_find_steer_and_save(tmp_path, request):
-    blocks = re.findall(r"```python\n(.*?)```", (request.config.rootpath / "README.md").read_text(), re.DOTALL)
-    (example,) = [block for block in blocks if "demo.load()" in block]
+def test_the_readmes_example_is_ten_lines_and_runs_as_it_stands(tmp_path, request):
+    (example,) = re.findall(r"```python\n(.*?)```", (request.config.rootpath / "README.md").read_text(), re.DOTALL)
     assert len([line for line in example.splitlines() if line.strip()]) == 10
     output = python(example, cwd=tmp_path)
-    assert "Feature(hook_point='blocks.1.hook_resid_post'" in output and "47+38=?85" in output
+    assert "Feature(hook_point='blocks.1.hook_resid_post'" in output and "99+33=?132" in output
     assert (tmp_path / "steering.safetensors").is_file()
 
 
