@@ -100,12 +100,12 @@ def packed_weight(encoder: SparseEncoder, isa: str) -> Tensor:
         return packed
 
 
-def _version(weight: Tensor):
+def _version(weight: Tensor) -> float:
     """What changes when the weight does. Tensors made in inference mode do not count; of them a column is added up."""
     return float(weight[:, 0].double().sum()) if weight.is_inference() else weight._version
 
 
-def _encoder(encoder: SparseEncoder):
+def _encoder(encoder: SparseEncoder) -> tuple[Any, Tensor]:
     """The extension's own encoder, and the packed weight, which is to be kept until the call is over."""
     isa = instruction_set()
     packed = packed_weight(encoder, isa)
@@ -131,7 +131,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _array(tensor: Tensor):
+def _array(tensor: Tensor) -> Any:
     return _native.Array(tensor.data_ptr(), tensor.shape, tensor.stride(), _name(tensor.dtype))
 
 

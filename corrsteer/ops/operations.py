@@ -10,7 +10,7 @@ Notation: T tokens, N samples, D features, R labels, C columns of sums, V steeri
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -47,6 +47,29 @@ def encode(x: Tensor, encoder: SparseEncoder, *, backend: str | None = None) -> 
     else:
         z = _chosen("encode", x, backend, encoder)(rows, encoder)
     return z.reshape(*x.shape[:-1], encoder.d_sae)
+
+
+@overload
+def encode_pool(
+    x: Tensor, cu_seqlens: Tensor, encoder: SparseEncoder, pool: Literal["both"], *, backend: str | None = None
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def encode_pool(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    encoder: SparseEncoder,
+    pool: Literal["mean", "max"] = "mean",
+    *,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def encode_pool(
+    x: Tensor, cu_seqlens: Tensor, encoder: SparseEncoder, pool: str, *, backend: str | None = None
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 @torch.no_grad()

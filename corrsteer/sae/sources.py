@@ -91,7 +91,7 @@ def read_config(directory: PathLike) -> dict[str, Any]:
     return config
 
 
-def _open(directory: Path):
+def _open(directory: Path) -> safe_open:
     path = directory / WEIGHTS
     try:
         return safe_open(str(path), framework="pt")
