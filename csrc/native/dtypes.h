@@ -64,11 +64,11 @@ struct Rows {
     // Elements [column, column + width) of a row, as float32.
     void widen(int64_t row, int64_t column, int64_t width, float* out) const {
         const void* from = at(row, column);
-        if (dtype == Dtype::float32) std::memcpy(out, from, size_t(width) * 4);
         const auto* bits = static_cast<const uint16_t*>(from);
-        if (dtype == Dtype::bfloat16)
+        if (dtype == Dtype::float32) std::memcpy(out, from, size_t(width) * 4);
+        else if (dtype == Dtype::bfloat16)
             for (int64_t i = 0; i < width; i++) out[i] = from_bf16(bits[i]);
-        if (dtype == Dtype::float16)
+        else
             for (int64_t i = 0; i < width; i++) out[i] = from_f16(bits[i]);
     }
 };
