@@ -70,9 +70,7 @@ class Steering:
         """
         shapes = {name: list(vector.shape) for name, vector in vectors.items()}
         if len({tuple(shape) for shape in shapes.values()}) != 1 or any(len(shape) != 1 for shape in shapes.values()):
-            raise CorrSteerError(
-                f"vectors must map hook points to tensors [d], at least one, all of one d, got {shapes}"
-            )
+            raise CorrSteerError(f"vectors must map hook points to tensors [d], one or more of one d, got {shapes}")
         features = [Feature(name, coefficient) for name in vectors]
         return cls(features, torch.stack([vector.detach().float().cpu() for vector in vectors.values()]))
 

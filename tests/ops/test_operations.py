@@ -1038,7 +1038,7 @@ BAD_CALLS = {
     "moments of another SAE": (lambda e, x, c: encode_update(x, c, torch.ones(2), e, Moments(5)), "encoder's d_sae=67"),
     "one moments for both": (
         lambda e, x, c: encode_update(x, c, torch.ones(2), e, (Moments(67),), "both"),
-        "moments must be a pair",
+        "moments must be 2 for pool='both' .of the means, then of the maxima, for 'both'., got 1",
     ),
     "the same moments for both": (
         lambda e, x, c: encode_update(x, c, torch.ones(2), e, (m := Moments(67), m), "both"),
