@@ -106,19 +106,21 @@ class Moments:
 
     @torch.no_grad()
     def merge(self, other: Moments) -> None:
-        """Fold in the moments of other samples, such as another process's; the order does not matter.
-
-        Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances" (1979),
-        eq. 1.5, here for cross moments as well.
-        """
+        """Fold in the moments of other samples, such as another process's; the order does not matter."""
         if (other.d_sae, other.n_labels) != (self.d_sae, self.n_labels):
             raise CorrSteerError(
                 f"other must have d_sae={self.d_sae} and n_labels={self.n_labels}, "
                 f"got d_sae={other.d_sae} and n_labels={other.n_labels}; merge runs of the same SAE and labels"
             )
-        if other.n == 0:
-            return
-        other = other.to(self.device)
+        if other.n:
+            self.fold(other.to(self.device))
+
+    def fold(self, other: Moments) -> None:
+        """`merge` of at least one sample, of the same kind and on the same device; it waits for no value on a GPU.
+
+        Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances" (1979),
+        eq. 1.5, here for cross moments as well.
+        """
         total = self.count + other.count
         z_delta, y_delta = other.z_mean - self.z_mean, other.y_mean - self.y_mean
         weight = self.count * other.count / total

@@ -95,7 +95,7 @@ def update_moments(pooled: Tensor, y: Tensor, moments: Moments) -> None:
         batch.group_sum[at] = members.T @ z
         batch.group_active_sum[at] = members.T @ (z * active)
         batch.group_active_count[at] = members.T @ active
-    moments.merge(batch)
+    moments.fold(batch)
 
 
 def update_sums(pooled: Tensor, weights: Tensor, sums: Tensor, powers: tuple[int, ...]) -> None:
