@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm import hook_points
 from corrsteer.lm.hook_points import HookPoint
-from corrsteer.lm.token_positions import check_positions, track
+from corrsteer.lm.passes import follow
+from corrsteer.lm.token_positions import Call, Pass, check_positions
 
 KEPT_POSITIONS = ("generated", "all")
 
@@ -42,6 +43,8 @@ class Capture:
     stop_tokens : token ids that end an answer.
     positions : `generated`, the kept passes; or `all`, every prompt token that is not padding as well.
     max_new_tokens : the longest generation, which is what buffers are sized by.
+    exclude_tokens : token ids that are not kept of prompts, such as that of the BOS token, with `all`. The last token
+        of a prompt is kept, whatever it is.
     budget_bytes : what the buffers of all points may take together. Past it, what was captured goes to `sink`.
     sink : called with (key, x, cu_seqlens) for each part of the capture that had to leave the buffer, in order of
         time. Without one, running out of budget is an error.
@@ -59,6 +62,7 @@ class Capture:
         stop_tokens: Iterable[int],
         positions: str = "generated",
         max_new_tokens: int = 512,
+        exclude_tokens: Iterable[int] = (),
         budget_bytes: int = 1 << 30,
         sink: Sink | None = None,
     ):
@@ -73,6 +77,7 @@ class Capture:
         self.points: dict[Any, HookPoint] = dict(points)
         self.positions: str = positions
         self.max_new_tokens: int = max_new_tokens
+        self.exclude_tokens: list[int] = sorted(set(exclude_tokens))
         self.budget_bytes: int = budget_bytes
         self.sink: Sink | None = sink
         self.flushed: bool = False
@@ -89,12 +94,12 @@ class Capture:
         self._empty: dict[object, Tensor] = {}  # key -> [0, d], for hook points that left nothing in a buffer
         self._passes = 0  # passes whose token has been sampled
         self._allocated = False
+        self._call: Call | None = None
         self.flushed = False
         with contextlib.ExitStack() as stack:
-            self._tracker = stack.enter_context(track(self.model))
+            passes = stack.enter_context(follow(self.model))
             for key, point in self.points.items():
-                handle = hook_points.attach(self.model, point, functools.partial(self._store, key))
-                stack.callback(handle.remove)
+                stack.enter_context(passes.attached(point, functools.partial(self._store, key), shared=False))
             self._stack = stack.pop_all()
         return self
 
@@ -106,7 +111,7 @@ class Capture:
         token = input_ids[:, -1]
         if self._stop:
             if self._stop_ids is None:
-                self._stop_ids = torch.tensor(self._stop, device=token.device)
+                self._stop_ids = torch.tensor(self._stop, dtype=torch.int64, device=token.device)
             stopped = torch.isin(token, self._stop_ids)
             self._alive &= ~stopped.to(self._alive.device)
         if self._passes:
@@ -129,25 +134,24 @@ class Capture:
         kept = kept.to(self._buffer[key].device)
         return self._buffer[key][:, : self._filled][kept], _cu_seqlens(kept)
 
-    def _store(self, key: Hashable, h: Tensor) -> None:
+    def _store(self, key: Hashable, h: Tensor, reading: Pass) -> None:
         """Called by a hook point with `h: [B, S, d]` in every pass."""
-        first, start, width = self._passes == 0, self._tracker.start, self._tracker.prompt_width
-        end = start + h.shape[1]
-        if first and width and (end < width or start and end == width and self.positions == "all"):
+        first = self._passes == 0
+        if first and (
+            reading.end < reading.width or (reading.start > reading.virtual and self.positions == "all")
+        ):
             raise CorrSteerError(
                 "prompts must be read in one pass; call generate without prefill_chunk_size and without a filled cache"
             )
-        # of a first pass, which reads prompts and so has one; other passes do without
-        mask = cast(Tensor, self._tracker.select(h, "all") if first else None)
-        steps = h.shape[1] if first and self.positions == "all" else 1
         if not self._allocated:
-            if not bool(mask[:, -1].all()):
-                raise CorrSteerError("prompts must be padded on the left, got padding in the last column of a prompt")
-            self._allocate(h, steps + self.max_new_tokens - 1)
-            self._generation = self._tracker.generations
-        if self._generation != self._tracker.generations:
+            self._call = reading.call
+        if self._call is None or reading.call is not self._call:
             raise CorrSteerError("a capture holds one call of model.generate; enter a new Capture for the next one")
-        if width and end != width + self._passes:
+        kept = self._first_kept(h, reading) if first else None
+        steps = 1 if kept is None else kept.shape[1]
+        if not self._allocated:
+            self._allocate(h, steps + self.max_new_tokens - 1)
+        if reading.end != reading.width + self._passes:
             raise CorrSteerError(
                 "a token went by unseen; give generate the capture's stopping_criterion, and no assistant model"
             )
@@ -155,18 +159,39 @@ class Capture:
             raise CorrSteerError(
                 f"generation went on past max_new_tokens={self.max_new_tokens}; give Capture the same limit as generate"
             )
-        if steps > self._capacity:
+        if kept is not None and steps > self._capacity:
             for at in range(0, steps, self._capacity):
                 part = slice(at, at + self._capacity)
-                self._to_sink(key, h[:, part][mask[:, part]], _cu_seqlens(mask[:, part]))
+                self._to_sink(key, h[:, part][kept[:, part]], _cu_seqlens(kept[:, part]))
             self.flushed, self._pending, self._empty[key] = True, 0, h.new_empty(0, h.shape[2])
             return
         if key not in self._buffer:
             self._buffer[key] = h.new_empty(len(h), self._capacity, h.shape[2])
         self._buffer[key][:, self._filled : self._filled + steps] = h[:, -steps:]
-        if first:
-            self._kept[:, :steps] = mask[:, -steps:].to(self._kept.device)
+        if kept is not None:
+            self._kept[:, :steps] = kept.to(self._kept.device)
         self._pending = steps
+
+    def _first_kept(self, h: Tensor, reading: Pass) -> Tensor:
+        """Which tokens of the first pass are kept, of its last one or of all, `[B, steps]` bool."""
+        real = reading.real(h.device)
+        if not bool(real[:, -1].all()):
+            raise CorrSteerError("prompts must be padded on the left, got padding in the last column of a prompt")
+        if self.positions == "generated":
+            return real[:, -1:]
+        kept = reading.select(h, "all")
+        assert kept is not None and reading.call is not None, "a pass that reads prompts, of a call"
+        if self.exclude_tokens:
+            tokens = reading.call.tokens
+            if tokens is None:
+                raise CorrSteerError(
+                    "exclude_tokens are told by their id, but generate was given none; give it input_ids, or Capture "
+                    "exclude_tokens=()"
+                )
+            excluded = torch.isin(tokens, torch.tensor(self.exclude_tokens, dtype=torch.int64, device=tokens.device))
+            excluded[:, -1] = False  # the first pass is kept, whatever it reads last
+            kept[:, -tokens.shape[1] :] &= ~excluded.to(h.device)
+        return kept
 
     def _allocate(self, h: Tensor, steps: int) -> None:
         rows, d = len(h), h.shape[2]

@@ -7,7 +7,9 @@ is a module's input or output and whether a layer returns a tensor or a tuple.
 
 from __future__ import annotations
 
+import inspect
 import re
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +19,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from corrsteer.errors import CorrSteerError
+from corrsteer.lm import module_hooks
 
 KINDS = ("resid_pre", "resid_post", "mlp_out", "attn_out")
+TOWER = re.compile("vision|visual|audio|encoder|image|speech")
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 
 
@@ -63,17 +67,43 @@ class HookPoint:
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The module path and the list of a model's decoder layers."""
-    n = text_config(model).num_hidden_layers
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n]
-    # A vision tower may have as many layers; the decoder's attend with causal self-attention modules.
-    lists = [(name, m) for name, m in lists if _attention_name(m[0]) and "vision" not in name and "encoder" not in name]
+    """The module path and the list of a model's decoder layers, found by structure.
+
+    It is the outermost list of as many modules as the model's configuration has layers.
+    """
+    found = _found.get(model)
+    if found is None or model.get_submodule(found[0]) is not found[1]:
+        found = _found[model] = _find_layers(model)
+    return found
+
+
+_found: weakref.WeakKeyDictionary[nn.Module, tuple[str, nn.ModuleList]] = weakref.WeakKeyDictionary()
+
+
+def _find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    config = text_config(model)
+    named = (getattr(config, name, None) for name in ("num_hidden_layers", "num_layers"))
+    counts = {count for count in named if isinstance(count, int)}
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():  # a list inside a layer, as of its experts, comes after the layer's own
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
+            lists[name] = module
+    lists = {name: layers for name, layers in lists.items() if len(layers) in counts}
+    if len(lists) > 1:  # a tower of vision, sound or a text encoder may have as many
+        lists = {name: layers for name, layers in lists.items() if not TOWER.search(name)}
     if len(lists) != 1:
         raise CorrSteerError(
-            f"model {type(model).__name__} must have exactly one list of {n} decoder layers, found "
-            f"{[name for name, _ in lists] or 'none'}; this architecture is not supported"
+            f"model {type(model).__name__} must have exactly one list of {' or '.join(map(str, sorted(counts)))} "
+            f"decoder layers, found {list(lists) or 'none'}; this architecture is not supported"
         )
-    return lists[0]
+    return next(iter(lists.items()))
+
+
+def owners(model: nn.Module) -> list[nn.Module]:
+    """The modules that the list of decoder layers lies in, the model itself first, that run a forward pass."""
+    path = decoder_layers(model)[0].split(".")
+    inside = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path))]
+    return [module for module in inside if type(module).forward is not nn.Module.forward]
 
 
 def text_config(model: nn.Module) -> Any:
@@ -103,24 +133,41 @@ def attach(model: nn.Module, point: HookPoint, function: Callable[[Tensor], Tens
     """
     check_point(model, point)
     module, at_input = _locate(model, point)
+    for inside in (decoder_layers(model)[1][point.layer], module):
+        refuse_compiled(inside)
     if at_input:
+        name = next(iter(inspect.signature(module.forward).parameters))
 
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if args:
-                changed = function(args[0])
-                return None if changed is None else ((changed, *args[1:]), kwargs)
-            changed = function(kwargs["hidden_states"])
-            return None if changed is None else (args, kwargs | {"hidden_states": changed})
+            changed = function(args[0] if args else kwargs[name])
+            if changed is None:
+                return None
+            return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {name: changed})
 
-        return module.register_forward_pre_hook(before, with_kwargs=True)
+        return module_hooks.before(module, before)
 
     def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-        if not isinstance(output, tuple):
+        if isinstance(output, Tensor):
             return function(output)
+        if type(output) not in (tuple, list) or not isinstance(output[0], Tensor):
+            raise CorrSteerError(
+                f"{point} is no place in a residual stream, as {type(module).__name__} puts out neither a tensor nor a "
+                f"tuple that begins with one, but {type(output).__name__}; it can be neither captured nor steered"
+            )
         changed = function(output[0])
-        return None if changed is None else (changed, *output[1:])
+        return None if changed is None else type(output)([changed, *output[1:]])
 
-    return module.register_forward_hook(after)
+    return module_hooks.after(module, after)
+
+
+def refuse_compiled(module: nn.Module) -> None:
+    """Raise for a module that is compiled: hooks added afterwards would silently do nothing."""
+    compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    if compiled or hasattr(module.forward, "_torchdynamo_orig_callable"):
+        raise CorrSteerError(
+            "model is already compiled by torch.compile, which ignores hooks added afterwards; "
+            "pass the model as it was before compiling"
+        )
 
 
 def device_of(model: nn.Module, point: HookPoint) -> torch.device:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from corrsteer import ops
 from corrsteer.errors import CorrSteerError
-from corrsteer.lm import hook_points
 from corrsteer.lm.hook_points import HookPoint
-from corrsteer.lm.token_positions import TokenPositions, track
+from corrsteer.lm.passes import follow
+from corrsteer.lm.token_positions import Pass
 
 
 @contextlib.contextmanager
@@ -28,32 +28,31 @@ def add_vectors(
     positions : which tokens are steered, as for `Steering.apply`.
     """
     with contextlib.ExitStack() as stack:
-        tracker = stack.enter_context(track(model))
+        passes = stack.enter_context(follow(model))
         for point, table in vectors.items():
-            add = _Add(tracker, table, rows, positions)
-            # The first layer's input may be the caller's own inputs_embeds.
-            function = (lambda h, add=add: add(h.clone())) if point == HookPoint(0, "resid_pre") else add
-            stack.callback(hook_points.attach(model, point, function).remove)
+            add = _Add(table, rows, positions, copies=point == HookPoint(0, "resid_pre"))
+            stack.enter_context(passes.attached(point, add))
         yield
 
 
 class _Add:
-    """The hook of one hook point."""
+    """What is called at one hook point; `copies` where the residual is not this model's to write to."""
 
-    def __init__(self, tracker: TokenPositions, vectors: Tensor, rows: Tensor | None, positions: str):
-        self._tracker, self._vectors, self._positions = tracker, vectors, positions
-        self._rows, self._every_row = rows, torch.zeros(0, dtype=torch.int32)
+    def __init__(self, vectors: Tensor, rows: Tensor | None, positions: str, copies: bool):
+        self._vectors, self._rows, self._positions, self._copies = vectors, rows, positions, copies
+        self._every_row = torch.zeros(0, dtype=torch.int32, device="cpu")
 
-    def __call__(self, h: Tensor) -> Tensor:
+    def __call__(self, h: Tensor, reading: Pass) -> Tensor:
+        where = reading.select(h, self._positions)
         if self._vectors.device != h.device:  # the residual's, since an offloaded layer's own is `meta` between passes
             self._vectors = self._vectors.to(h.device)
             self._rows = None if self._rows is None else self._rows.to(h.device)
         rows = self._rows
         if rows is None:
-            if len(self._every_row) != len(h) or self._every_row.device != h.device:
-                self._every_row = torch.zeros(len(h), dtype=torch.int32, device=h.device)
             rows = self._every_row
+            if len(rows) != len(h) or rows.device != h.device:
+                self._every_row = rows = torch.zeros(len(h), dtype=torch.int32, device=h.device)
         elif len(rows) != len(h):
             raise CorrSteerError(f"rows must have one entry per row of the batch ({len(h)}), got {len(rows)}")
-        where = self._tracker.select(h, self._positions)
-        return ops.steer_add(h, self._vectors, rows, where)
+        # The first layer's input may be the caller's own inputs_embeds.
+        return ops.steer_add(h.clone() if self._copies else h, self._vectors, rows, where)

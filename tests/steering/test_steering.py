@@ -24,7 +24,7 @@ from tiny_models import (
 
 from corrsteer import Steering, apply_rows
 from corrsteer.errors import CorrSteerError
-from corrsteer.lm import token_positions
+from corrsteer.lm import passes
 from corrsteer.lm.hook_points import KINDS, HookPoint, device_of
 from corrsteer.lm.token_positions import POSITIONS
 from corrsteer.steering.features import Feature, FeatureStatistics
@@ -394,7 +394,7 @@ def test_a_model_is_left_as_it_was_whether_or_not_something_is_raised(where, mod
             failed = True
         assert failed == (where != "nowhere")
     assert traces(model) == before
-    assert model not in token_positions._trackers
+    assert model not in passes._followed and "generate" not in vars(type(model))
     assert where == "by the model" or model.generation_config.disable_compile is None
 
 
@@ -451,7 +451,12 @@ def compile_in_place(model):
 
 
 def compile_a_layer(model):
-    model.model.layers[0].compile()
+    model.model.layers[1].compile()  # which is steered
+    return model
+
+
+def compile_inside(model):
+    model.model.compile()
     return model
 
 
@@ -460,7 +465,9 @@ def compile_forward(model):
     return model
 
 
-@pytest.mark.parametrize("compiled", [torch.compile, compile_in_place, compile_a_layer, compile_forward])
+@pytest.mark.parametrize(
+    "compiled", [torch.compile, compile_in_place, compile_a_layer, compile_inside, compile_forward]
+)
 def test_a_compiled_model_is_refused(compiled):
     model = compiled(build("llama"))
     before = traces(model)

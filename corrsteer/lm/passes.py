@@ -1,0 +1,360 @@
+"""Which forward pass of a model is under way, and what it reads.
+
+A pass is known from what it was given, and kept for as long as it lasts, for its thread alone: nothing of it is left
+behind. What a pass without a cache does not say is where the prompt ended. Therefore `generate` of the model's class is
+intercepted while passes are followed, for that class and for as long; nothing is put on the model but hooks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import sys
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from corrsteer.errors import CorrSteerError
+from corrsteer.lm import hook_points, module_hooks
+from corrsteer.lm.hook_points import HookPoint
+from corrsteer.lm.token_positions import Call, Pass
+
+CACHES = ("past_key_values", "cache", "cache_params", "state", "past_buckets_states", "mems")  # what models call it
+CONTINUOUS = "init_continuous_batching"
+
+_followed: weakref.WeakKeyDictionary[nn.Module, Passes] = weakref.WeakKeyDictionary()
+_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def follow(model: nn.Module) -> Iterator[Passes]:
+    """The model's `Passes` for as long as the context lasts; contexts of one model share them."""
+    # a PEFT wrapper's generate runs the model inside and not its own forward
+    inside: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
+    base = model if inside is None else inside()
+    with _lock:
+        if base not in _followed:
+            _followed[base] = Passes(base)
+        passes = _followed[base]
+        passes.users[threading.get_ident()] += 1
+        if inside is not None:
+            passes.wrapper = weakref.ref(model)
+    try:
+        yield passes
+    finally:
+        with _lock:
+            passes.users -= Counter([threading.get_ident()])
+            passes.users = +passes.users
+            if not passes.users:
+                passes.remove()
+                del _followed[base]
+
+
+class Passes:
+    """Follows a model's forward passes until it is removed.
+
+    Attributes
+    ----------
+    users : contexts that are open, by the thread that opened them.
+    wrapper : the PEFT model around this one, where it is known.
+    """
+
+    def __init__(self, model: nn.Module):
+        hook_points.refuse_compiled(model)
+        if not hasattr(model, "generate"):
+            raise CorrSteerError(
+                f"model must be a Hugging Face causal language model with generate, got {type(model).__name__}"
+            )
+        self.users: Counter[int] = Counter()
+        self.wrapper: Callable[[], Any] = lambda: None
+        self._model = weakref.ref(model)
+        self._local = _Local()
+        self._attached: dict[object, HookPoint] = {}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_intercepted(type(model)))
+            # Whichever is called is followed: the model, or one inside that runs the layers.
+            for depth, module in enumerate(hook_points.owners(model)):
+                hook_points.refuse_compiled(module)
+                for handle in (
+                    module_hooks.before(module, functools.partial(self._begin, depth)),
+                    module_hooks.after(module, functools.partial(self._check, depth)),
+                    module_hooks.after(module, functools.partial(self._end, depth), always=True),
+                ):
+                    stack.callback(handle.remove)
+            self.remove: Callable[[], None] = stack.pop_all().close
+
+    @contextlib.contextmanager
+    def attached(
+        self, point: HookPoint, function: Callable[[Tensor, Pass], Tensor | None], *, shared: bool = True
+    ) -> Iterator[None]:
+        """Call `function(h, pass)` with the residual `h: [B, S, d]` at a hook point, in every pass of the context.
+
+        What it returns replaces the residual; None leaves it. It is called in passes of this thread and, where
+        `shared`, in those of threads that have opened no context on this model themselves.
+        """
+        model, owner, key = self._model(), threading.get_ident(), object()
+        assert model is not None, "whoever follows a model keeps it alive"
+
+        def at(h: Tensor) -> Tensor | None:
+            reading = self._current()
+            if key in reading.reached:
+                raise CorrSteerError(
+                    f"the model runs the layer of {point} more than once in a pass, so that it is not one place in "
+                    f"the residual stream; it can be neither captured nor steered"
+                )
+            reading.reached.add(key)
+            thread = threading.get_ident()
+            if thread != owner and (not shared or self.users[thread]):
+                return None
+            return function(h, reading)
+
+        handle = hook_points.attach(model, point, at)
+        self._attached[key] = point
+        try:
+            yield
+        finally:
+            handle.remove()
+            del self._attached[key]
+
+    @contextlib.contextmanager
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """A call of `generate` with these arguments, while it runs."""
+        given = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))]
+        given = [prompts for prompts in given if isinstance(prompts, Tensor) and prompts.dim() > 1]
+        widths = [prompts.shape[1] for prompts in given]
+        mask = kwargs.get("attention_mask")
+        if widths and isinstance(mask, Tensor):  # which covers a filled cache, where the ids may not
+            widths.append(mask.shape[-1])
+        ids = [prompts for prompts in given if prompts.dim() == 2 and prompts.numel()]
+        calls, passes = self._local.calls, self._local.passes
+        depth = len(passes)
+        calls.append(Call(max(widths, default=0) or None, ids[0] if ids else None))
+        try:
+            yield
+        finally:
+            calls.pop()
+            del passes[depth:]  # of a pass that was interrupted
+
+    def _current(self) -> Pass:
+        if not self._local.passes:
+            raise CorrSteerError(
+                "the model's layers run outside a forward pass of the model; call the model, or its generate"
+            )
+        return self._local.passes[-1].reading
+
+    def _begin(self, depth: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the pass of the model (depth 0), or of the module in it that is `depth` nearer to the layers."""
+        passes = self._local.passes
+        if passes and passes[-1].reached < depth:  # the inside of a pass that has begun
+            passes[-1].reached = depth
+            return
+        if len(args) > 1:  # what the second argument is depends on the model
+            kwargs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+            args = ()
+        tokens = next((t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)
+        if not isinstance(tokens, Tensor) or tokens.dim() < 2:
+            raise CorrSteerError("a pass of the model must be given input_ids [B, S] or inputs_embeds, got neither")
+        rows, steps = tokens.shape[:2]
+        call = self._local.calls[-1] if self._local.calls else None
+        cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+        mask = kwargs.get("attention_mask")
+        start = _cached(cache)
+        if call is None:
+            reading = self._outside(rows, steps, start, cache, mask)
+        else:
+            reading = _of_call(call, rows, steps, start, cache, mask)
+        passes.append(_Running(depth, depth, reading))
+
+    def _outside(self, rows: int, steps: int, start: int | None, cache: Any, mask: Any) -> Pass:
+        """A pass outside of `generate`: what is read without a cache is a prompt, and what comes after it generated."""
+        if start is None:
+            if not isinstance(mask, Tensor) or mask.dim() != 2:
+                raise CorrSteerError(
+                    f"how many tokens were read before cannot be known from a {type(cache).__name__}; give the model "
+                    f"an attention_mask [B, all tokens], or call its generate"
+                )
+            start = mask.shape[1] - steps
+        if cache is None:
+            self._refuse_generate()
+        virtual = _virtual_tokens(self.wrapper())
+        return Pass(rows, steps, start, start + steps if start <= virtual else start, virtual, mask)
+
+    def _refuse_generate(self) -> None:
+        """Raise where `generate` runs that was taken from the model before it was followed."""
+        model, frame = self._model(), sys._getframe(1)
+        while frame is not None:
+            if frame.f_code.co_name == "generate" and frame.f_locals.get("self") is model:
+                raise CorrSteerError(
+                    "generate was taken from the model before the context was entered, and without a cache does not "
+                    "say where its prompts end; call model.generate inside the context"
+                )
+            frame = frame.f_back
+
+    def _check(self, depth: int, module: nn.Module, *_: Any) -> None:
+        """After a pass that went well: every hook point must have run."""
+        running = self._local.passes[-1]
+        # a call in a call may leave layers out to draft tokens, and training drops some
+        if running.begun != depth or module.training or len(self._local.calls) > 1:
+            return
+        missed = [point for key, point in self._attached.items() if key not in running.reading.reached]
+        if missed:
+            raise CorrSteerError(
+                f"{', '.join(map(str, missed))} did not run in the model's forward pass, so nothing was captured or "
+                f"steered there: its layers are a frozen graph, or the model leaves them out; load the model as "
+                f"transformers has it"
+            )
+
+    def _end(self, depth: int, *_: Any) -> None:
+        passes = self._local.passes
+        if passes and passes[-1].begun == depth:
+            passes.pop()
+
+
+class _Local(threading.local):
+    """What a thread is at: calls of `generate`, and passes, innermost last."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.passes: list[_Running] = []
+
+
+@dataclass(eq=False)
+class _Running:
+    """A pass, which module it was begun with, and how near to the layers it has come; by depth."""
+
+    begun: int
+    reached: int
+    reading: Pass
+
+
+def _of_call(call: Call, rows: int, steps: int, start: int | None, cache: Any, mask: Any) -> Pass:
+    """A pass of a call of `generate`.
+
+    Raises
+    ------
+    CorrSteerError : if it does not go on where the last one ended, as a pass for something else does.
+    """
+    if start is None:  # a cache that is a state: what was read is counted
+        start = call.end if call.passes and steps <= call.end else 0
+    end = start + steps
+    if not call.passes:
+        call.cache = cache if hasattr(cache, "get_seq_length") else None
+        call.virtual = max(0, end - call.width) if call.width else 0
+        call.width = max(call.width or 0, end)
+    width = call.width or 0
+    prompt = call.end < width  # is being read, in chunks
+    if call.passes and (
+        (call.cache is not None and cache is not call.cache) or (start != call.end if prompt else end <= width)
+    ):
+        raise CorrSteerError(
+            "a pass inside generate reads something other than what is generated, as guidance does, and which of its "
+            "tokens are prompt cannot be known; generate without it"
+        )
+    call.passes += 1
+    call.end = end
+    return Pass(rows, steps, start, width, call.virtual, mask, call=call)
+
+
+def _cached(cache: Any) -> int | None:
+    """How many tokens a cache holds; None where it does not say, as it is a state."""
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, ValueError):  # transformers' own caches raise the latter
+        return None
+
+
+def _virtual_tokens(wrapper: Any) -> int:
+    """How many tokens a PEFT model puts before each prompt."""
+    config: Any = getattr(wrapper, "active_peft_config", None)
+    return config.num_virtual_tokens if getattr(config, "is_prompt_learning", False) else 0
+
+
+class _Intercepted:
+    """How often a class is intercepted, and what undoes it."""
+
+    def __init__(self, undo: Callable[[], None]):
+        self.users, self.undo = 0, undo
+
+
+_classes: dict[type, _Intercepted] = {}
+
+
+@contextlib.contextmanager
+def _intercepted(model_class: type) -> Iterator[None]:
+    """Have `generate` of a class say so while it runs for a model that is followed; other models do not notice."""
+    with _lock:
+        if model_class not in _classes:
+            _classes[model_class] = _Intercepted(_intercept(model_class))
+        _classes[model_class].users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _classes[model_class].users -= 1
+            if not _classes[model_class].users:
+                _classes.pop(model_class).undo()
+
+
+def _intercept(model_class: Any) -> Callable[[], None]:
+    inner = model_class.generate
+
+    @functools.wraps(inner)
+    def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        passes = _followed.get(self)
+        if passes is None:
+            return inner(self, *args, **kwargs)
+        args, kwargs = _uncompiled(args, kwargs)
+        with passes.call(args, kwargs):
+            return inner(self, *args, **kwargs)
+
+    def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self in _followed:
+            raise CorrSteerError(
+                "generate_batch packs the tokens of many prompts into one row, and which of them are whose cannot be "
+                "known; use model.generate"
+            )
+        return batching(self, *args, **kwargs)
+
+    batching: Any = getattr(model_class, CONTINUOUS, None)
+    with contextlib.ExitStack() as stack:
+        stack.callback(_replace(model_class, "generate", generate))
+        if batching is not None:
+            stack.callback(_replace(model_class, CONTINUOUS, functools.wraps(batching)(refuse)))
+        return stack.pop_all().close
+
+
+def _replace(model_class: type, name: str, value: Any) -> Callable[[], None]:
+    """Set an attribute of a class, and return what puts back the one that was there."""
+    if name not in vars(model_class):  # it is inherited
+        setattr(model_class, name, value)
+        return lambda: delattr(model_class, name)
+    before = vars(model_class)[name]
+    setattr(model_class, name, value)
+    return lambda: setattr(model_class, name, before)
+
+
+def _uncompiled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `generate`, with which it does not compile the model.
+
+    With a static cache on a GPU it does so by itself, and what it compiled would go on without the hooks, or with them.
+    """
+    if kwargs.get("disable_compile") is False:
+        raise CorrSteerError("disable_compile must not be False, as a compiled model ignores hooks added afterwards")
+    at_second = len(args) > 1
+    config = args[1] if at_second else kwargs.get("generation_config")
+    if config is None:
+        return args, kwargs | {"disable_compile": True}
+    config = copy.copy(config)
+    config.disable_compile = True
+    if at_second:
+        return (args[0], config, *args[2:]), kwargs
+    return args, kwargs | {"generation_config": config}
