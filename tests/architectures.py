@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCABULARY, WIDTH, LAYERS, PAD = 61, 32, 4, 0
-LARGEST = 6_000_000  # parameters; what has more was not shrunk, and would fill the memory
+LARGEST = 8_000_000  # parameters; what has more was not shrunk, and would fill the memory
 
 NAMES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
@@ -97,6 +97,7 @@ ALSO: Mapping[str, dict] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "modernbert-decoder": {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
     "mllama": {"text_config": {"bos_token_id": 1, "eos_token_id": 2}},
+    "nemotron_h": {"initializer_range": 0.1},  # as its states would grow
     "qwen4_exp_text": QWEN4,
     "qwen4_exp": QWEN4,
     "reformer": {
@@ -127,11 +128,14 @@ def configuration(architecture: str, **overrides):
 
 def _shrunk(config) -> dict:
     small = SMALL
-    if "kv_lora_rank" in _names(config):  # latent attention has as many keys as queries, and makes up its head dimension
+    if "kv_lora_rank" in _names(config):  # latent attention: as many keys as queries, in heads of two parts
         small = {n: v for n, v in SMALL.items() if n != "head_dim"} | {"num_key_value_heads": 4}
     given = {name: value for name, value in small.items() if _settable(config, name)}
-    parts = {name: getattr(config, name, None) for name in type(config).sub_configs}
-    return given | {name: _shrunk(part) for name, part in parts.items() if isinstance(part, transformers.PreTrainedConfig)}
+    for name in type(config).sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, transformers.PreTrainedConfig):
+            given[name] = _shrunk(part)
+    return given
 
 
 def _names(config) -> set[str]:

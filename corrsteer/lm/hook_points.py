@@ -19,16 +19,19 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from corrsteer.errors import CorrSteerError
-from corrsteer.lm import module_hooks
+from corrsteer.lm import module_hooks, sublayers
 
 KINDS = ("resid_pre", "resid_post", "mlp_out", "attn_out")
-TOWER = re.compile("vision|visual|audio|encoder|image|speech")
-ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
+TOWERS = (re.compile("vision|visual|image|audio|speech"), re.compile("encoder"))
 
 
 @dataclass(frozen=True)
 class HookPoint:
-    """A place in the residual stream: `resid_pre`, `resid_post`, `mlp_out` or `attn_out` of a layer (0-based)."""
+    """A place in the residual stream: `resid_pre`, `resid_post`, `mlp_out` or `attn_out` of a layer (0-based).
+
+    `attn_out` is what the layer's attention, or what it has in its place, adds to the stream, and `mlp_out` what comes
+    after. Both are found by a short pass of the model, once.
+    """
 
     layer: int
     kind: str = "resid_post"
@@ -88,13 +91,15 @@ def _find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     for name, module in model.named_modules():  # a list inside a layer, as of its experts, comes after the layer's own
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
             lists[name] = module
-    lists = {name: layers for name, layers in lists.items() if len(layers) in counts}
-    if len(lists) > 1:  # a tower of vision, sound or a text encoder may have as many
-        lists = {name: layers for name, layers in lists.items() if not TOWER.search(name)}
+    every, lists = lists, {name: layers for name, layers in lists.items() if len(layers) in counts}
+    for tower in TOWERS:  # which may have as many
+        if len(lists) > 1:
+            lists = {name: layers for name, layers in lists.items() if not tower.search(name)} or lists
     if len(lists) != 1:
+        found = ", ".join(f"{name} ({len(layers)})" for name, layers in every.items()) or "none"
         raise CorrSteerError(
             f"model {type(model).__name__} must have exactly one list of {' or '.join(map(str, sorted(counts)))} "
-            f"decoder layers, found {list(lists) or 'none'}; this architecture is not supported"
+            f"decoder layers, found lists {found}; this architecture is not supported"
         )
     return next(iter(lists.items()))
 
@@ -185,36 +190,28 @@ def device_of(model: nn.Module, point: HookPoint) -> torch.device:
 def _locate(model: nn.Module, point: HookPoint) -> tuple[nn.Module, bool]:
     """The module, and whether the point is its input rather than its output."""
     layer = decoder_layers(model)[1][point.layer]
-    if point.kind == "resid_pre":
-        return layer, True
-    if point.kind == "resid_post":
-        return layer, False
-    # Where the block normalises what a sublayer wrote before adding it (Gemma 2 and 3), TransformerLens means the
-    # normalised output: it is what reaches the residual stream. Llama's post_attention_layernorm is another thing.
-    if hasattr(layer, "post_feedforward_layernorm"):
-        norm = "post_attention_layernorm" if point.kind == "attn_out" else "post_feedforward_layernorm"
-        return getattr(layer, norm), False
-    name = _attention_name(layer) if point.kind == "attn_out" else "mlp"
-    if not name or not hasattr(layer, name):
-        raise CorrSteerError(f"hook point {point} does not exist: {type(layer).__name__} has no {name or 'attention'}")
-    return getattr(layer, name), False
-
-
-def _attention_name(layer: nn.Module) -> str | None:
-    return next((name for name in ATTENTION_NAMES if hasattr(layer, name)), None)
+    if point.kind in ("resid_pre", "resid_post"):
+        return layer, point.kind == "resid_pre"
+    found = sublayers.of_layer(model, decoder_layers(model)[1], point.layer)
+    if found is None:
+        raise CorrSteerError(
+            f"hook point {point} does not exist: no two parts of {type(layer).__name__} put out what it adds to the "
+            f"residual stream, as where it scales or normalises their sum; use resid_post"
+        )
+    return found[0 if point.kind == "attn_out" else 1], False
 
 
 def _from_module_path(name: str, model: nn.Module) -> HookPoint | None:
     path, layers = decoder_layers(model)
-    found = re.fullmatch(rf"{re.escape(path)}\.(\d+)(?:\.(\w+))?", name)
+    found = re.fullmatch(rf"{re.escape(path)}\.(\d+)(?:\.([\w.]+))?", name)
     if not found:
         return None
     layer, part = int(found[1]), found[2]
     check_point(model, HookPoint(layer))
     if part is None:
         return HookPoint(layer, "resid_post")
-    for kind in ("mlp_out", "attn_out"):
-        module, _ = _locate(model, HookPoint(layer, kind))
-        if getattr(layers[layer], part, None) is module:
+    parts = sublayers.of_layer(model, layers, layer) or ()
+    for kind, module in zip(("attn_out", "mlp_out"), parts):
+        if dict(layers[layer].named_modules()).get(part) is module:
             return HookPoint(layer, kind)
     return None

@@ -22,12 +22,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from corrsteer.errors import CorrSteerError
-from corrsteer.lm import hook_points, module_hooks
+from corrsteer.lm import hook_points, module_hooks, sublayers
 from corrsteer.lm.hook_points import HookPoint
 from corrsteer.lm.token_positions import Call, Pass
 
 CACHES = ("past_key_values", "cache", "cache_params", "state", "past_buckets_states", "mems")  # what models call it
 CONTINUOUS = "init_continuous_batching"
+
+Shape = tuple[int, int, int]  # rows, tokens and width of a pass's residual stream
 
 _followed: weakref.WeakKeyDictionary[nn.Module, Passes] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
@@ -76,6 +78,7 @@ class Passes:
         self.wrapper: Callable[[], Any] = lambda: None
         self._model = weakref.ref(model)
         self._local = _Local()
+        self._d = hook_points.width(model)
         self._attached: dict[object, HookPoint] = {}
         with contextlib.ExitStack() as stack:
             stack.enter_context(_intercepted(type(model)))
@@ -110,6 +113,8 @@ class Passes:
                     f"the residual stream; it can be neither captured nor steered"
                 )
             reading.reached.add(key)
+            if sublayers.probing():
+                return None
             thread = threading.get_ident()
             if thread != owner and (not shared or self.users[thread]):
                 return None
@@ -161,19 +166,20 @@ class Passes:
         tokens = next((t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
             raise CorrSteerError("a pass of the model must be given input_ids [B, S] or inputs_embeds, got neither")
-        rows, steps = tokens.shape[:2]
+        shape = (*tokens.shape[:2], self._d)
         call = self._local.calls[-1] if self._local.calls else None
         cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
         mask = kwargs.get("attention_mask")
         start = _cached(cache)
         if call is None:
-            reading = self._outside(rows, steps, start, cache, mask)
+            reading = self._outside(shape, start, cache, mask)
         else:
-            reading = _of_call(call, rows, steps, start, cache, mask)
+            reading = _of_call(call, shape, start, cache, mask)
         passes.append(_Running(depth, depth, reading))
 
-    def _outside(self, rows: int, steps: int, start: int | None, cache: Any, mask: Any) -> Pass:
+    def _outside(self, shape: Shape, start: int | None, cache: Any, mask: Any) -> Pass:
         """A pass outside of `generate`: what is read without a cache is a prompt, and what comes after it generated."""
+        steps = shape[1]
         if start is None:
             if not isinstance(mask, Tensor) or mask.dim() != 2:
                 raise CorrSteerError(
@@ -184,7 +190,7 @@ class Passes:
         if cache is None:
             self._refuse_generate()
         virtual = _virtual_tokens(self.wrapper())
-        return Pass(rows, steps, start, start + steps if start <= virtual else start, virtual, mask)
+        return Pass(*shape, start, start + steps if start <= virtual else start, virtual, mask)
 
     def _refuse_generate(self) -> None:
         """Raise where `generate` runs that was taken from the model before it was followed."""
@@ -234,13 +240,14 @@ class _Running:
     reading: Pass
 
 
-def _of_call(call: Call, rows: int, steps: int, start: int | None, cache: Any, mask: Any) -> Pass:
+def _of_call(call: Call, shape: Shape, start: int | None, cache: Any, mask: Any) -> Pass:
     """A pass of a call of `generate`.
 
     Raises
     ------
     CorrSteerError : if it does not go on where the last one ended, as a pass for something else does.
     """
+    steps = shape[1]
     if start is None:  # a cache that is a state: what was read is counted
         start = call.end if call.passes and steps <= call.end else 0
     end = start + steps
@@ -259,7 +266,7 @@ def _of_call(call: Call, rows: int, steps: int, start: int | None, cache: Any, m
         )
     call.passes += 1
     call.end = end
-    return Pass(rows, steps, start, width, call.virtual, mask, call=call)
+    return Pass(*shape, start, width, call.virtual, mask, call=call)
 
 
 def _cached(cache: Any) -> int | None:

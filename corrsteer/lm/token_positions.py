@@ -46,7 +46,7 @@ class Pass:
 
     Attributes
     ----------
-    rows, steps : B and S, of the tokens it reads.
+    rows, steps, d : B and S, of the tokens it reads, and the width of the residual stream.
     start : absolute position of the first of them (how many tokens the cache holds).
     width : where prompts end: tokens from there on are generated.
     virtual : columns before the prompt that stand for no token.
@@ -56,6 +56,7 @@ class Pass:
 
     rows: int
     steps: int
+    d: int
     start: int
     width: int
     virtual: int = 0
@@ -82,12 +83,12 @@ class Pass:
         return self._selected[key]
 
     def _check(self, h: Tensor) -> None:
-        if h.dim() == 3 and h.shape[:2] == (self.rows, self.steps):
+        if h.shape == (self.rows, self.steps, self.d):
             return
         raise CorrSteerError(
-            f"the model's residual stream is {list(h.shape)} where the pass reads {self.rows} rows of {self.steps} "
-            f"tokens, and must be [{self.rows}, {self.steps}, d]: a stream with several lanes, or in another order, "
-            f"can be neither captured nor steered"
+            f"the model's residual stream must be [{self.rows}, {self.steps}, {self.d}], as {self.rows} rows of "
+            f"{self.steps} tokens are read and its width is {self.d}, got {list(h.shape)}: a stream of several lanes, "
+            f"of other positions than tokens or in another order can be neither captured nor steered"
         )
 
     def _select(self, positions: str, device: torch.device) -> Tensor | None:

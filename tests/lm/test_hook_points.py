@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from architectures import build as build_any
 from tiny_models import ARCHITECTURES, COMMON, LAYERS, PLACES, batch_of, build, hook, prompts_of, tiny, traces
 from torch import nn
 
@@ -116,7 +117,7 @@ def test_a_model_without_a_hugging_face_configuration_is_refused(config):
 def test_a_model_without_a_list_of_decoder_layers_is_refused():
     model = nn.Linear(2, 2)
     model.config = tiny("llama").config
-    with pytest.raises(CorrSteerError, match=f"exactly one list of {LAYERS} decoder layers, found none"):
+    with pytest.raises(CorrSteerError, match=f"exactly one list of {LAYERS} decoder layers, found lists none"):
         hook_points.attach(model, HookPoint(0), print)
 
 
@@ -124,15 +125,22 @@ def test_a_model_with_two_lists_of_decoder_layers_is_refused_with_both():
     model = nn.Module()
     model.config = tiny("llama").config
     model.first, model.second = (nn.ModuleList(TupleLayer() for _ in range(LAYERS)) for _ in range(2))
-    with pytest.raises(CorrSteerError, match=r"found \['first', 'second'\]"):
+    with pytest.raises(CorrSteerError, match=r"found lists first \(3\), second \(3\)"):
         hook_points.attach(model, HookPoint(0), print)
 
 
-def test_a_layer_without_the_sublayer_asked_for_is_refused():
+@pytest.mark.parametrize("kind", ["attn_out", "mlp_out"])
+def test_a_sublayer_is_refused_where_no_part_puts_out_what_the_layer_adds(kind):
+    model = build_any("granite", residual_multiplier=0.5)
+    with pytest.raises(CorrSteerError, match=f"blocks.1.hook_{kind} does not exist: no two parts of GraniteDecoder"):
+        hook_points.attach(model, HookPoint(1, kind), print)
+    hook_points.attach(model, HookPoint(1), print).remove()
+
+
+def test_a_sublayer_of_a_model_that_cannot_run_is_refused():
     model = build("llama")
-    layer = model.model.layers[1]
-    layer.feed_forward = layer._modules.pop("mlp")
-    with pytest.raises(CorrSteerError, match="blocks.1.hook_mlp_out does not exist: LlamaDecoderLayer has no mlp"):
+    del model.model.layers[1].mlp
+    with pytest.raises(CorrSteerError, match="found by a pass of the model, which failed .*no attribute 'mlp'"):
         hook_points.attach(model, HookPoint(1, "mlp_out"), print)
 
 
@@ -248,10 +256,11 @@ class TupleModel(nn.Module):
     def __init__(self, by_keyword):
         super().__init__()
         self.config, self.by_keyword = tiny("llama").config, by_keyword
+        self.get_input_embeddings = tiny("llama").get_input_embeddings
         self.layers = nn.ModuleList(TupleLayer() for _ in range(LAYERS))
 
-    def forward(self, h):
-        rest = []
+    def forward(self, input_ids):
+        h, rest = input_ids[..., None].float(), []
         for layer in self.layers:
             h, extra = layer(hidden_states=h, mask="mask") if self.by_keyword else layer(h, "mask")
             rest.append(extra)
@@ -267,7 +276,7 @@ class TupleModel(nn.Module):
 def test_in_a_layer_that_returns_a_tuple_only_its_first_entry_is_replaced(kind, expected, by_keyword):
     model, seen = TupleModel(by_keyword), []
     handle = hook_points.attach(model, HookPoint(1, kind), lambda h: (seen.append(h), h + 1)[1])
-    out, rest = model(torch.ones(1, 1, 1))
+    out, rest = model(torch.ones(1, 1))
     handle.remove()
     assert isinstance(seen[0], torch.Tensor)
     assert out.item() == expected * 12 and rest == ["weights"] * LAYERS

@@ -1,0 +1,102 @@
+"""What the two halves of a decoder layer add to the residual stream, found by looking.
+
+A layer adds what its attention puts out and what its MLP does. Which of its parts put that out is not to be told by
+their names: some normalise it once more before they add it, some scale it, some normalise the sum. So a short pass is
+run, and two parts are looked for whose outputs are what the layer added.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corrsteer.errors import CorrSteerError
+
+PROBE = 3  # tokens of the pass
+
+Pair = tuple[nn.Module, nn.Module]  # the part that runs first, and the other
+
+_known: weakref.WeakKeyDictionary[nn.Module, list[Pair | None]] = weakref.WeakKeyDictionary()
+_probing = threading.local()
+
+
+def of_layer(model: nn.Module, layers: Sequence[nn.Module], layer: int) -> Pair | None:
+    """The parts of a layer whose outputs, added to its input, make its output; None where there are no such two."""
+    if model not in _known:
+        _known[model] = _probe(model, layers)
+    return _known[model][layer]
+
+
+def probing() -> bool:
+    """Whether the pass under way in this thread is only to look at the model."""
+    return getattr(_probing, "now", False)
+
+
+def _probe(model: nn.Module, layers: Sequence[nn.Module]) -> list[Pair | None]:
+    anyone: Any = model
+    ids = torch.arange(PROBE, dtype=torch.int64, device=anyone.get_input_embeddings().weight.device)[None]
+    with contextlib.ExitStack() as stack:
+        watched = [stack.enter_context(_watched(layer)) for layer in layers]
+        _probing.now = True
+        stack.callback(lambda: setattr(_probing, "now", False))
+        try:
+            with torch.no_grad():
+                model(input_ids=ids)
+        except Exception as error:  # whatever a model raises
+            raise CorrSteerError(
+                f"attn_out and mlp_out are found by a pass of the model, which failed ({type(error).__name__}: {error}); "
+                f"use resid_pre or resid_post"
+            ) from error
+    return [_pair(*one) for one in watched]
+
+
+@contextlib.contextmanager
+def _watched(layer: nn.Module) -> Iterator[tuple[list[Tensor], dict[nn.Module, Tensor]]]:
+    """A layer's input and output, before any hook changes the latter, and the outputs of its parts, after theirs."""
+    ends: list[Tensor] = []
+    parts: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, _args: Any, output: Any) -> None:
+        output = output[0] if isinstance(output, (tuple, list)) else output
+        if isinstance(output, Tensor) and output.is_floating_point():
+            parts.setdefault(module, output.detach().clone())
+
+    def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ends.append((args[0] if args else next(iter(kwargs.values()))).detach().clone())
+
+    def end(_module: nn.Module, _args: Any, output: Any) -> None:
+        ends.append((output[0] if isinstance(output, (tuple, list)) else output).detach().clone())
+
+    handles = [layer.register_forward_pre_hook(begin, with_kwargs=True), layer.register_forward_hook(end, prepend=True)]
+    handles += [part.register_forward_hook(keep) for part in layer.modules() if part is not layer]
+    try:
+        yield ends, parts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _pair(ends: list[Tensor], parts: dict[nn.Module, Tensor]) -> Pair | None:
+    if len(ends) != 2:  # it did not run, or not once
+        return None
+    before, after = (end.double() for end in ends)
+    rounding = 4 * torch.finfo(ends[1].dtype).eps
+    outputs = [(part, out.double()) for part, out in parts.items() if out.shape == ends[1].shape]
+    for at, (first, one) in enumerate(outputs):  # in the order in which they ran
+        for second, other in outputs[at + 1 :]:
+            room = rounding * (before.abs() + one.abs() + other.abs() + after.abs())
+            if bool(((before + one + other - after).abs() <= room).all()):
+                return _outermost(first, parts), _outermost(second, parts)
+    return None
+
+
+def _outermost(part: nn.Module, parts: dict[nn.Module, Tensor]) -> nn.Module:
+    """Of the parts that put out the same, as an attention does that ends in a projection, the one around the others."""
+    around = [other for other, out in parts.items() if torch.equal(out, parts[part]) and part in set(other.modules())]
+    return around[-1]  # which ended last

@@ -1,0 +1,254 @@
+"""Every causal language model of transformers, tiny and random: steered, captured, or refused for a reason.
+
+What happens to each is written into docs/architectures.md: `python tests/lm/test_architectures.py` writes it anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import architectures
+import pytest
+import torch
+import transformers
+
+from corrsteer.errors import CorrSteerError
+from corrsteer.lm import hook_points
+from corrsteer.lm.capture import Capture
+from corrsteer.lm.hook_points import HookPoint
+from corrsteer.lm.token_positions import POSITIONS
+from corrsteer.steering.steering import Steering
+from corrsteer.version import __version__
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
+LENGTHS, N = (2, 7, 5), 4
+POINT = HookPoint(1)
+CLOSE = {"rtol": 1e-3, "atol": 1e-3, "equal_nan": True}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What comes of an architecture: `supported`, `refused` or `unbuildable`, and why."""
+
+    state: str
+    reason: str = ""
+    sublayers: bool = False
+    rows: int = len(LENGTHS)
+
+
+class Prompts:
+    """A left-padded batch; of rows, the longest alone if there is but one."""
+
+    def __init__(self, rows: int):
+        generator, width = torch.Generator().manual_seed(0), max(LENGTHS)
+        lengths = LENGTHS if rows > 1 else (width,)
+        self.ids = torch.zeros(rows, width, dtype=torch.int64)
+        self.mask = torch.zeros(rows, width, dtype=torch.int64)
+        for row, length in enumerate(lengths):
+            self.ids[row, width - length :] = torch.randint(3, architectures.VOCABULARY, (length,), generator=generator)
+            self.mask[row, width - length :] = 1
+
+    def generate(self, model, **options):
+        """The logits of N greedy steps `[rows, N, vocabulary]`."""
+        output = model.generate(
+            input_ids=self.ids, attention_mask=self.mask, max_new_tokens=N, min_new_tokens=N, do_sample=False,
+            output_logits=True, return_dict_in_generate=True, pad_token_id=0, **options,
+        )  # fmt: skip
+        return torch.stack(output.logits, 1)
+
+    def real(self, read: int, steps: int):
+        """Which columns of a pass are no padding, by how many tokens were read before: `[rows, steps]`."""
+        generated = torch.ones(len(self.ids), read + steps, dtype=torch.bool)
+        generated[:, : self.mask.shape[1]] = self.mask.bool()
+        return generated[:, read : read + steps]
+
+
+class ByHand:
+    """A plain hook on a decoder layer, that adds a vector, or only looks. It counts what it has read."""
+
+    def __init__(self, model, prompts, positions="all", vector=None):
+        self.prompts, self.positions, self.vector = prompts, positions, vector
+        self.read, self.seen = 0, []
+        _, layers = hook_points.decoder_layers(model)
+        self.handle = layers[POINT.layer].register_forward_hook(self)
+
+    def __call__(self, module, args, output):
+        h = output[0] if isinstance(output, (tuple, list)) else output
+        steps, width = h.shape[1], self.prompts.ids.shape[1]
+        start = 0 if steps > 1 else self.read  # without a cache, everything is read anew
+        self.read = start + steps
+        real = self.prompts.real(start, steps)
+        self.seen.append((h.detach().clone(), real))
+        if self.vector is None:
+            return None
+        column = torch.arange(start, start + steps)
+        chosen = {"generated": column >= width - 1, "all": column >= 0, "prompt": column < width}[self.positions]
+        h = torch.where((real & chosen)[..., None], h + self.vector.to(h.dtype), h)
+        return type(output)([h, *output[1:]]) if isinstance(output, (tuple, list)) else h
+
+
+@contextlib.contextmanager
+def by_hand(*given):
+    hand = ByHand(*given)
+    yield hand
+    hand.handle.remove()
+
+
+def problem(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+
+
+@functools.cache
+def outcome(architecture: str) -> Outcome:
+    """Build the model, steer it and capture it. What is supported but does not agree fails an assertion."""
+    transformers.logging.set_verbosity_error()
+    try:
+        model = architectures.build(architecture)
+        prompts = Prompts(len(LENGTHS))
+        cached = prompts.generate(model)
+    except Exception as error:  # whatever a model raises
+        return Outcome("unbuildable", problem(error))
+    try:
+        uncached = prompts.generate(model, use_cache=False)
+        if not torch.allclose(cached, uncached, **CLOSE):  # its own batches or its cache are broken: try one row
+            one = Prompts(1)
+            alone = one.generate(model)
+            if torch.allclose(alone, one.generate(model, use_cache=False), **CLOSE):
+                prompts, cached, uncached = one, alone, alone
+    except Exception:  # it cannot do without a cache
+        uncached = None
+    same = uncached is not None and torch.allclose(cached, uncached, **CLOSE)
+    try:
+        for positions in POSITIONS:
+            check_steering(model, prompts, positions, cached, same, uncached is not None)
+        for positions in ("generated", "all"):
+            check_capture(model, prompts, positions, same)
+    except CorrSteerError as error:
+        return Outcome("refused", str(error))
+    try:
+        hook_points.check_point(model, HookPoint(POINT.layer, "mlp_out"))
+        hook_points.attach(model, HookPoint(POINT.layer, "mlp_out"), print).remove()
+        sublayers = True
+    except CorrSteerError:
+        sublayers = False
+    return Outcome("supported", "", sublayers, len(prompts.ids))
+
+
+def check_steering(model, prompts, positions, plain, same, can_uncached):
+    """Steering with a cache is a plain hook's with a cache, and without; and both are the same where the model's are."""
+    width = hook_points.width(model)
+    vector = 3 * torch.randn(width, generator=torch.Generator().manual_seed(5))
+    steering = Steering.from_vectors({str(POINT): vector})
+    results = {}
+    for use_cache in (True, False) if can_uncached else (True,):
+        with steering.apply(model, positions):
+            steered = prompts.generate(model, use_cache=use_cache)
+        with by_hand(model, prompts, positions, vector):
+            expected = prompts.generate(model, use_cache=use_cache)
+        torch.testing.assert_close(steered, expected, **CLOSE)
+        assert not torch.allclose(steered, plain, **CLOSE), "nothing was steered"
+        results[use_cache] = steered
+    if same and can_uncached:
+        torch.testing.assert_close(results[True], results[False], rtol=1e-2, atol=1e-2)
+
+
+def check_capture(model, prompts, positions, same):
+    """What is captured with a cache is what a pass over prompts and answers reads, and what a plain hook sees."""
+    with Capture(model, {"x": POINT}, stop_tokens=[], positions=positions, max_new_tokens=N) as capture:
+        prompts.generate(model, stopping_criteria=[capture.stopping_criterion])
+    x, cu_seqlens = capture.packed("x")
+    expected = []
+    if same:  # the last pass without a cache is that over everything
+        with by_hand(model, prompts) as hand:
+            prompts.generate(model, use_cache=False)
+        parts = hand.seen[-1:]
+    else:
+        with by_hand(model, prompts) as hand:
+            prompts.generate(model)
+        parts = hand.seen
+    h, real = torch.cat([h for h, _ in parts], 1), torch.cat([real for _, real in parts], 1)
+    first = prompts.ids.shape[1] - 1 if positions == "generated" else 0
+    expected = [row[keep] for row, keep in zip(h[:, first:], real[:, first:])]
+    assert cu_seqlens.diff().tolist() == [len(row) for row in expected]
+    torch.testing.assert_close(x, torch.cat(expected), **CLOSE)
+
+
+def rendered() -> str:
+    """The document."""
+    outcomes = {architecture: outcome(architecture) for architecture in architectures.NAMES}
+    states = {state: [a for a, o in outcomes.items() if o.state == state] for state in STATES}
+    lines = [
+        "# Architectures",
+        "",
+        f"Every causal language model class of transformers {transformers.__version__}, as a tiny random model: a "
+        "left-padded batch is generated with and without a cache, steered at the output of a decoder layer and "
+        "captured there. Steering is compared with a plain hook that was written for the purpose, and what is captured "
+        "with one pass over prompts and completions. This page is generated by that test, "
+        "`tests/lm/test_architectures.py`.",
+        "",
+        f"{len(outcomes)} architectures: " + ", ".join(f"{len(names)} {state}" for state, names in states.items()) + ".",
+        "",
+        "## Supported",
+        "",
+        "`attn_out` and `mlp_out` can be used where two parts of a layer put out what it adds to the residual stream; "
+        "`resid_pre` and `resid_post` always.",
+        "",
+        "| architecture | hook points | |",
+        "|---|---|---|",
+    ]
+    for name in states["supported"]:
+        found = outcomes[name]
+        points = "all" if found.sublayers else "`resid_pre`, `resid_post`"
+        lines.append(f"| `{name}` | {points} | {'' if found.rows > 1 else 'one prompt at a time: ' + ALONE} |")
+    for state, title in (("refused", "Refused"), ("unbuildable", "Not tested")):
+        lines += ["", f"## {title}", "", STATES[state], "", "| architecture | reason |", "|---|---|"]
+        lines += [f"| `{name}` | {outcomes[name].reason.replace('|', '/')} |" for name in states[state]]
+    return "\n".join(lines) + "\n"
+
+
+ALONE = "transformers' own batch gives other results with a cache than without"
+STATES = {
+    "supported": "",
+    "refused": "Nothing is captured or steered, with this error.",
+    "unbuildable": "A tiny model of theirs cannot be built from the configuration alone, or does not generate by itself. "
+    "Nothing is known of them.",
+}
+
+
+@pytest.mark.parametrize("architecture", architectures.NAMES)
+def test_a_causal_language_model_is_steered_and_captured_or_refused_as_the_documents_say(architecture):
+    row = next(line for line in DOCUMENT.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{architecture}` |"))
+    found = outcome(architecture)
+    assert found.state == documented()[architecture]
+    assert found.reason.replace("|", "/") in row
+
+
+@functools.cache
+def documented() -> dict[str, str]:
+    """What the document says of each architecture."""
+    titles = {"Supported": "supported", "Refused": "refused", "Not tested": "unbuildable"}
+    states, state = {}, ""
+    for line in DOCUMENT.read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            state = titles[line[3:]]
+        elif line.startswith("| `"):
+            states[line.split("`")[1]] = state
+    return states
+
+
+def test_the_document_lists_what_the_installed_transformers_has():
+    if transformers.__version__ not in DOCUMENT.read_text(encoding="utf-8"):
+        pytest.skip("the document is of another transformers")
+    assert set(documented()) == set(architectures.NAMES)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    DOCUMENT.write_text(rendered(), encoding="utf-8")
+    sys.stdout.write(f"{DOCUMENT} ({__version__})\n")
