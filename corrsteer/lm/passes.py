@@ -166,7 +166,7 @@ class Passes:
         tokens = next((t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
             raise CorrSteerError("a pass of the model must be given input_ids [B, S] or inputs_embeds, got neither")
-        shape = (*tokens.shape[:2], self._d)
+        shape = (tokens.shape[0], tokens.shape[1], self._d)
         call = self._local.calls[-1] if self._local.calls else None
         cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
         mask = kwargs.get("attention_mask")

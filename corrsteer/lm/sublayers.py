@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ _known: weakref.WeakKeyDictionary[nn.Module, list[Pair | None]] = weakref.WeakKe
 _probing = threading.local()
 
 
-def of_layer(model: nn.Module, layers: Sequence[nn.Module], layer: int) -> Pair | None:
+def of_layer(model: nn.Module, layers: nn.ModuleList, layer: int) -> Pair | None:
     """The parts of a layer whose outputs, added to its input, make its output; None where there are no such two."""
     if model not in _known:
         _known[model] = _probe(model, layers)
@@ -38,7 +38,7 @@ def probing() -> bool:
     return getattr(_probing, "now", False)
 
 
-def _probe(model: nn.Module, layers: Sequence[nn.Module]) -> list[Pair | None]:
+def _probe(model: nn.Module, layers: nn.ModuleList) -> list[Pair | None]:
     anyone: Any = model
     ids = torch.arange(PROBE, dtype=torch.int64, device=anyone.get_input_embeddings().weight.device)[None]
     with contextlib.ExitStack() as stack:
@@ -50,8 +50,8 @@ def _probe(model: nn.Module, layers: Sequence[nn.Module]) -> list[Pair | None]:
                 model(input_ids=ids)
         except Exception as error:  # whatever a model raises
             raise CorrSteerError(
-                f"attn_out and mlp_out are found by a pass of the model, which failed ({type(error).__name__}: {error}); "
-                f"use resid_pre or resid_post"
+                f"attn_out and mlp_out are found by a pass of the model, which failed with {type(error).__name__}: "
+                f"{error}; use resid_pre or resid_post"
             ) from error
     return [_pair(*one) for one in watched]
 

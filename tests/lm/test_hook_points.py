@@ -140,7 +140,7 @@ def test_a_sublayer_is_refused_where_no_part_puts_out_what_the_layer_adds(kind):
 def test_a_sublayer_of_a_model_that_cannot_run_is_refused():
     model = build("llama")
     del model.model.layers[1].mlp
-    with pytest.raises(CorrSteerError, match="found by a pass of the model, which failed .*no attribute 'mlp'"):
+    with pytest.raises(CorrSteerError, match="found by a pass of the model, which failed with .*no attribute 'mlp'"):
         hook_points.attach(model, HookPoint(1, "mlp_out"), print)
 
 
