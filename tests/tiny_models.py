@@ -62,11 +62,11 @@ PLACES = {
 }
 
 
-def build(architecture, dtype=torch.float32):
+def build(architecture, dtype=torch.float32, **more):
     """A new model; the same architecture has the same weights every time."""
     config, model, arguments = MODELS[architecture]
     torch.manual_seed(sum(map(ord, architecture)))
-    model = getattr(transformers, model)(getattr(transformers, config)(**arguments)).eval()
+    model = getattr(transformers, model)(getattr(transformers, config)(**arguments | more)).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         if parameter.dim() == 1:  # norms and biases, which start out equal in every layer

@@ -79,7 +79,8 @@ class Passes:
         self._model = weakref.ref(model)
         self._local = _Local()
         self._d = hook_points.width(model)
-        self._attached: dict[object, HookPoint] = {}
+        self._attached: dict[int, HookPoint] = {}  # by its number
+        self._serial = 0
         with contextlib.ExitStack() as stack:
             stack.enter_context(_intercepted(type(model)))
             # Whichever is called is followed: the model, or one inside that runs the layers.
@@ -102,8 +103,10 @@ class Passes:
         What it returns replaces the residual; None leaves it. It is called in passes of this thread and, where
         `shared`, in those of threads that have opened no context on this model themselves.
         """
-        model, owner, key = self._model(), threading.get_ident(), object()
+        model, owner = self._model(), threading.get_ident()
         assert model is not None, "whoever follows a model keeps it alive"
+        with _lock:
+            key, self._serial = self._serial, self._serial + 1
 
         def at(h: Tensor) -> Tensor | None:
             reading = self._current()
@@ -140,7 +143,8 @@ class Passes:
         ids = [prompts for prompts in given if prompts.dim() == 2 and prompts.numel()]
         calls, passes = self._local.calls, self._local.passes
         depth = len(passes)
-        calls.append(Call(max(widths, default=0) or None, ids[0] if ids else None))
+        continues = any(kwargs.get(name) is not None for name in CACHES)
+        calls.append(Call(max(widths, default=0) or None, ids[0] if ids else None, continues))
         try:
             yield
         finally:
@@ -163,19 +167,31 @@ class Passes:
         if len(args) > 1:  # what the second argument is depends on the model
             kwargs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
             args = ()
-        tokens = next((t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)
+        ids = args[0] if args else kwargs.get("input_ids")
+        tokens = kwargs.get("inputs_embeds") if ids is None else ids
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
             raise CorrSteerError("a pass of the model must be given input_ids [B, S] or inputs_embeds, got neither")
-        shape = (tokens.shape[0], tokens.shape[1], self._d)
-        call = self._local.calls[-1] if self._local.calls else None
-        cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
-        mask = kwargs.get("attention_mask")
+        rows, steps = tokens.shape[0], tokens.shape[1]
+        caches = [kwargs[name] for name in CACHES if kwargs.get(name) is not None]
+        if any(cache is not caches[0] for cache in caches):
+            raise CorrSteerError(
+                "a pass of the model is given two caches, so that how many tokens were read before cannot be known; "
+                "PEFT's prefix tuning does so with a transformers that is newer than it"
+            )
+        cache, mask = caches[0] if caches else None, kwargs.get("attention_mask")
         start = _cached(cache)
-        if call is None:
-            reading = self._outside(shape, start, cache, mask)
+        if start and isinstance(mask, Tensor) and mask.dim() == 2 and steps < mask.shape[1] < start + steps:
+            raise CorrSteerError(
+                f"a pass of the model reads {steps} tokens after {start} in the cache, but its attention_mask covers "
+                f"{mask.shape[1]}, so that which of them are prompt cannot be known; PEFT's virtual tokens come again "
+                f"at each step with a transformers that is newer than it"
+            )
+        if self._local.calls:
+            call = self._local.calls[-1]
+            reading = _of_call(call, (rows, steps, self._d), start, cache, mask, embedded=ids is None)
         else:
-            reading = _of_call(call, shape, start, cache, mask)
-        passes.append(_Running(depth, depth, reading))
+            reading = self._outside((rows, steps, self._d), start, cache, mask)
+        passes.append(_Running(depth, depth, self._serial, reading))
 
     def _outside(self, shape: Shape, start: int | None, cache: Any, mask: Any) -> Pass:
         """A pass outside of `generate`: what is read without a cache is a prompt, and what comes after it generated."""
@@ -209,7 +225,9 @@ class Passes:
         # a call in a call may leave layers out to draft tokens, and training drops some
         if running.begun != depth or module.training or len(self._local.calls) > 1:
             return
-        missed = [point for key, point in self._attached.items() if key not in running.reading.reached]
+        # as a list at once, since other threads attach and remove theirs meanwhile
+        there = [(key, point) for key, point in list(self._attached.items()) if key < running.attached]
+        missed = [point for key, point in there if key not in running.reading.reached]
         if missed:
             raise CorrSteerError(
                 f"{', '.join(map(str, missed))} did not run in the model's forward pass, so nothing was captured or "
@@ -237,10 +255,11 @@ class _Running:
 
     begun: int
     reached: int
+    attached: int  # of what hangs at hook points, how much was there when it began
     reading: Pass
 
 
-def _of_call(call: Call, shape: Shape, start: int | None, cache: Any, mask: Any) -> Pass:
+def _of_call(call: Call, shape: Shape, start: int | None, cache: Any, mask: Any, embedded: bool) -> Pass:
     """A pass of a call of `generate`.
 
     Raises
@@ -253,8 +272,10 @@ def _of_call(call: Call, shape: Shape, start: int | None, cache: Any, mask: Any)
     end = start + steps
     if not call.passes:
         call.cache = cache if hasattr(cache, "get_seq_length") else None
-        call.virtual = max(0, end - call.width) if call.width else 0
-        call.width = max(call.width or 0, end)
+        # Embeddings where ids were given, or a cache where none was, are PEFT's, which puts virtual tokens first.
+        if not call.continues and call.width and (start or embedded and call.tokens is not None):
+            call.virtual = max(0, end - call.width)
+        call.width = call.virtual + (call.width or end)
     width = call.width or 0
     prompt = call.end < width  # is being read, in chunks
     if call.passes and (
