@@ -50,6 +50,7 @@ def collect(
             task,
             decoding=inputs.decoding(settings),
             scores=tuple(dict.fromkeys(("pearson", *settings.score))),
+            exclude_tokens=() if settings.keep_bos else None,
             patience_layers=selectable(encoders) or None,
             **{name: getattr(settings, name) for name in same},
         )

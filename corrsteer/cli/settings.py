@@ -95,6 +95,10 @@ class CollectSettings(TaskSettings, ModelSettings):
     positions: Literal["generated", "all"] = Field(
         default="generated", description="generated, or all to read the prompt as well."
     )
+    keep_bos: bool = Field(
+        default=False,
+        description="With --positions all, keep the BOS token and others that the SAEs were trained without.",
+    )
     hook_offset: int = Field(default=0, description="-1 reads one block early, as the paper's code does.")
     permutations: int = Field(
         default=1000, ge=0, description="Of the rewards, for p-values; each takes 8 bytes a feature."

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm import hook_points
+from corrsteer.lm.generation_settings import settings
 from corrsteer.tasks import Task
 from corrsteer.types import Device
 
@@ -96,7 +97,8 @@ def pad_left(prompts: Sequence[Sequence[int]], pad: int, device: Device) -> dict
     width = max(map(len, prompts))
     rows = [[pad] * (width - len(p)) + list(p) for p in prompts]
     mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
-    return {"input_ids": torch.tensor(rows, device=device), "attention_mask": torch.tensor(mask, device=device)}
+    of = {"dtype": torch.int64, "device": device}
+    return {"input_ids": torch.tensor(rows, **of), "attention_mask": torch.tensor(mask, **of)}
 
 
 @torch.inference_mode()
@@ -112,26 +114,18 @@ def complete(
 
     `batch` is the batch's number, which a sampling seed depends on; `criteria` are further stopping criteria.
     """
-    from transformers import GenerationConfig
-
     stops = stop_tokens(model, tokenizer)
     pad: Any = tokenizer.pad_token_id
     if pad is None:
         pad = stops[0] if stops else 0
-    sampled = {"temperature": decoding.temperature, "top_p": decoding.top_p} if decoding.temperature > 0 else {}
-    config = GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens,
-        do_sample=decoding.temperature > 0,
-        top_k=0 if sampled else None,
-        num_beams=1,
-        repetition_penalty=1.0,
-        eos_token_id=stops or None,
-        pad_token_id=pad,
-        **sampled,
-    )
+    config = settings(
+        model, max_new_tokens=decoding.max_new_tokens, temperature=decoding.temperature, top_p=decoding.top_p,
+        stop_tokens=stops, pad_token=pad,
+    )  # fmt: skip
     generator: Any = model
-    inputs = pad_left(prompts, pad, generator.device)
-    with torch.random.fork_rng(range(torch.cuda.device_count()), enabled=bool(sampled)):
+    inputs = pad_left(prompts, pad, hook_points.input_device(model))
+    sampled = decoding.temperature > 0
+    with torch.random.fork_rng(range(torch.cuda.device_count()), enabled=sampled):
         if sampled:
             torch.manual_seed(decoding.seed * 1_000_003 + batch)
         output = generator.generate(**inputs, generation_config=config, stopping_criteria=list(criteria))

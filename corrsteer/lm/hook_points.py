@@ -177,12 +177,21 @@ def refuse_compiled(module: nn.Module) -> None:
 
 def device_of(model: nn.Module, point: HookPoint) -> torch.device:
     """Device that the layer of a hook point runs on."""
-    layer = decoder_layers(model)[1][point.layer]
-    device = next(layer.parameters()).device
+    return _runs_on(decoder_layers(model)[1][point.layer])
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Device that a model takes its prompts on: that of its embeddings."""
+    anyone: Any = model
+    return _runs_on(anyone.get_input_embeddings())
+
+
+def _runs_on(module: nn.Module) -> torch.device:
+    device = next(module.parameters()).device
     if device.type != "meta":
         return device
     # Weights that accelerate keeps on the disk or the CPU are `meta` between passes; its hooks know where they run.
-    hooks = (getattr(module, "_hf_hook", None) for module in layer.modules())
+    hooks = (getattr(inside, "_hf_hook", None) for inside in module.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     return next((torch.device(d) for d in devices if d is not None), device)
 
@@ -192,7 +201,7 @@ def _locate(model: nn.Module, point: HookPoint) -> tuple[nn.Module, bool]:
     layer = decoder_layers(model)[1][point.layer]
     if point.kind in ("resid_pre", "resid_post"):
         return layer, point.kind == "resid_pre"
-    found = sublayers.of_layer(model, decoder_layers(model)[1], point.layer)
+    found = sublayers.of_layer(model, decoder_layers(model)[1], point.layer, input_device(model))
     if found is None:
         raise CorrSteerError(
             f"hook point {point} does not exist: no two parts of {type(layer).__name__} put out what it adds to the "
@@ -210,7 +219,7 @@ def _from_module_path(name: str, model: nn.Module) -> HookPoint | None:
     check_point(model, HookPoint(layer))
     if part is None:
         return HookPoint(layer, "resid_post")
-    parts = sublayers.of_layer(model, layers, layer) or ()
+    parts = sublayers.of_layer(model, layers, layer, input_device(model)) or ()
     for kind, module in zip(("attn_out", "mlp_out"), parts):
         if dict(layers[layer].named_modules()).get(part) is module:
             return HookPoint(layer, kind)

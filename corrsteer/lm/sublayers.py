@@ -26,10 +26,13 @@ _known: weakref.WeakKeyDictionary[nn.Module, list[Pair | None]] = weakref.WeakKe
 _probing = threading.local()
 
 
-def of_layer(model: nn.Module, layers: nn.ModuleList, layer: int) -> Pair | None:
-    """The parts of a layer whose outputs, added to its input, make its output; None where there are no such two."""
+def of_layer(model: nn.Module, layers: nn.ModuleList, layer: int, device: torch.device) -> Pair | None:
+    """The parts of a layer whose outputs, added to its input, make its output; None where there are no such two.
+
+    `device` is where the model takes its prompts.
+    """
     if model not in _known:
-        _known[model] = _probe(model, layers)
+        _known[model] = _probe(model, layers, device)
     return _known[model][layer]
 
 
@@ -38,9 +41,8 @@ def probing() -> bool:
     return getattr(_probing, "now", False)
 
 
-def _probe(model: nn.Module, layers: nn.ModuleList) -> list[Pair | None]:
-    anyone: Any = model
-    ids = torch.arange(PROBE, dtype=torch.int64, device=anyone.get_input_embeddings().weight.device)[None]
+def _probe(model: nn.Module, layers: nn.ModuleList, device: torch.device) -> list[Pair | None]:
+    ids = torch.arange(PROBE, dtype=torch.int64, device=device)[None]
     with contextlib.ExitStack() as stack:
         watched = [stack.enter_context(_watched(layer)) for layer in layers]
         _probing.now = True

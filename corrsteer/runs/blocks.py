@@ -94,6 +94,7 @@ class BlockCollector:
             stop_tokens=stop_tokens(self.model, self.tokenizer),
             positions=self.options.positions,
             max_new_tokens=self.decoding.max_new_tokens,
+            exclude_tokens=self.options.exclude_tokens,
             budget_bytes=self.options.buffer_bytes,
             sink=take,
         ) as capture:

@@ -14,6 +14,7 @@ from corrsteer.lm import hook_points
 from corrsteer.lm.generation import Decoding, tokenize
 from corrsteer.ops import Moments, registry
 from corrsteer.runs.blocks import BlockCollector, shuffled_blocks
+from corrsteer.runs.excluded import excluded_tokens
 from corrsteer.runs.options import Options
 from corrsteer.runs.placement import place
 from corrsteer.runs.provenance import provenance
@@ -45,6 +46,7 @@ def collect(
     pool: str = "max",
     coefficient_pool: str | None = None,
     positions: str = "generated",
+    exclude_tokens: Collection[int] | None = None,
     decoding: Decoding | None = None,
     hook_offset: int = 0,
     permutations: int = 1000,
@@ -72,6 +74,8 @@ def collect(
     pool : `max` or `mean` over a sample's kept steps, for the correlation.
     coefficient_pool : the same for the coefficient; by default `pool`.
     positions : `generated`, the kept steps of the generation, or `all`, the prompt as well.
+    exclude_tokens : ids of prompt tokens that `all` leaves out; by default the BOS token and those that the encoders'
+        metadata says they were trained without, see `excluded_tokens`. `()` keeps them. A prompt's last token is kept.
     decoding : how to generate.
     hook_offset : layers to add to every hook point. -1 reads each SAE one block early, as the paper's released code
         does; nothing else needs it.
@@ -99,8 +103,11 @@ def collect(
         fails, or an interrupt from the keyboard; the batches collected before are in its `run`.
     """
     decoding = decoding or Decoding()
+    if exclude_tokens is None:
+        exclude_tokens = excluded_tokens(tokenizer, encoders.values())
     options = Options(
-        pool=pool, coefficient_pool=coefficient_pool or pool, positions=positions, permutations=permutations,
+        pool=pool, coefficient_pool=coefficient_pool or pool, positions=positions,
+        exclude_tokens=tuple(exclude_tokens) if positions == "all" else (), permutations=permutations,
         bootstrap=bootstrap, scores=scores, block_size=block_size, shuffle_seed=shuffle_seed, patience=patience,
         patience_layers=patience_layers, buffer_bytes=buffer_bytes, statistics_bytes=statistics_bytes, backend=backend,
     )  # fmt: skip
@@ -127,7 +134,8 @@ def collect(
         coefficient_pool=options.coefficient_pool,
         evidence=_allocate_evidence(encoders, devices, options, len(task)),
         provenance=provenance(model, task, encoders, positions, decoding, hook_offset)
-        | {"backends": backends, "block_size": block_size, "shuffle_seed": shuffle_seed},
+        | {"exclude_tokens": list(options.exclude_tokens), "backends": backends}
+        | {"block_size": block_size, "shuffle_seed": shuffle_seed},
     )
     blocks = shuffled_blocks([len(prompt) for prompt in prompts], block_size, shuffle_seed)
     collector = BlockCollector(run, model, tokenizer, encoders, task, prompts, decoding, options)

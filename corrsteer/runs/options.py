@@ -22,6 +22,7 @@ class Options:
     pool: str
     coefficient_pool: str
     positions: str
+    exclude_tokens: tuple[int, ...]
     permutations: int
     bootstrap: int
     scores: Sequence[str]

@@ -53,7 +53,7 @@ def first_stop(tokens, stops):
 
 def captured(model, prompts, stops, n, *, max_new_tokens=None, sink=None, points=POINTS, eos=False, **options):
     """The capture of a greedy generation, and its tokens."""
-    capture_options = {k: options.pop(k) for k in ("positions", "budget_bytes") if k in options}
+    capture_options = {k: options.pop(k) for k in ("positions", "budget_bytes", "exclude_tokens") if k in options}
     capture = Capture(
         model, points, stop_tokens=stops, max_new_tokens=max_new_tokens or n, sink=sink, **capture_options
     )
@@ -169,6 +169,30 @@ def test_a_capture_inside_a_steering_sees_the_steered_residual():
         after, _ = captured(model, prompts, [], 1)
     expected = (2 * direction).expand(len(prompts), -1)
     torch.testing.assert_close(after.packed(1)[0] - before.packed(1)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["generated", "all"])
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+def test_tokens_that_are_excluded_are_left_out_of_prompts_by_their_id_but_for_the_last(positions, use_cache):
+    bos = 59
+    prompts = [[bos, 4], [bos, 5, 6, bos, 7, 8, 9], [3, 4, 5, 6, bos]]  # begun by it, within, and last
+    capture, tokens = captured(
+        tiny("llama"), prompts, [], 4, positions=positions, use_cache=use_cache, exclude_tokens=[bos]
+    )
+    rows = teacher_forced("llama", prompts, tokens, [], positions)
+    if positions == "all":
+        kept = [[at for at, token in enumerate(prompt[:-1]) if token != bos] for prompt in prompts]
+        kept = [at + list(range(len(prompt) - 1, len(prompt) + 3)) for at, prompt in zip(kept, prompts)]
+        rows = [{key: h[at] for key, h in row.items()} for row, at in zip(rows, kept)]
+    assert_captured(capture, rows)
+
+
+def test_excluding_tokens_of_prompts_given_as_embeddings_is_refused():
+    model, batch = tiny("llama"), batch_of(prompts_of(LENGTHS))
+    embeddings = model.get_input_embeddings()(batch["input_ids"])
+    with Capture(model, POINTS, stop_tokens=[], positions="all", exclude_tokens=[1]) as capture:
+        with pytest.raises(CorrSteerError, match="exclude_tokens are told by their id, but generate was given none"):
+            model.generate(inputs_embeds=embeddings, stopping_criteria=[capture.stopping_criterion], max_new_tokens=2)
 
 
 # The memory budget

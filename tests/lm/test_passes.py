@@ -202,8 +202,8 @@ def adapted(kind):
 
 
 def refused_if_peft_is_older_than_transformers(model, use_cache=True):
-    """A context in which a generation works, or is refused where PEFT itself goes wrong: its virtual tokens are lost, or
-    come again at each step, with a transformers that calls the cache by another name."""
+    """Where a generation works, or is refused as PEFT itself goes wrong: its virtual tokens are lost, or come again at
+    each step, with a transformers that calls the cache by another name."""
     prompts, batch = prompts_of(LENGTHS), batch_of(prompts_of(LENGTHS))
     cached = generate(model, prompts, N, use_cache=use_cache)
     right = torch.equal(cached[:, 0], model(**batch).logits[:, -1].argmax(-1))

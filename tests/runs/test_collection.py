@@ -1,6 +1,7 @@
 """collect: what it gathers, what it refuses before it starts, and what it keeps when it must stop."""
 
 import concurrent.futures
+import copy
 import dataclasses
 import json
 import os
@@ -26,6 +27,7 @@ from corrsteer import (
 )
 from corrsteer.lm.generation import Decoding, complete, plan_batches, tokenize
 from corrsteer.runs.collect import CollectionStopped
+from corrsteer.runs.excluded import excluded_tokens
 from corrsteer.tasks import with_shuffled_rewards
 
 DECODING = Decoding(max_new_tokens=5, batch_size=16)
@@ -43,7 +45,7 @@ def gather(model, **settings):
 
 
 @torch.no_grad()
-def pooled_in_plain_torch(model, layer, encoder, task, how, positions):
+def pooled_in_plain_torch(model, layer, encoder, task, how, positions, exclude_tokens=()):
     """Moments from one sample at a time, each a forward pass over prompt and completion, without a cache."""
     tokenizer, moments = tiny_pipeline.tokenizer(), Moments(encoder.d_sae)
     newline = tokenizer.convert_tokens_to_ids("\n")
@@ -56,8 +58,10 @@ def pooled_in_plain_torch(model, layer, encoder, task, how, positions):
                 generated.pop()
                 break
         states = model(torch.tensor([ids + generated]), output_hidden_states=True).hidden_states[layer + 1][0]
-        first = prompt - 1 if positions == "generated" else 0
-        z = encode(states[first : prompt - 1 + max(1, len(generated))], encoder)
+        kept = list(range(prompt - 1, prompt - 1 + max(1, len(generated))))
+        if positions == "all":
+            kept = [at for at in range(prompt - 1) if ids[at] not in exclude_tokens] + kept
+        z = encode(states[kept], encoder)
         pooled = z.mean(0) if how == "mean" else z.amax(0)
         reward = task.grade(tokenizer.decode(generated, skip_special_tokens=True), example)
         update_moments(pooled[None], torch.tensor([reward]), moments)
@@ -70,9 +74,36 @@ def test_collect_equals_one_sample_at_a_time_without_cache_or_padding(model, poo
     run = gather(model, pool=pool, positions=positions)
     assert 0 < run.rewards.mean() < 1, "the reward must vary for this to mean anything"
     for layer, encoder in tiny_pipeline.encoders().items():
-        expected = pooled_in_plain_torch(model, layer, encoder, tiny_pipeline.task(), pool, positions)
+        bos = tiny_pipeline.tokenizer().bos_token_id
+        expected = pooled_in_plain_torch(model, layer, encoder, tiny_pipeline.task(), pool, positions, [bos])
         for name, a, b in zip(Moments.STATE, run.moments[layer][pool].state(), expected.state()):
             torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_prompt_is_kept_whole_where_that_is_asked_for(model):
+    run = gather(model, positions="all", exclude_tokens=())
+    for layer, encoder in tiny_pipeline.encoders().items():
+        expected = pooled_in_plain_torch(model, layer, encoder, tiny_pipeline.task(), "max", "all")
+        for a, b in zip(run.moments[layer]["max"].state(), expected.state()):
+            torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4)
+    without = gather(model, positions="all")
+    assert not torch.equal(without.moments[1]["max"].z_mean, run.moments[1]["max"].z_mean)
+    assert (without.provenance["exclude_tokens"], run.provenance["exclude_tokens"]) == ([1], [])
+
+
+@pytest.mark.parametrize(
+    ("named", "excluded"), [(None, (1,)), (False, (1,)), ([5, 7], (1, 5, 7)), (True, (0, 1, 2)), ([], (1,))]
+)
+def test_tokens_that_an_sae_was_trained_without_are_excluded_with_the_bos_token(named, excluded):
+    encoders = tiny_pipeline.encoders()
+    encoders[2].metadata["exclude_special_tokens"] = named
+    assert excluded_tokens(tiny_pipeline.tokenizer(), encoders.values()) == excluded
+
+
+def test_a_tokenizer_without_a_bos_token_excludes_nothing():
+    tokenizer = copy.deepcopy(tiny_pipeline.tokenizer())
+    tokenizer.bos_token = None
+    assert excluded_tokens(tokenizer, tiny_pipeline.encoders().values()) == ()
 
 
 @pytest.mark.parametrize("positions", ("generated", "all"))
