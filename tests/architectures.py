@@ -1,4 +1,4 @@
-"""A tiny random model of every causal language model that the installed transformers knows.
+"""A tiny random model of every causal language model that the installed transformers knows, and every multimodal one.
 
 A configuration class is shrunk by the names that most of them share (`SMALL`); what else an architecture needs is in
 `ALSO`. `problem_of` says why a tiny model could not be built or does not generate by itself.
@@ -12,12 +12,16 @@ from collections.abc import Mapping
 import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 VOCABULARY, WIDTH, LAYERS, PAD = 61, 32, 4, 0
 LARGEST = 8_000_000  # parameters; what has more was not shrunk, and would fill the memory
 
 NAMES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+MULTIMODAL = tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 SMALL = (
     dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "embedding_size", "lru_width"), WIDTH)
@@ -115,11 +119,11 @@ ALSO: Mapping[str, dict] = {
 }  # fmt: skip
 
 
-def configuration(architecture: str, **overrides):
+def configuration(architecture: str, model_class: type, **overrides):
     """The configuration of a tiny model."""
     kind = CONFIG_MAPPING[architecture]
     text = kind.sub_configs.get("text_config")
-    if text is not None and model_class(architecture).config_class is text:  # as AutoModelForCausalLM does
+    if text is not None and model_class.config_class is text:  # as AutoModelForCausalLM does
         kind = text
     default = kind()
     given = _shrunk(default) | ALSO.get(architecture, {}) | overrides
@@ -146,18 +150,14 @@ def _settable(config, name: str) -> bool:
     return name in _names(config) and not isinstance(getattr(type(config), name, None), property)
 
 
-def model_class(architecture: str) -> type:
-    """What AutoModelForCausalLM makes of a configuration."""
-    return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture])
-
-
-def build(architecture: str, seed: int = 0, **overrides):
-    """A tiny model with random weights, the same every time."""
-    config = configuration(architecture, **overrides)
-    kind = model_class(architecture)
+def build(architecture: str, multimodal: bool = False, **overrides):
+    """A tiny model with random weights, the same every time; multimodal, with its towers."""
+    names = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if multimodal else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    kind = getattr(transformers, names[architecture])
+    config = configuration(architecture, kind, **overrides)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in kind(config).parameters())
     if size > LARGEST:
         raise ValueError(f"its tiny model has {size} parameters")
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     return kind(config).eval().requires_grad_(False)

@@ -104,11 +104,11 @@ def problem(error: Exception) -> str:
 
 
 @functools.cache
-def outcome(architecture: str) -> Outcome:
+def outcome(architecture: str, multimodal: bool = False) -> Outcome:
     """Build the model, steer it and capture it. What is supported but does not agree fails an assertion."""
     transformers.logging.set_verbosity_error()
     try:
-        model = architectures.build(architecture)
+        model = architectures.build(architecture, multimodal)
         prompts = Prompts(len(LENGTHS))
         cached = prompts.generate(model)
     except Exception as error:  # whatever a model raises
@@ -208,7 +208,17 @@ def rendered() -> str:
     for state in ("refused", "untested"):
         lines += ["", f"## {state.capitalize()}", "", STATES[state], "", "| architecture | reason |", "|---|---|"]
         lines += [f"| `{name}` | {outcomes[name].reason.replace('|', '/')} |" for name in states[state]]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *multimodal()]) + "\n"
+
+
+def multimodal() -> list[str]:
+    """The document's part on models that read images as well."""
+    outcomes = {architecture: outcome(architecture, True) for architecture in architectures.MULTIMODAL}
+    lines = ["", "## Multimodal", "", "Models that read images, given text alone.", ""]
+    for state in STATES:
+        names = ", ".join(f"`{name}`" for name, found in outcomes.items() if found.state == state)
+        lines += [f"- {state}: {names or 'none'}"]
+    return lines
 
 
 ALONE = "transformers' own batch gives other results with a cache than without"
@@ -228,6 +238,14 @@ def test_a_causal_language_model_is_steered_and_captured_or_refused_as_the_docum
         assert found.state == state and found.reason.replace("|", "/") in row
 
 
+@pytest.mark.parametrize("architecture", architectures.MULTIMODAL)
+def test_a_multimodal_model_given_text_is_steered_and_captured_or_refused_as_the_documents_say(architecture):
+    found = outcome(architecture, True)
+    if of_this_transformers():
+        lines = DOCUMENT.read_text(encoding="utf-8").partition("## Multimodal")[2].splitlines()
+        assert [line[2:].partition(":")[0] for line in lines if f"`{architecture}`" in line] == [found.state]
+
+
 @functools.cache
 def documented() -> dict[str, tuple[str, str]]:
     """What the document says of each architecture: its state, and the whole row."""
@@ -235,6 +253,8 @@ def documented() -> dict[str, tuple[str, str]]:
     for line in DOCUMENT.read_text(encoding="utf-8").splitlines():
         if line.startswith("## "):
             state = line[3:].lower()
+        elif state == "multimodal":
+            break
         elif line.startswith("| `"):
             rows[line.split("`")[1]] = state, line
     return rows
