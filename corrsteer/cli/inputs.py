@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +38,30 @@ def load_task(given: TaskSettings) -> Task:
     return task if given.limit is None else task.take(given.limit)
 
 
-def load_encoders(sources: list[str], model: nn.Module) -> dict[int, SparseEncoder]:
-    """Encoders by layer, of entries LAYER=SOURCE."""
-    encoders: dict[int, SparseEncoder] = {}
-    for entry in sources:
+def parse_saes(entries: list[str]) -> dict[int, str]:
+    """Sources by layer, of entries LAYER=SOURCE."""
+    sources: dict[int, str] = {}
+    for entry in entries:
         layer, separator, source = entry.partition("=")
-        if not separator or not layer.isdigit():
+        if not separator or not re.fullmatch("[0-9]+", layer):
             raise CorrSteerError(f"sae must be LAYER=SOURCE, got {entry!r}")
-        if int(layer) in encoders:
+        if int(layer) in sources:
             raise CorrSteerError(f"sae gives layer {layer} twice; give one SAE a layer")
+        sources[int(layer)] = source
+    return sources
+
+
+def load_encoders(sources: dict[int, str], model: nn.Module) -> dict[int, SparseEncoder]:
+    """Encoders by layer, from where each lies."""
+
+    def load(source: str) -> SparseEncoder:
         if source == "identity":
-            encoders[int(layer)] = SparseEncoder.identity(width(model))
-        elif ":" in source and not Path(source).is_dir():
-            encoders[int(layer)] = SparseEncoder.from_pretrained(*source.split(":", 1))
-        else:
-            encoders[int(layer)] = SparseEncoder.load(source)
-    return encoders
+            return SparseEncoder.identity(width(model))
+        if ":" in source and not Path(source).is_dir():
+            return SparseEncoder.from_pretrained(*source.split(":", 1))
+        return SparseEncoder.load(source)
+
+    return {layer: load(source) for layer, source in sources.items()}
 
 
 def load_model(given: ModelSettings) -> tuple[nn.Module, Any]:

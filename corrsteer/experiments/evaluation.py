@@ -12,7 +12,7 @@ from torch import nn
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm.generation import Decoding
 from corrsteer.rollouts.grading import Graded, grade
-from corrsteer.steering.steering import Steering
+from corrsteer.steering.steering import Steering, check_application
 from corrsteer.tasks import Task
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def evaluate(
     decoding : the same for both.
     unsteered : what `grade` gave for the same task and decoding, to save doing it again.
     """
+    scale = check_application(positions, scale)
     before = unsteered or grade(model, tokenizer, task, decoding, progress=progress)
     if len(before.rewards) != len(task):
         raise CorrSteerError(f"unsteered must be graded on this task of {len(task)} samples, got {len(before.rewards)}")

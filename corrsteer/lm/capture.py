@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from corrsteer.arguments import whole
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm import hook_points
 from corrsteer.lm.hook_points import HookPoint
@@ -65,8 +66,8 @@ class Capture:
         check_positions(positions, KEPT_POSITIONS)
         if not points:
             raise CorrSteerError("points must name at least one hook point, got none")
-        if max_new_tokens < 1:
-            raise CorrSteerError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+        budget_bytes = whole("budget_bytes", budget_bytes, 0)
         for point in points.values():
             hook_points.check_point(model, point)
         self.model: nn.Module = model

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from corrsteer.arguments import whole
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm import hook_points
 from corrsteer.lm.generation import Decoding, tokenize
@@ -99,11 +100,13 @@ def collect(
         fails, or an interrupt from the keyboard; the batches collected before are in its `run`.
     """
     decoding = decoding or Decoding()
+    encoders = {whole("each layer of encoders", layer, 0): encoder for layer, encoder in encoders.items()}
     options = Options(
         pool=pool, coefficient_pool=coefficient_pool or pool, positions=positions, permutations=permutations,
         bootstrap=bootstrap, scores=scores, block_size=block_size, shuffle_seed=shuffle_seed, patience=patience,
         patience_layers=patience_layers, buffer_bytes=buffer_bytes, statistics_bytes=statistics_bytes, backend=backend,
     )  # fmt: skip
+    hook_offset = whole("hook_offset", hook_offset)
     points = place(model, encoders, hook_offset)
     prompts = tokenize(model, tokenizer, task, decoding)
     devices = {layer: hook_points.device_of(model, point) for layer, point in points.items()}
@@ -127,9 +130,9 @@ def collect(
         coefficient_pool=options.coefficient_pool,
         evidence=_allocate_evidence(encoders, devices, options, len(task)),
         provenance=provenance(model, task, encoders, positions, decoding, hook_offset)
-        | {"backends": backends, "block_size": block_size, "shuffle_seed": shuffle_seed},
+        | {"backends": backends, "block_size": options.block_size, "shuffle_seed": options.shuffle_seed},
     )
-    blocks = shuffled_blocks([len(prompt) for prompt in prompts], block_size, shuffle_seed)
+    blocks = shuffled_blocks([len(prompt) for prompt in prompts], options.block_size, options.shuffle_seed)
     collector = BlockCollector(run, model, tokenizer, encoders, task, prompts, decoding, options)
     with tqdm(total=len(task), unit="sample", desc=f"collect {task.name}", disable=not progress) as bar:
         try:

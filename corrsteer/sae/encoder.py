@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from corrsteer.arguments import whole
 from corrsteer.errors import CorrSteerError
 from corrsteer.sae import sources
 from corrsteer.sae.sources import Decoder
@@ -191,8 +192,7 @@ class SparseEncoder:
     @classmethod
     def identity(cls, d_in: int, hook_name: str | None = None) -> SparseEncoder:
         """Residual dimensions themselves as features: the paper's "raw" ablation."""
-        if d_in < 1:
-            raise CorrSteerError(f"d_in must be a positive width, got {d_in}")
+        d_in = whole("d_in", d_in, 1)
         return cls(d_in, d_in, "identity", hook_name=hook_name, decoder=sources.decoder_of_identity(d_in))
 
     @property
@@ -211,7 +211,7 @@ class SparseEncoder:
         They are divided by their norm where the SAE rescales activations by decoder norm, so that activation times
         direction is the feature's contribution in either case.
         """
-        features = [int(f) for f in features]
+        features = [whole("each of features", f) for f in features]
         outside = [f for f in features if not 0 <= f < self.d_sae]
         if outside:
             raise CorrSteerError(f"features must lie in 0..{self.d_sae - 1}, got {outside[:5]}")

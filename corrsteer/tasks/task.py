@@ -12,6 +12,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from corrsteer.arguments import number, whole
 from corrsteer.tasks import graders
 from corrsteer.tasks.examples import Example
 from corrsteer.tasks.graders import Grader, TaskError
@@ -81,11 +82,10 @@ class Task:
         a split may be empty.
         """
         fractions = {"train": train, "validation": validation, "test": test}
-        for name, fraction in fractions.items():
-            if not fraction >= 0:
-                raise TaskError(f"{name} must be a fraction of at least 0, got {fraction}")
-        if sum(fractions.values()) > 1 + 1e-9:
+        train, validation, test = (number(name, fraction, 0) for name, fraction in fractions.items())
+        if train + validation + test > 1 + 1e-9:
             raise TaskError(f"train + validation + test must be at most 1, got {train} + {validation} + {test}")
+        seed = whole("seed", seed, 0)
 
         by_prompt: dict[str, list[Example]] = {}
         for example in self.examples:
@@ -104,9 +104,7 @@ class Task:
 
     def take(self, n: int) -> Task:
         """The first n examples, or all if there are fewer."""
-        if n < 0:
-            raise TaskError(f"n must be at least 0, got {n}")
-        return replace(self, examples=self.examples[:n])
+        return replace(self, examples=self.examples[: whole("n", n, 0)])
 
     @classmethod
     def from_rows(

@@ -271,6 +271,48 @@ def test_a_mistake_ends_with_one_line_and_status_1(name, world, collected, tmp_p
     assert message in line and "Traceback" not in result.stderr
 
 
+EVALUATE = ("evaluate", "--steering", "{world}/s.safetensors")
+CALIBRATE = ("calibrate", "--steering", "{world}/s.safetensors", "--out", "o")
+TOO_EARLY = {
+    "a scale is not a number": ([*EVALUATE, "--scale", "nan"], "scale: Input should be a finite number, got nan"),
+    "a scale is infinite": ([*EVALUATE, "--scale", "inf"], "scale: Input should be a finite number, got inf"),
+    "a scale to generate by": (["generate", *EVALUATE[1:], "--prompt", "1", "--scale", "nan"], "a finite number"),
+    "a scale to prune by": (["select", "{world}/run", "--strategy", "pruned", "--scale=-inf"], "a finite number"),
+    "a scale to try": ([*CALIBRATE, "--try-scale", "nan"], "each of scales must be a finite number, got nan"),
+    "a temperature": ([*EVALUATE, "--temperature", "nan"], "temperature: Input should be"),
+    "top_p": ([*COLLECT, "--top-p", "nan"], "top_p: Input should be"),
+    "a negative seed": ([*EVALUATE, "--seed", "-1"], "seed: Input should be greater than or equal to 0, got -1"),
+    "alpha": (["select", "{world}/run", "--strategy", "pruned", "--alpha", "nan"], "alpha must be between 0 and 1"),
+    "too few permutations": ([*COLLECT, "--permutations", "5"], "permutations must be 0 or at least 19"),
+    "an unknown backend": ([*COLLECT, "--backend", "magic"], "backend must be one of"),
+    "an unknown score": ([*COLLECT, "--score", "kendall"], "scores must be among"),
+    "an sae without a layer": ([*COLLECT, "--sae", "sae1"], "sae must be LAYER=SOURCE, got 'sae1'"),
+    "a layer in superscript": ([*COLLECT, "--sae", "²=sae1"], "sae must be LAYER=SOURCE, got '²=sae1'"),
+    "no prompt": (["generate", *EVALUATE[1:], "--prompt", " "], "must be a non-empty string"),
+    "samples to plan": (["plan", "--alpha", "nan"], "alpha must be between 0 and 1, got nan"),
+    "a frequency to plan": (["plan", "--frequency", "nan"], "s (frequency) must be a finite number, got nan"),
+    "a seed of the demo": (["demo", "--seed", "-1"], "seed must be a whole number of at least 0, got -1"),
+}
+
+
+@pytest.mark.parametrize("name", TOO_EARLY)
+def test_an_option_that_cannot_be_right_ends_before_a_model_is_loaded(name, world, collected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("select", world / "run", "--out", world / "s.safetensors")
+    monkeypatch.setattr("corrsteer.cli.inputs.load_model", lambda *_: pytest.fail("a model was loaded"))
+    arguments, message = TOO_EARLY[name]
+    result = run(*(a.format(world=world) for a in arguments), ok=False)
+    assert result.exit_code == 1 and result.stderr.startswith("error: ") and message in result.stderr, result.stderr
+
+
+def test_a_yes_in_yaml_is_no_number(world, tmp_path):
+    (tmp_path / "a.yaml").write_text("max_new_tokens: yes\nscale: .nan\n")
+    stderr = run("evaluate", "--steering", "none", "--config", tmp_path / "a.yaml", ok=False).stderr
+    assert "there is no steering file" in stderr
+    stderr = run("collect", "--config", tmp_path / "a.yaml", ok=False).stderr
+    assert "max_new_tokens: must be a number, got True" in stderr
+
+
 def test_the_traceback_is_shown_when_asked_for():
     result = CliRunner().invoke(app, ["--traceback", "evaluate", "--steering", "no.safetensors"])
     assert type(result.exception).__name__ == "CorrSteerError"

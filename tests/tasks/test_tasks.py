@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 
+from corrsteer import CorrSteerError
 from corrsteer.tasks import Example, Task, TaskError, graders
 
 
@@ -338,7 +339,7 @@ def test_a_split_is_decided_by_its_seed():
     ],
 )
 def test_fractions_that_make_no_split_are_reported(fractions, message):
-    with pytest.raises(TaskError, match=message):
+    with pytest.raises(CorrSteerError, match=message):
         Task.from_rows(rows(5)).split(*fractions)
 
 
@@ -346,7 +347,7 @@ def test_take_keeps_the_first_examples():
     task = Task.from_rows(rows(5))
     assert task.take(2).examples == task.examples[:2]
     assert task.take(9) == task
-    with pytest.raises(TaskError, match="n must be"):
+    with pytest.raises(CorrSteerError, match="n must be"):
         task.take(-1)
 
 
