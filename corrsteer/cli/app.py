@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
@@ -64,6 +66,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 values = {flag.name: arguments.pop(flag.name) for flag in derived}
                 arguments["given"] = Given(settings, values.pop("config"), values)
             function(**arguments)
+        except BrokenPipeError:  # whoever read our output has left, which Typer ends without a word
+            raise
         except (CorrSteerError, OSError) as error:
             if _show_traceback:
                 raise
@@ -75,6 +79,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in shown}
     return app.command(name=function.__name__)(run)
+
+
+def take_every_character() -> None:
+    """Have stdout and stderr escape what the terminal's encoding lacks, rather than fail on it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(text: str) -> None:

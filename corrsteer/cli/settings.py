@@ -197,10 +197,13 @@ def read(kind: type[S], config: Path | None, flags: dict[str, Any], defaults: di
 
 def _yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise CorrSteerError(f"config {path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        where = f"byte {error.object[error.start]:#04x} at position {error.start}"
+        raise CorrSteerError(f"config {path} is not UTF-8 ({where}); save it as UTF-8") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist is a ValueError
         raise CorrSteerError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise CorrSteerError(f"config {path} must be a mapping of settings, got {type(values).__name__}")

@@ -123,14 +123,14 @@ class Run:
             "notes": self.notes,
             "provenance": self.provenance,
         }
-        (directory / "run.json").write_text(json.dumps(described, indent=2))
+        (directory / "run.json").write_text(json.dumps(described, indent=2), encoding="utf-8")
 
     @classmethod
     def load(cls, directory: PathLike) -> Run:
         """Read what `save` wrote. Decoder rows are found again by where each SAE came from."""
         directory = Path(directory)
         try:
-            described = json.loads((directory / "run.json").read_text())
+            described = json.loads((directory / "run.json").read_text(encoding="utf-8"))
             layers = {int(layer): entry for layer, entry in described["layers"].items()}
             return cls(
                 moments={

@@ -68,7 +68,7 @@ def read_config(directory: PathLike) -> dict[str, Any]:
     directory = Path(directory)
     path = directory / CONFIG
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_bytes())  # in UTF-8, whatever the locale
     except (FileNotFoundError, NotADirectoryError):
         raise CorrSteerError(
             f"{directory} is not an SAE directory: it has no {CONFIG}. It must hold {CONFIG} and {WEIGHTS}, "
@@ -97,7 +97,7 @@ def _open(directory: Path) -> safe_open:
         return safe_open(str(path), framework="pt")
     except FileNotFoundError:
         raise CorrSteerError(f"{directory} is not an SAE directory: it has no {WEIGHTS}") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CorrSteerError(f"{path} is damaged ({error}); fetch or save it again") from None
 
 

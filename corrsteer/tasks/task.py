@@ -231,6 +231,7 @@ def _prompt(row: Any, key: str) -> str:
         raise TaskError(f"no field {key!r} among {', '.join(map(str, row)) or 'none'}: set prompt_field")
     if not isinstance(row[key], str) or not row[key].strip():
         raise TaskError(f"the prompt, field {key!r}, must be a non-empty string, got {row[key]!r:.40}")
+    _check_characters("prompt", key, row[key])
     return row[key]
 
 
@@ -242,13 +243,26 @@ def _answer(row: Mapping[str, Any], key: str | None, needed: bool) -> str | tupl
             raise TaskError(f"no answer: field {key!r} is missing or null among {fields}: set answer_field")
         return None
     if _is_answer(value):
+        _check_characters("answer", key, str(value))
         return str(value)
     if isinstance(value, (list, tuple)) and value and all(map(_is_answer, value)):
+        _check_characters("answer", key, "".join(map(str, value)))
         return str(value[0]) if len(value) == 1 else tuple(map(str, value))
     advice = "set answer_field" if needed else "or pass answer_field=None to keep it in fields"
     raise TaskError(
         f"the answer, field {key!r}, must be a string, a number or a list of these, got {value!r:.40}: {advice}"
     )
+
+
+def _check_characters(what: str, key: str | None, text: str) -> None:
+    """Raise for half of a surrogate pair, which JSON and Python's strings can hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TaskError(
+            f"the {what}, field {key!r}, holds half of a surrogate pair, {text[error.start]!r} at position "
+            f"{error.start}; write the character whole"
+        ) from None
 
 
 def _is_answer(value: Any) -> bool:

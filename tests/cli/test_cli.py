@@ -1,6 +1,7 @@
 """The command line: the whole way through, what it prints, and how it speaks of mistakes."""
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -327,6 +328,42 @@ def test_yaml_with_an_unknown_setting_or_no_mapping_is_refused(tmp_path):
     assert "must be a mapping of settings, got list" in run("collect", "--config", tmp_path / "b.yaml", ok=False).stderr
     (tmp_path / "c.yaml").write_text("a: [\n")
     assert "is not YAML" in run("collect", "--config", tmp_path / "c.yaml", ok=False).stderr
+
+
+def test_a_yaml_file_may_have_a_byte_order_mark_but_must_be_utf_8(world, tmp_path):
+    (tmp_path / "marked.yaml").write_bytes(b"\xef\xbb\xbfmodel: m\ntask: t\nsae: 1=\xc3\xa9\n")
+    stderr = run("collect", "--config", tmp_path / "marked.yaml", ok=False).stderr
+    assert stderr.startswith("error: out is missing") and stderr.count("missing") == 1
+    (tmp_path / "latin.yaml").write_bytes("model: é\n".encode("latin-1"))
+    stderr = run("collect", "--config", tmp_path / "latin.yaml", ok=False).stderr
+    assert "latin.yaml is not UTF-8 (byte 0xe9 at position 7); save it as UTF-8" in stderr
+    (tmp_path / "date.yaml").write_text("seed: 2024-13-45\n", encoding="utf-8")
+    assert "date.yaml is not YAML: month must be" in run("collect", "--config", tmp_path / "date.yaml", ok=False).stderr
+
+
+def cli(*arguments, **environment):
+    """Start the command as a shell would, with pipes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "corrsteer.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | environment,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", (["doctor"], ["plan", "--json"], ["--help"], ["plan", "--help"]), ids=str)
+def test_a_reader_that_leaves_early_ends_a_command_without_a_word(arguments):
+    process = cli(*arguments)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() in (0, 1)
+
+
+def test_where_the_terminal_is_not_utf_8_what_it_lacks_is_written_as_an_escape(world, collected, tmp_path):
+    process = cli("select", world / "run", "--out", tmp_path / "s", PYTHONIOENCODING="iso8859-11")  # Thai, without ±
+    out, error = process.communicate()
+    assert process.returncode == 0, error
+    assert out.count(rb"\xb1 ") > 4 and b"features written to" in out, out
+    process = cli("evaluate", "--steering", "café", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    _, error = process.communicate()
+    assert process.returncode == 1 and error.startswith(b"error: there is no steering file at caf")
 
 
 def test_a_collection_that_must_stop_is_saved_as_far_as_it_came(world, tmp_path, monkeypatch):

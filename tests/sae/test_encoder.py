@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -426,6 +427,22 @@ def test_features_may_be_given_as_any_sequence_of_integers_or_none_at_all(any_en
     for features in (torch.tensor([3, 1]), (3, 1), torch.tensor([3, 1]).numpy()):
         assert torch.equal(any_encoder.decoder_rows(features), rows)
     assert any_encoder.decoder_rows([]).shape == (0, rows.shape[1])
+
+
+def test_an_sae_configuration_is_read_alike_in_every_locale(tmp_path):
+    directory = tmp_path
+    make_sae("standard").save_model(directory)
+    config = json.loads((directory / "cfg.json").read_bytes())
+    config["metadata"]["note"] = "Gemma’s café"
+    for text in (json.dumps(config, ensure_ascii=False).encode(), b"\xef\xbb\xbf" + json.dumps(config).encode()):
+        (directory / "cfg.json").write_bytes(text)
+        code = f"import corrsteer; print(ascii(corrsteer.SparseEncoder.load({str(directory)!r}).metadata['note']))"
+        environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert done.stdout.strip() == ascii("Gemma’s café"), done.stderr
+    (directory / "cfg.json").write_bytes(json.dumps(config, ensure_ascii=False).encode("cp1252"))
+    with pytest.raises(CorrSteerError, match="cfg.json is not JSON .*utf-8.* save the SAE again"):
+        SparseEncoder.load(directory)
 
 
 @pytest.mark.parametrize("feature", [-1, D_SAE])
