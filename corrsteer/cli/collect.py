@@ -38,6 +38,7 @@ def collect(
     }
     Options(**asked, patience_layers=None)  # refuses what it must before a model is loaded
     sources = inputs.parse_saes(settings.sae)
+    inputs.check_saes(sources)
     _prepare(settings.out, force)
     task = inputs.load_task(settings)
     model, tokenizer = inputs.load_model(settings)

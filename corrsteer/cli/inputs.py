@@ -14,6 +14,8 @@ from corrsteer.errors import CorrSteerError
 from corrsteer.lm.generation import Decoding
 from corrsteer.lm.hook_points import width
 from corrsteer.sae.encoder import SparseEncoder
+from corrsteer.sae.releases import check_names
+from corrsteer.sae.sources import read_config
 from corrsteer.tasks import Task
 
 
@@ -51,13 +53,26 @@ def parse_saes(entries: list[str]) -> dict[int, str]:
     return sources
 
 
+def check_saes(sources: dict[int, str]) -> None:
+    """Raise for a source that cannot be one, by what this machine knows."""
+    for source in sources.values():
+        if _is_release(source):
+            check_names(*source.split(":", 1))
+        elif source != "identity":
+            read_config(source)
+
+
+def _is_release(source: str) -> bool:
+    return ":" in source and not Path(source).is_dir()
+
+
 def load_encoders(sources: dict[int, str], model: nn.Module) -> dict[int, SparseEncoder]:
     """Encoders by layer, from where each lies."""
 
     def load(source: str) -> SparseEncoder:
         if source == "identity":
             return SparseEncoder.identity(width(model))
-        if ":" in source and not Path(source).is_dir():
+        if _is_release(source):
             return SparseEncoder.from_pretrained(*source.split(":", 1))
         return SparseEncoder.load(source)
 

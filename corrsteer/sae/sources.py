@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from corrsteer.errors import CorrSteerError
+from corrsteer.sae.releases import check_names
 from corrsteer.types import PathLike
 
 if TYPE_CHECKING:
@@ -160,12 +161,9 @@ def open_decoder(source: dict[str, Any]) -> Decoder:
 
 def load_pretrained(release: str, sae_id: str) -> SAE[Any]:
     """SAELens' own loader, on the CPU and in float32, with its complaints about names and downloads as ours."""
-    try:
-        from sae_lens import SAE
-    except ImportError as error:
-        raise CorrSteerError(
-            f"published SAEs are loaded by SAELens, which cannot be imported ({error}): pip install sae-lens"
-        ) from None
+    check_names(release, sae_id)
+    from sae_lens import SAE
+
     try:
         return SAE.from_pretrained(release, sae_id, device="cpu", dtype="float32")
     except (ValueError, OSError) as error:  # Hugging Face's own errors are OSErrors, of several lines

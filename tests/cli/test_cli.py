@@ -289,6 +289,11 @@ TOO_EARLY = {
     "an unknown score": ([*COLLECT, "--score", "kendall"], "scores must be among"),
     "an sae without a layer": ([*COLLECT, "--sae", "sae1"], "sae must be LAYER=SOURCE, got 'sae1'"),
     "a layer in superscript": ([*COLLECT, "--sae", "²=sae1"], "sae must be LAYER=SOURCE, got '²=sae1'"),
+    "an sae by its hub repository": (
+        [*COLLECT, "--sae", "8=google/gemma-scope-2b-pt-res:layer_8/width_16k/canonical"],
+        "use gemma-scope-2b-pt-res-canonical",
+    ),
+    "an sae that is not there": ([*COLLECT, "--sae", "1=nothing"], "nothing is not an SAE directory"),
     "no prompt": (["generate", *EVALUATE[1:], "--prompt", " "], "must be a non-empty string"),
     "samples to plan": (["plan", "--alpha", "nan"], "alpha must be between 0 and 1, got nan"),
     "a frequency to plan": (["plan", "--frequency", "nan"], "s (frequency) must be a finite number, got nan"),
