@@ -33,8 +33,12 @@ class CollectionStopped(CorrSteerError):
     """Collection could not go on; `run` holds everything up to there."""
 
     def __init__(self, message: str, run: Run):
-        super().__init__(f"{message} (the {run.n} samples collected before are kept)" if run.n else message)
+        super().__init__(message, run)  # both, as unpickling makes it anew from them
+        self.message = message
         self.run = run
+
+    def __str__(self) -> str:
+        return f"{self.message} (the {self.run.n} samples collected before are kept)" if self.run.n else self.message
 
 
 def collect(
