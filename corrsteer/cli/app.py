@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import io
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterable
@@ -15,6 +14,7 @@ import typer
 
 from corrsteer.cli.options import Given, flags
 from corrsteer.errors import CorrSteerError
+from corrsteer.files import to_json
 from corrsteer.version import __version__
 
 app: typer.Typer = typer.Typer(
@@ -96,4 +96,4 @@ def say(text: str) -> None:
 def emit(result: dict[str, Any], as_json: bool, text: str, notes: Iterable[str] = ()) -> None:
     """Print a command's result, as JSON or as text with its notes."""
     lines = [text, *(f"note: {note}" for note in notes)]
-    typer.echo(json.dumps(result, indent=2) if as_json else "\n".join(lines))
+    typer.echo(to_json(result, indent=2) if as_json else "\n".join(lines))

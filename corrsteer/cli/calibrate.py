@@ -28,7 +28,7 @@ def calibrate(
     from corrsteer.report.tables import table
     from corrsteer.steering.steering import Steering
 
-    inputs.check_folder(out)
+    inputs.check_file(out)
     loaded = Steering.load(steering)
     scales = check_scaling(loaded, SCALES if try_scale is None else try_scale)
     settings = given.read(inputs.recorded(loaded.provenance, "validation"))

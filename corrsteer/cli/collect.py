@@ -101,14 +101,15 @@ def _print(run: Run, out: Path, json: bool) -> None:
 
 def _prepare(out: Path, force: bool) -> None:
     """See that a run can be written before it is collected."""
+    from corrsteer.cli import inputs
+
     if (out / "run.json").exists() and not force:
         raise CorrSteerError(f"out {out} already holds a run; give another directory, or --force to replace it")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
     except OSError as error:
         raise CorrSteerError(f"out {out} cannot be written to ({error.strerror}); give another directory") from None
+    inputs.check_writable(out)
 
 
 def _save(run: Run, settings: CollectSettings) -> None:

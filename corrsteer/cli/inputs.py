@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +109,19 @@ def recorded(provenance: dict[str, Any], part: str) -> dict[str, Any]:
     return provenance.get("settings", {}) | {"part": part, "positions": "generated", "limit": None}
 
 
-def check_folder(out: Path) -> None:
+def check_file(out: Path) -> None:
     """See that a file can be written before what goes into it is made."""
     if not out.parent.is_dir():
         raise CorrSteerError(f"out {out} cannot be written: there is no folder {out.parent}")
+    if out.exists() and not out.is_file():
+        raise CorrSteerError(f"out {out} cannot be written: it is no file; give the path of one")
+    check_writable(Path(os.path.realpath(out)).parent)
+
+
+def check_writable(folder: Path) -> None:
+    """See that files can be made in a folder, without touching any that is there."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CorrSteerError(f"out {folder} cannot be written to ({error.strerror}); give another folder") from None

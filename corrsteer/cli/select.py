@@ -62,7 +62,7 @@ def select(
     from corrsteer.report.tables import feature_table
     from corrsteer.runs.run import Run
 
-    inputs.check_folder(out)
+    inputs.check_file(out)
     loaded = Run.load(run)
     choices = Choices(strategy, score, alpha, correction, interval, coefficient, direction, layer, top_k)
     choices = choices.checked(loaded)  # before a model is loaded

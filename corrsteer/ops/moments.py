@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from corrsteer.arguments import whole
 from corrsteer.errors import CorrSteerError
+from corrsteer.files import write_tensors
 from corrsteer.types import Device, PathLike
 
 POSITIVE, NEGATIVE = 0, 1
@@ -176,7 +176,7 @@ class Moments:
     def save(self, path: PathLike) -> None:
         """Write the state to a safetensors file; `load` gives it back bit for bit."""
         tensors = {name: tensor.cpu().contiguous() for name, tensor in zip(self.STATE, self.state())}
-        save_file(tensors, str(path), metadata={"format": FORMAT})
+        write_tensors(path, tensors, {"format": FORMAT})
 
     @classmethod
     def load(cls, path: PathLike, device: Device = "cpu") -> Moments:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from corrsteer.arguments import whole
 from corrsteer.errors import CorrSteerError
+from corrsteer.files import plain
 from corrsteer.sae import sources
 from corrsteer.sae.sources import Decoder
 from corrsteer.types import Device, PathLike
@@ -92,7 +93,7 @@ class SparseEncoder:
     precision : one of `PRECISIONS`; by default the weight's own.
     hook_name : where the SAE was trained, `blocks.20.hook_resid_post` or `model.layers.20`; None if it does not say.
     decoder : where decoder rows are read from.
-    metadata : what the SAE's own configuration says about it.
+    metadata : what the SAE's own configuration says about it, as JSON can hold it.
     """
 
     d_in: int
@@ -113,6 +114,8 @@ class SparseEncoder:
     metadata: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        # Now, as it goes into every file that is made with the encoder.
+        object.__setattr__(self, "metadata", plain(self.metadata))
         missing = [name for name in NEEDED.get(self.activation, ()) if getattr(self, name) is None]
         if missing:
             raise CorrSteerError(f"{', '.join(missing)} must be given for activation {self.activation!r}, got None")

@@ -33,12 +33,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from corrsteer import ops
 from corrsteer.arguments import whole
 from corrsteer.errors import CorrSteerError
+from corrsteer.files import to_json, write_tensors
 from corrsteer.stats.histograms import Histograms
 from corrsteer.types import Device, Features, PathLike
 
@@ -352,7 +352,7 @@ class Evidence:
         if self.histograms:
             tensors |= {"histogram_top": self.histograms.top.cpu(), "histogram_counts": self.histograms.counts.cpu()}
         described = self._settings() | {"blocks": sorted(self.blocks)}
-        save_file(tensors, str(path), metadata={"format": FORMAT, "evidence": json.dumps(described)})
+        write_tensors(path, tensors, {"format": FORMAT, "evidence": to_json(described)})
 
     @classmethod
     def load(cls, path: PathLike, device: Device = "cpu") -> Evidence:

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from corrsteer.arguments import number, wholes
 from corrsteer.errors import CorrSteerError
+from corrsteer.files import to_json, write_tensors
 from corrsteer.lm import hook_points
 from corrsteer.lm.hook_points import HookPoint
 from corrsteer.lm.token_positions import check_positions
@@ -112,11 +112,8 @@ class Steering:
             "notes": self.notes,
             "provenance": self.provenance,
         }
-        metadata = {"format": FORMAT, "steering": json.dumps(described)}
-        try:
-            save_file({"directions": self.directions.cpu().float().contiguous()}, str(path), metadata=metadata)
-        except (OSError, SafetensorError) as error:
-            raise CorrSteerError(f"{path} cannot be written ({error}); give a path in a folder that exists") from None
+        tensors = {"directions": self.directions.cpu().float().contiguous()}
+        write_tensors(path, tensors, {"format": FORMAT, "steering": to_json(described)})
 
     @classmethod
     def load(cls, path: PathLike, model: nn.Module | None = None) -> Steering:

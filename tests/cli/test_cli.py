@@ -182,6 +182,10 @@ def test_an_option_wins_over_the_yaml_file_and_force_replaces_a_run(world):
     for limit, force in ((5, ()), (7, ("--force",))):
         arguments = ["--config", world / "collect.yaml", "--out", world / "few", "--limit", limit, "--json", *force]
         assert json.loads(run("collect", *arguments).stdout)["samples"] == limit
+        for name in (".writable", "layer_10.safetensors"):  # the user's own
+            (world / "few" / name).touch()
+    assert (world / "few" / ".writable").exists() and (world / "few" / "layer_10.safetensors").exists()
+    assert Run.load(world / "few").n == 7
 
 
 def test_identity_collects_residual_dimensions(world):
@@ -217,6 +221,7 @@ def test_doctor_prints_versions_and_every_backend():
 COLLECT = ("collect", "--config", "{world}/collect.yaml", "--out", "o")
 MISTAKES = {
     "a steering file has no folder": (["select", "{world}/run", "--out", "{world}/none/s"], "there is no folder"),
+    "a steering file is a folder": (["select", "{world}/run", "--out", "{world}"], "it is no file; give the path"),
     "a run is already there": (["collect", "--config", "{world}/collect.yaml", "--out", "{world}/run"], "or --force"),
     "out cannot be written to": (
         ["collect", "--config", "{world}/collect.yaml", "--out", "{world}/task.jsonl/run"],
