@@ -159,8 +159,8 @@ def _run(seed: int, say: Callable[[str], None], progress: bool) -> dict[str, Any
         "samples": {"train": len(train), "validation": len(validation), "test": len(test)},
         "features": {str(layer): asdict(feature) for layer, feature in best.items()},
         "strategies": {
-            s: {"features": [asdict(f) for f in steerings[s].features], "notes": steerings[s].notes}
-            | e.to_dict(examples=False)
+            s: e.to_dict(examples=False)
+            | {"features": [asdict(f) for f in steerings[s].features], "notes": steerings[s].notes + e.notes}
             for s, e in evaluations.items()
         },
         "examples": changed[:EXAMPLES_SHOWN],

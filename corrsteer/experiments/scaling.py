@@ -13,6 +13,7 @@ from torch import nn
 from corrsteer.arguments import number, several
 from corrsteer.errors import CorrSteerError
 from corrsteer.experiments.evaluation import evaluate
+from corrsteer.experiments.seen_samples import SELECTED, overlap_notes, validated
 from corrsteer.lm.generation import Decoding
 from corrsteer.rollouts.grading import grade
 from corrsteer.steering.steering import Steering, check_application
@@ -81,7 +82,7 @@ def calibrate_scale(
         rewards = [example["reward_after"] for example in result.examples]
         curve.append(Point(scale, result.steered, _error(rewards), result.improved, result.worsened))
     best = max(curve[1:], key=lambda point: point.score)  # the first of equals
-    notes, chosen = list(steering.notes), best.scale
+    notes, chosen = steering.notes + overlap_notes(validation, steering.provenance, (SELECTED,)), best.scale
     if best.score < unsteered.score:
         chosen = 1.0
         notes.append(
@@ -93,9 +94,8 @@ def calibrate_scale(
         recorded["previous"] = steering.provenance["calibration"]
     recorded["validation"] = {"task": validation.name, "n": len(validation), "positions": positions}
     features = [feature.scaled(chosen) for feature in steering.features]
-    return Steering(
-        features, steering.directions, steering.table, notes, steering.provenance | {"calibration": recorded}
-    )
+    provenance = validated(steering.provenance, validation) | {"calibration": recorded}
+    return Steering(features, steering.directions, steering.table, notes, provenance)
 
 
 def check_scaling(steering: Steering, scales: Sequence[float]) -> list[float]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from corrsteer.arguments import share, whole, wholes
 from corrsteer.errors import CorrSteerError
 from corrsteer.experiments.pruning import prune
+from corrsteer.experiments.seen_samples import SELECTED
 from corrsteer.lm.generation import Decoding
 from corrsteer.ops.moments import COEFFICIENTS, NEGATIVE, POSITIVE
 from corrsteer.runs.run import Run
@@ -100,8 +101,7 @@ def select(
         _directions(run, chosen, encoders),
         ranked.table,
         _reasons(run, choices, chosen, ranked.dropped) + run.notes,
-        run.provenance
-        | {"selection": asdict(choices), "pool": run.pool, "coefficient_pool": run.coefficient_pool, "n": run.n},
+        _provenance(run, choices),
     )
     if pruned and chosen:
         steering = pruned(
@@ -114,6 +114,19 @@ def select(
             f"(adjusted p > {CHANCE}): " + ", ".join(f"{f.name} (p {f.p_adjusted:.2f})" for f in by_chance)
         )
     return steering
+
+
+def _provenance(run: Run, choices: Choices) -> dict[str, Any]:
+    """That of the run, with what was selected from it and how."""
+    of_run = dict(run.provenance)
+    seen = [of_run.pop("samples")] if "samples" in of_run else []
+    return of_run | {
+        "selection": asdict(choices),
+        "pool": run.pool,
+        "coefficient_pool": run.coefficient_pool,
+        "n": run.n,
+        SELECTED: seen,
+    }
 
 
 def selectable(layers: Iterable[int]) -> list[int]:

@@ -151,9 +151,9 @@ def collect(
                 reason = str(error)
             else:
                 reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
-            _note_constant_reward(run)
+            _finish(run, task)
             raise CollectionStopped(reason, run) from error
-    _note_constant_reward(run)
+    _finish(run, task)
     return run
 
 
@@ -205,7 +205,9 @@ def _leader(run: Run) -> str:
     return f"reward {mean:.3f}, top L{best[1]}/{best[2]} r={best[0]:.3f}"
 
 
-def _note_constant_reward(run: Run) -> None:
+def _finish(run: Run, task: Task) -> None:
+    """Record which samples were seen, and note a reward that never varied."""
+    run.provenance["samples"] = task.samples(run.rewards.isfinite().nonzero()[:, 0].tolist())
     if run.n and not bool(run.moments_of_rewards.label_varies().any()):
         run.notes.append(
             f"every one of the {run.n} rewards was {run.rewards.nanmean().item():g}, so nothing correlates with them "

@@ -45,7 +45,7 @@ class Run:
     rewards : `[n]` float64, in the task's order; NaN for samples that a stopped collection did not reach.
     pool, coefficient_pool : pooling for the correlation and for the coefficient.
     notes : what a user should know, such as a reward that never varied.
-    provenance : model, task, SAEs, decoding and versions; anything JSON can hold.
+    provenance : model, task, SAEs, decoding, versions and samples (see `Task.samples`); anything JSON can hold.
     """
 
     moments: dict[int, dict[str, Moments]]
@@ -57,7 +57,7 @@ class Run:
     evidence: dict[int, dict[str, Evidence]] = field(default_factory=dict)
     snapshots: list[Snapshot] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict, repr=False)
     _tested: dict[tuple[str, int], dict[int, inference.Significance]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )

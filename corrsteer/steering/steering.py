@@ -42,14 +42,15 @@ class Steering:
     directions : `[len(features), d]` float32, the direction of each; for an SAE's feature, its decoder row.
     table : the top features of every layer, selected or not.
     notes : what a user should know about the selection, such as why it is empty.
-    provenance : model, SAEs, task, strategy and settings; anything JSON can hold.
+    provenance : model, SAEs, task, strategy and settings, and the samples it was selected and validated on; anything
+        JSON can hold.
     """
 
     features: list[Feature]
     directions: Tensor
     table: dict[int, list[Feature]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.directions.dim() != 2 or len(self.directions) != len(self.features):

@@ -16,6 +16,7 @@ from corrsteer.arguments import number, whole
 from corrsteer.tasks import graders
 from corrsteer.tasks.examples import Example
 from corrsteer.tasks.graders import Grader, TaskError
+from corrsteer.tasks.identity import TaskIdentity, fingerprint, pack_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """Examples and the grader that scores their completions. ``grader_name`` is what provenance records."""
+    """Examples and the grader that scores their completions.
+
+    ``grader_name`` is what provenance records, ``part`` which part of a task it is, such as ``train``.
+    """
 
     name: str
     examples: tuple[Example, ...]
@@ -31,6 +35,7 @@ class Task:
     grader_name: str
     chat: bool = False
     system: str | None = None
+    part: str = "all"
 
     def __post_init__(self) -> None:
         if self.system is not None and not self.chat:
@@ -38,6 +43,18 @@ class Task:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    @property
+    def identity(self) -> TaskIdentity:
+        """What its results remember of it."""
+        prints = fingerprint(self.examples, self.chat, self.system)
+        return TaskIdentity(self.name, self.part, self.grader_name, len(self), prints)
+
+    def samples(self, which: Iterable[int] | None = None) -> dict[str, Any]:
+        """A record of its samples, or those numbered, for provenance: small, and enough to know each again."""
+        chosen = self.examples if which is None else [self.examples[at] for at in which]
+        hashes = pack_prompts(example.prompt for example in chosen)
+        return {"task": self.name, "part": self.part, "n": len(chosen), "prompt_hashes": hashes}
 
     def grade(self, completion: str, example: Example) -> float:
         """Reward of one completion: a finite number."""
@@ -97,10 +114,15 @@ class Task:
         second = round(len(groups) * (train + validation))
         third = round(len(groups) * (train + validation + test))
 
-        def part(groups: list[list[Example]]) -> Task:
-            return replace(self, examples=tuple(example for group in groups for example in group))
+        def part(name: str, groups: list[list[Example]]) -> Task:
+            name = name if self.part == "all" else f"{self.part}/{name}"
+            return replace(self, examples=tuple(example for group in groups for example in group), part=name)
 
-        return part(groups[:first]), part(groups[first:second]), part(groups[second:third])
+        return (
+            part("train", groups[:first]),
+            part("validation", groups[first:second]),
+            part("test", groups[second:third]),
+        )
 
     def take(self, n: int) -> Task:
         """The first n examples, or all if there are fewer."""

@@ -159,6 +159,21 @@ def test_without_json_results_are_text_on_stdout_and_progress_is_on_stderr(world
     assert "contrastive" in result.stdout and " ± " in result.stdout and " to " in result.stdout
 
 
+@pytest.mark.parametrize(("arguments", "seen"), (((), 0), (("--part", "all"), 96), (("--part", "train"), 96),
+                                                 (("--split-seed", 3), None)))  # fmt: skip
+def test_evaluate_says_how_many_of_its_samples_features_were_selected_on(arguments, seen, world, collected, tmp_path):
+    run("select", world / "run", "--out", tmp_path / "s")
+    result = run("evaluate", "--steering", tmp_path / "s", *arguments, "--json")
+    notes = json.loads(result.stdout)["notes"]
+    if seen is None:
+        other = Task.from_jsonl(world / "task.jsonl").split(seed=3)[2].examples
+        trained = {e.prompt for e in Task.from_jsonl(world / "task.jsonl").split()[0].examples}
+        seen = sum(e.prompt in trained for e in other)
+    assert bool(notes) == bool(seen) and all(note.startswith(f"{seen} of the ") for note in notes)
+    text = run("evaluate", "--steering", tmp_path / "s", *arguments).stdout
+    assert (f"note: {seen} of the " in text) == bool(seen)
+
+
 def test_one_yaml_file_serves_every_command_and_takes_hyphens_and_a_mapping_of_saes(world, collected, tmp_path):
     settings = yaml.safe_load((world / "collect.yaml").read_text()) | {"sae": {1: str(world / "sae1")}, "limit": 9}
     settings["max-new-tokens"] = settings.pop("max_new_tokens")
