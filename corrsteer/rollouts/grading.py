@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from tqdm.auto import tqdm
 
+from corrsteer.compatibility import warn_once
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm.generation import Decoding, complete, plan_batches, tokenize
 from corrsteer.tasks import Task
@@ -67,6 +68,7 @@ def grade(
     progress: bool = True,
 ) -> Graded:
     """Complete and grade every example, with the model as it is (inside `Steering.apply`, steered)."""
+    warn_once()
     decoding = decoding or Decoding()
     prompts = tokenize(model, tokenizer, task, decoding)
     completions, rewards = [""] * len(task), [0.0] * len(task)

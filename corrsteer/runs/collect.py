@@ -10,6 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from corrsteer.arguments import whole
+from corrsteer.compatibility import warn_once
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm import hook_points
 from corrsteer.lm.generation import Decoding, tokenize
@@ -103,6 +104,7 @@ def collect(
     CollectionStopped : for whatever goes wrong later, such as activations that are NaN or infinite, a grader that
         fails, or an interrupt from the keyboard; the batches collected before are in its `run`.
     """
+    warn_once()
     decoding = decoding or Decoding()
     encoders = {whole("each layer of encoders", layer, 0): encoder for layer, encoder in encoders.items()}
     options = Options(

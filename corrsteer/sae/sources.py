@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from corrsteer.compatibility import warn_once
 from corrsteer.errors import CorrSteerError
 from corrsteer.sae.releases import check_names
 from corrsteer.types import PathLike
@@ -163,6 +164,7 @@ def open_decoder(source: dict[str, Any]) -> Decoder:
 
 def load_pretrained(release: str, sae_id: str) -> SAE[Any]:
     """SAELens' own loader, on the CPU and in float32, with its complaints about names and downloads as ours."""
+    warn_once()
     check_names(release, sae_id)
     from sae_lens import SAE
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from corrsteer.arguments import number, wholes
+from corrsteer.compatibility import warn_once
 from corrsteer.errors import CorrSteerError
 from corrsteer.files import to_json, write_tensors
 from corrsteer.lm import hook_points
@@ -185,6 +186,7 @@ def apply_rows(
     rows : which of them each of the batch's B rows gets, -1 for none; None gives every row the first.
     model, positions, scale : as for `Steering.apply`.
     """
+    warn_once()
     scale = check_application(positions, scale)
     chosen = None
     if rows is not None:
