@@ -12,6 +12,8 @@ from typing import Any
 
 from corrsteer.errors import CorrSteerError
 
+LARGEST_SEED = 2**32 - 1  # what every generator of random numbers takes
+
 
 def whole(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
     """The value as an int, which `least` and `most` bound; 3.0 is whole, 2.5 and True are not."""

@@ -12,23 +12,29 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-
 from corrsteer.errors import CorrSteerError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
+def write_utf8(path: str | os.PathLike[str], text: str) -> None:
     """Write a UTF-8 file, see `write_whole`."""
     write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file, see `write_whole`."""
-    write_whole(path, lambda part: save_file(tensors, str(part), metadata=metadata))
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file  # which imports torch, and the command line does without
+
+    def write(part: Path) -> None:
+        try:
+            save_file(tensors, str(part), metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    write_whole(path, write)
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
@@ -52,7 +58,7 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -
         os.chmod(part, stat.S_IMODE(like))  # safetensors' own files are nobody else's to read
         _sync(part)
         os.replace(part, target)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CorrSteerError(
             f"{path} cannot be written ({error}); give a path in a folder that exists, with room and the right to write"
         ) from None

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from corrsteer import CorrSteerError, Evidence, Moments, Steering
-from corrsteer.files import plain, to_json, write_text
+from corrsteer.files import plain, to_json, write_utf8
 
 STEERING = Steering.from_vectors({"blocks.1.hook_resid_post": torch.ones(3)})
 WRITERS = {"steering": STEERING.save, "moments": Moments(3).save, "evidence": Evidence(3).save}
@@ -20,11 +20,11 @@ def fails(*_, **__):
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("step", ("save_file", "os.fsync", "os.replace"))
+@pytest.mark.parametrize("step", ("safetensors.torch.save_file", "os.fsync", "os.replace"))
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(name, step, tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"old")
-    monkeypatch.setattr(f"corrsteer.files.{step}", fails)
+    monkeypatch.setattr(step, fails)
     with pytest.raises(CorrSteerError, match="file cannot be written .*No space left on device.*; give a path"):
         WRITERS[name](tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
@@ -53,7 +53,7 @@ def test_what_is_no_file_is_neither_replaced_nor_removed(path, tmp_path, monkeyp
 
 
 def test_text_is_utf_8(tmp_path):
-    write_text(tmp_path / "a", "é ±")
+    write_utf8(tmp_path / "a", "é ±")
     assert (tmp_path / "a").read_bytes() == "é ±".encode()
 
 

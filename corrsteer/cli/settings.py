@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from corrsteer.arguments import LARGEST_SEED
 from corrsteer.errors import CorrSteerError
-from corrsteer.lm.generation import LARGEST_SEED
 
 
 class Settings(BaseModel):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from corrsteer.arguments import number, whole
+from corrsteer.arguments import LARGEST_SEED, number, whole
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm import hook_points
 from corrsteer.tasks import Task
@@ -17,9 +17,6 @@ from corrsteer.types import Device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-LARGEST_SEED = 2**32 - 1  # what every generator of random numbers takes
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from corrsteer.errors import CorrSteerError
-from corrsteer.files import sync_folder, to_json, write_tensors, write_text
+from corrsteer.files import sync_folder, to_json, write_tensors, write_utf8
 from corrsteer.lm.hook_points import HookPoint
 from corrsteer.ops import Moments
 from corrsteer.sae.sources import Decoder, open_decoder
@@ -122,7 +122,7 @@ class Run:
         text = to_json(self._described(names), indent=2)  # before anything is written or removed
         _remove(directory, cut_off)
         try:
-            write_text(directory / NEXT, text)
+            write_utf8(directory / NEXT, text)
             for layer, states in (*self.moments.items(), *self.evidence.items()):
                 for pool, state in states.items():
                     state.save(directory / names[layer, pool, type(state)])

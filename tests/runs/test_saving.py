@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 
 from corrsteer import CorrSteerError, Decoding, Run, Steering, collect, select
-from corrsteer import files as files_module
 
 OURS = {"layer_10.safetensors", "layer_1.max.2.safetensors", "notes.txt", "layer_7.max.safetensors", ".writable"}
 
@@ -100,7 +99,7 @@ class Steps:
         for step in STEPS[:-1]:
             function = getattr(os, step.split(".")[1])
             monkeypatch.setattr(step, lambda *a, function=function, **k: self.step(lambda: function(*a, **k)))
-        monkeypatch.setattr(files_module, "save_file", self.save)
+        monkeypatch.setattr("safetensors.torch.save_file", self.save)
 
     def step(self, act):
         self.count += 1
