@@ -18,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (HERE / "corrsteer" / "version.py").read_text())[1]
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "corrsteer" / "version.py").read_text(encoding="utf-8"))[1]
 
 # A multiplication and an addition become one instruction, and comparisons need not mind floating-point exceptions;
 # nothing else is loosened: sums keep their order, and NaN stays NaN.

@@ -84,7 +84,7 @@ def run_tests(seconds: float) -> dict[str, Any]:
             status = subprocess.run(command, cwd=record.ROOT, env=environment, timeout=seconds).returncode
         except subprocess.TimeoutExpired:
             status = None
-        counts = count(report.read_text()) if report.exists() else {}
+        counts = count(report.read_text(encoding="utf-8")) if report.exists() else {}
     return {**counts, "exit_status": status, "timed_out": status is None, "seconds": time.monotonic() - start}
 
 

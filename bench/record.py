@@ -43,7 +43,7 @@ def write(result: dict[str, Any], directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{stem(result)}.json"
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(part, path)
     return path
 
@@ -71,7 +71,7 @@ def write_study(result: dict[str, Any], directory: Path) -> Path:
         else:
             lines.append(f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}")
     path = directory / f"{result['schema'].removeprefix('corrsteer.')}.json"
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     return path
 
 
@@ -119,7 +119,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 def _cpu() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    named = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else None
     return {
         "type": "cpu",
         "name": named[1].strip() if named else platform.processor() or platform.machine(),

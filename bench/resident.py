@@ -17,7 +17,7 @@ def peak(call: Callable[[], object]) -> int | None:
     """
     try:
         ctypes.CDLL(None).malloc_trim(0)
-        CLEAR.write_text("5")  # the high-water mark starts anew
+        CLEAR.write_text("5", encoding="utf-8")  # the high-water mark starts anew
     except (OSError, AttributeError):
         call()
         return None
@@ -27,4 +27,4 @@ def peak(call: Callable[[], object]) -> int | None:
 
 
 def _bytes(name: str) -> int:
-    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text())[1])
+    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text(encoding="utf-8"))[1])

@@ -281,7 +281,8 @@ def main() -> int:
         import triton
 
         options.json.write_text(
-            json.dumps({"triton": triton.__version__, "reports": [asdict(r) for r in reports]}, indent=1) + "\n"
+            json.dumps({"triton": triton.__version__, "reports": [asdict(r) for r in reports]}, indent=1) + "\n",
+            encoding="utf-8",
         )
     faulty = [report for report in reports if report.faults]
     print(f"{len(reports)} compiled, {len(faulty)} of them not fit to ship")

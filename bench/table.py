@@ -233,7 +233,7 @@ def load(directory: Path) -> list[dict[str, Any]]:
     """The result files of a directory, by name."""
     results = []
     for path in sorted(directory.glob("*.json")):
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
         if (result.get("schema"), result.get("version")) != (record.SCHEMA, record.VERSION):
             raise SystemExit(f"{path.name} must be a {record.SCHEMA} file of version {record.VERSION}; measure again")
         results.append(result)
@@ -244,7 +244,7 @@ def calibration(study: Path) -> str:
     """What the simulation of p-values and intervals came to."""
     from bench import calibration  # which needs SciPy, and `bench.gpu` does not
 
-    result = json.loads(study.read_text())
+    result = json.loads(study.read_text(encoding="utf-8"))
     return "\n\n".join(
         [
             f"`python -m bench.calibration --seed {result['seed']}` simulates sparse, heavy-tailed features:",
@@ -262,7 +262,7 @@ def propositions(study: Path) -> str:
     """What the simulation of the paper's statements on sampling came to."""
     from bench import propositions
 
-    result = json.loads(study.read_text())
+    result = json.loads(study.read_text(encoding="utf-8"))
     return "\n\n".join(
         [
             f"`python -m bench.propositions --seed {result['seed']}` puts them to simulation:",
@@ -298,13 +298,13 @@ def main(arguments: list[str] | None = None, root: Path = record.ROOT) -> int:
     options = parser.parse_args(arguments)
     folder, stale = root / "bench" / "results", []
     for name, blocks in DOCUMENTS.items():
-        old = new = (root / name).read_text()
+        old = new = (root / name).read_text(encoding="utf-8")
         for block, generate, source in blocks:
             new = renewed(new, block, generate(folder / source))
         if new != old:
             stale.append(name)
         if not options.check:
-            (root / name).write_text(new)
+            (root / name).write_text(new, encoding="utf-8")
     if options.check:
         if stale:
             print(f"{', '.join(stale)}: not what bench/results says; run python -m bench.table", file=sys.stderr)

@@ -101,9 +101,9 @@ def main() -> int:
     file["about"] = "Measured by python -m bench.tune."
     file["tuned"] = {name: value for name, value in record.new(device).items() if name != "cases"}
     path = options.out / f"{torch.cuda.get_device_name(device).replace(' ', '_')}.json"
-    path.write_text(json.dumps(file, indent=1) + "\n")
+    path.write_text(json.dumps(file, indent=1) + "\n", encoding="utf-8")
     if options.log:
-        options.log.write_text(json.dumps(log, indent=1) + "\n")
+        options.log.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")
     return 0
 

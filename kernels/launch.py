@@ -27,7 +27,7 @@ SHIPPED = ("sm_80", "sm_90", "sm_100")
 @functools.cache
 def read(name: str) -> dict[str, Any]:
     """The file of a GPU, such as `NVIDIA_H200`, or of an architecture, such as `sm_90`."""
-    return json.loads((CONFIGS / f"{name}.json").read_text())
+    return json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """The package as installed: what importing costs, and that a wheel is all it takes."""
 
+import ast
 import importlib.metadata
 import importlib.util
 import json
@@ -34,6 +35,11 @@ def test_importing_corrsteer_takes_under_half_a_second_beyond_torch_and_no_heavy
     assert min(float(seconds) for seconds, _ in runs) < 0.5
 
 
+def test_the_command_line_says_what_it_can_without_importing_torch():
+    heavy = {"torch", "numpy", "safetensors", "transformers", "sae_lens"}
+    assert python(f"import corrsteer.cli, sys; print({heavy} & set(sys.modules))").strip() == "set()"
+
+
 def test_every_public_name_can_be_imported_and_is_documented():
     assert set(corrsteer.__all__) == {*corrsteer._HOME, "__version__"}
     for name in corrsteer.__all__:
@@ -48,6 +54,22 @@ def test_kernels_are_not_taken_for_the_hugging_face_package_of_that_name(where, 
     code = "import transformers, corrsteer.kernels; print(transformers.utils.is_kernels_available())"
     cwd = request.config.rootpath if where == "the repository" else tmp_path
     assert python(code, cwd=cwd).split() == ["False"]
+
+
+def test_every_text_file_is_opened_with_its_encoding_and_not_the_locales(request):
+    root = request.config.rootpath
+    files = [root / "setup.py", *(path for folder in ("corrsteer", "kernels", "bench", "docs")
+                                  for path in (root / folder).rglob("*.py"))]  # fmt: skip
+    found = []
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(getattr(node, "func", None), "attr", getattr(getattr(node, "func", None), "id", ""))
+            of_os = getattr(getattr(getattr(node, "func", None), "value", None), "id", "") == "os"  # of descriptors
+            if name in ("open", "read_text", "write_text", "fdopen") and not of_os:
+                binary = any(isinstance(a, ast.Constant) and "b" in str(a.value) for a in node.args)
+                if not binary and "encoding" not in {keyword.arg for keyword in node.keywords}:
+                    found.append(f"{path.relative_to(root)}:{node.lineno}")
+    assert len(files) > 80 and not found, found
 
 
 def test_no_top_level_module_named_kernels_is_installed(wheel, tmp_path):

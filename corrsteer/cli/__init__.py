@@ -6,11 +6,12 @@ A user's mistake ends with one line and exit status 1; `--traceback` shows where
 
 # each registers its command, in the order of the help
 from corrsteer.cli import demo, collect, select, calibrate, evaluate, generate, plan, doctor  # noqa: F401, I001
-from corrsteer.cli.app import app
+from corrsteer.cli.app import app, take_every_character
 
 __all__ = ["app", "main"]
 
 
 def main() -> None:
     """Entry point."""
+    take_every_character()
     app()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
+import io
 import logging
+import sys
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ import typer
 
 from corrsteer.cli.options import Given, flags
 from corrsteer.errors import CorrSteerError
+from corrsteer.files import to_json
 from corrsteer.version import __version__
 
 app: typer.Typer = typer.Typer(
@@ -64,6 +66,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 values = {flag.name: arguments.pop(flag.name) for flag in derived}
                 arguments["given"] = Given(settings, values.pop("config"), values)
             function(**arguments)
+        except BrokenPipeError:  # whoever read our output has left, which Typer ends without a word
+            raise
         except (CorrSteerError, OSError) as error:
             if _show_traceback:
                 raise
@@ -77,6 +81,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return app.command(name=function.__name__)(run)
 
 
+def take_every_character() -> None:
+    """Have stdout and stderr escape what the terminal's encoding lacks, rather than fail on it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def say(text: str) -> None:
     """Tell people something along the way."""
     typer.echo(text, err=True)
@@ -85,4 +96,4 @@ def say(text: str) -> None:
 def emit(result: dict[str, Any], as_json: bool, text: str, notes: Iterable[str] = ()) -> None:
     """Print a command's result, as JSON or as text with its notes."""
     lines = [text, *(f"note: {note}" for note in notes)]
-    typer.echo(json.dumps(result, indent=2) if as_json else "\n".join(lines))
+    typer.echo(to_json(result, indent=2) if as_json else "\n".join(lines))

@@ -24,19 +24,20 @@ def calibrate(
 ) -> None:
     """Choose how strongly to steer, by the score of the validation part of the task that was collected on."""
     from corrsteer.cli import inputs
-    from corrsteer.experiments.scaling import SCALES, calibrate_scale
+    from corrsteer.experiments.scaling import SCALES, calibrate_scale, check_scaling
     from corrsteer.report.tables import table
     from corrsteer.steering.steering import Steering
 
-    inputs.check_folder(out)
+    inputs.check_file(out)
     loaded = Steering.load(steering)
+    scales = check_scaling(loaded, SCALES if try_scale is None else try_scale)
     settings = given.read(inputs.recorded(loaded.provenance, "validation"))
     validation = inputs.load_task(settings)
     model, tokenizer = inputs.load_model(settings)
     loaded.check(model)
     scaled = calibrate_scale(
         model, tokenizer, loaded, validation,
-        scales=try_scale or SCALES, positions=settings.positions, decoding=inputs.decoding(settings),
+        scales=scales, positions=settings.positions, decoding=inputs.decoding(settings),
     )  # fmt: skip
     scaled.save(out)
     found = scaled.provenance["calibration"]

@@ -24,24 +24,27 @@ def collect(
 ) -> None:
     """Generate and grade a task's completions, and correlate every SAE feature with the reward."""
     settings = given.read()
-    from corrsteer.stats.evidence import SCORES
-
-    for name in settings.score:
-        if name not in SCORES:
-            raise CorrSteerError(f"score must be among {', '.join(SCORES)}, got {name!r}")
     from corrsteer.cli import inputs
     from corrsteer.experiments.selection import selectable
     from corrsteer.runs.collect import CollectionStopped
     from corrsteer.runs.collect import collect as collect_
+    from corrsteer.runs.options import Options
 
+    same = ("pool", "positions", "permutations", "bootstrap", "block_size", "shuffle_seed", "patience",
+            "statistics_bytes", "buffer_bytes", "backend")  # fmt: skip
+    asked = {name: getattr(settings, name) for name in same} | {
+        "coefficient_pool": settings.coefficient_pool or settings.pool,
+        "scores": tuple(dict.fromkeys(("pearson", *settings.score))),
+    }
+    Options(**asked, patience_layers=None)  # refuses what it must before a model is loaded
+    sources = inputs.parse_saes(settings.sae)
+    inputs.check_saes(sources)
     _prepare(settings.out, force)
     task = inputs.load_task(settings)
     model, tokenizer = inputs.load_model(settings)
-    encoders = inputs.load_encoders(settings.sae, model)
+    encoders = inputs.load_encoders(sources, model)
     if settings.precision:
         encoders = {layer: encoder.to(precision=settings.precision) for layer, encoder in encoders.items()}
-    same = ("pool", "coefficient_pool", "positions", "hook_offset", "permutations", "bootstrap", "block_size",
-            "shuffle_seed", "patience", "statistics_bytes", "buffer_bytes", "backend")  # fmt: skip
     try:
         run = collect_(
             model,
@@ -49,10 +52,10 @@ def collect(
             encoders,
             task,
             decoding=inputs.decoding(settings),
-            scores=tuple(dict.fromkeys(("pearson", *settings.score))),
             exclude_tokens=() if settings.keep_bos else None,
+            hook_offset=settings.hook_offset,
             patience_layers=selectable(encoders) or None,
-            **{name: getattr(settings, name) for name in same},
+            **asked,
         )
     except CollectionStopped as stopped:
         if stopped.run.n == 0:
@@ -99,14 +102,15 @@ def _print(run: Run, out: Path, json: bool) -> None:
 
 def _prepare(out: Path, force: bool) -> None:
     """See that a run can be written before it is collected."""
+    from corrsteer.cli import inputs
+
     if (out / "run.json").exists() and not force:
         raise CorrSteerError(f"out {out} already holds a run; give another directory, or --force to replace it")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
     except OSError as error:
         raise CorrSteerError(f"out {out} cannot be written to ({error.strerror}); give another directory") from None
+    inputs.check_writable(out)
 
 
 def _save(run: Run, settings: CollectSettings) -> None:

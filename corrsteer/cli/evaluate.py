@@ -50,4 +50,4 @@ def evaluate(
         ],
         indent="",
     )
-    emit(result.to_dict(), json, text)
+    emit(result.to_dict(), json, text, result.notes)

@@ -27,8 +27,6 @@ def generate(
 
     loaded = Steering.load(steering)
     settings = given.read(inputs.recorded(loaded.provenance, "all"))
-    model, tokenizer = inputs.load_model(settings)
-    loaded.check(model)
     task = Task.from_rows(
         [{"prompt": text} for text in prompt],
         grader=lambda completion, example: 0.0,
@@ -36,6 +34,8 @@ def generate(
         chat=settings.chat,
         system=settings.system,
     )
+    model, tokenizer = inputs.load_model(settings)
+    loaded.check(model)
     before = grade(model, tokenizer, task, inputs.decoding(settings), progress=False).completions
     with loaded.apply(model, settings.positions, settings.scale):
         after = grade(model, tokenizer, task, inputs.decoding(settings), progress=False).completions

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from corrsteer.errors import CorrSteerError
 from corrsteer.lm.generation import Decoding
 from corrsteer.lm.hook_points import width
 from corrsteer.sae.encoder import SparseEncoder
+from corrsteer.sae.releases import check_names
+from corrsteer.sae.sources import read_config
 from corrsteer.tasks import Task
 
 
@@ -37,22 +42,43 @@ def load_task(given: TaskSettings) -> Task:
     return task if given.limit is None else task.take(given.limit)
 
 
-def load_encoders(sources: list[str], model: nn.Module) -> dict[int, SparseEncoder]:
-    """Encoders by layer, of entries LAYER=SOURCE."""
-    encoders: dict[int, SparseEncoder] = {}
-    for entry in sources:
+def parse_saes(entries: list[str]) -> dict[int, str]:
+    """Sources by layer, of entries LAYER=SOURCE."""
+    sources: dict[int, str] = {}
+    for entry in entries:
         layer, separator, source = entry.partition("=")
-        if not separator or not layer.isdigit():
+        if not separator or not re.fullmatch("[0-9]+", layer):
             raise CorrSteerError(f"sae must be LAYER=SOURCE, got {entry!r}")
-        if int(layer) in encoders:
+        if int(layer) in sources:
             raise CorrSteerError(f"sae gives layer {layer} twice; give one SAE a layer")
+        sources[int(layer)] = source
+    return sources
+
+
+def check_saes(sources: dict[int, str]) -> None:
+    """Raise for a source that cannot be one, by what this machine knows."""
+    for source in sources.values():
+        if _is_release(source):
+            check_names(*source.split(":", 1))
+        elif source != "identity":
+            read_config(source)
+
+
+def _is_release(source: str) -> bool:
+    return ":" in source and not Path(source).is_dir()
+
+
+def load_encoders(sources: dict[int, str], model: nn.Module) -> dict[int, SparseEncoder]:
+    """Encoders by layer, from where each lies."""
+
+    def load(source: str) -> SparseEncoder:
         if source == "identity":
-            encoders[int(layer)] = SparseEncoder.identity(width(model))
-        elif ":" in source and not Path(source).is_dir():
-            encoders[int(layer)] = SparseEncoder.from_pretrained(*source.split(":", 1))
-        else:
-            encoders[int(layer)] = SparseEncoder.load(source)
-    return encoders
+            return SparseEncoder.identity(width(model))
+        if _is_release(source):
+            return SparseEncoder.from_pretrained(*source.split(":", 1))
+        return SparseEncoder.load(source)
+
+    return {layer: load(source) for layer, source in sources.items()}
 
 
 def load_model(given: ModelSettings) -> tuple[nn.Module, Any]:
@@ -83,7 +109,19 @@ def recorded(provenance: dict[str, Any], part: str) -> dict[str, Any]:
     return provenance.get("settings", {}) | {"part": part, "positions": "generated", "limit": None}
 
 
-def check_folder(out: Path) -> None:
+def check_file(out: Path) -> None:
     """See that a file can be written before what goes into it is made."""
     if not out.parent.is_dir():
         raise CorrSteerError(f"out {out} cannot be written: there is no folder {out.parent}")
+    if out.exists() and not out.is_file():
+        raise CorrSteerError(f"out {out} cannot be written: it is no file; give the path of one")
+    check_writable(Path(os.path.realpath(out)).parent)
+
+
+def check_writable(folder: Path) -> None:
+    """See that files can be made in a folder, without touching any that is there."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CorrSteerError(f"out {folder} cannot be written to ({error.strerror}); give another folder") from None

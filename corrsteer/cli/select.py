@@ -57,12 +57,15 @@ def select(
     The model, its task and how it is steered are options of `--strategy pruned`; by default they are as collected.
     """
     from corrsteer.cli import inputs
+    from corrsteer.experiments.selection import Choices
     from corrsteer.experiments.selection import select as select_
     from corrsteer.report.tables import feature_table
     from corrsteer.runs.run import Run
 
-    inputs.check_folder(out)
+    inputs.check_file(out)
     loaded = Run.load(run)
+    choices = Choices(strategy, score, alpha, correction, interval, coefficient, direction, layer, top_k)
+    choices = choices.checked(loaded)  # before a model is loaded
     pruning: dict[str, Any] = {}
     if strategy == "pruned":
         settings = given.read(inputs.recorded(loaded.provenance, "validation"))
@@ -74,11 +77,7 @@ def select(
         }  # fmt: skip
     elif given.names:
         raise CorrSteerError(f"{', '.join(given.names)} can only be used with --strategy pruned, which runs the model")
-    steering = select_(
-        loaded, strategy,
-        score=score, alpha=alpha, correction=correction, interval=interval,
-        coefficient=coefficient, direction=direction, layers=layer, top_k=top_k, **pruning,
-    )  # fmt: skip
+    steering = select_(loaded, **vars(choices), **pruning)
     if not steering.features:
         raise CorrSteerError("; ".join(steering.notes))
     steering.save(out)

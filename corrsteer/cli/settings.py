@@ -7,18 +7,28 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from corrsteer.arguments import LARGEST_SEED
 from corrsteer.errors import CorrSteerError
 
 
 class Settings(BaseModel):
     """Settings of a command. A field's description is the help of its flag."""
 
-    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's true and yes are no numbers, which pydantic would read as 1."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and {int, float} & {annotation, *get_args(annotation)}:
+            raise ValueError("must be a number")
+        return value
 
 
 class ChatSettings(Settings):
@@ -41,7 +51,7 @@ class TaskSettings(ChatSettings):
     part: Literal["all", "train", "validation", "test"] = Field(
         default="all", description="all, or the train (80 %), validation (10 %) or test (10 %) part of the task."
     )
-    split_seed: int = Field(default=0, description="Seed of that division.")
+    split_seed: int = Field(default=0, ge=0, description="Seed of that division.")
     limit: int | None = Field(default=None, ge=1, description="Use only the first so many examples of the part.")
 
 
@@ -56,7 +66,7 @@ class ModelSettings(Settings):
     max_new_tokens: int = Field(default=32, ge=1, description="Longest completion, in tokens.")
     temperature: float = Field(default=0.0, ge=0, description="0 decodes greedily.")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus to sample from.")
-    seed: int = Field(default=0, description="Seed of the sampling.")
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="Seed of the sampling.")
     batch_tokens: int = Field(
         default=16384, ge=1, description="Most tokens in a batch, padding and completions counted."
     )
@@ -185,16 +195,19 @@ def read(kind: type[S], config: Path | None, flags: dict[str, Any], defaults: di
             if problem["type"] == "missing":
                 problems.append(f"{name} is missing: give --{name.replace('_', '-')} or put it in the YAML file")
             else:
-                problems.append(f"{name}: {problem['msg']}, got {problem['input']!r}")
+                problems.append(f"{name}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}")
         raise CorrSteerError("; ".join(problems)) from None
 
 
 def _yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise CorrSteerError(f"config {path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        where = f"byte {error.object[error.start]:#04x} at position {error.start}"
+        raise CorrSteerError(f"config {path} is not UTF-8 ({where}); save it as UTF-8") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist is a ValueError
         raise CorrSteerError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise CorrSteerError(f"config {path} must be a mapping of settings, got {type(values).__name__}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from corrsteer.arguments import whole
 from corrsteer.demo import sums
 from corrsteer.experiments.evaluation import evaluate
 from corrsteer.experiments.selection import STRATEGIES, select
@@ -48,7 +49,7 @@ def load() -> tuple[nn.Module, PreTrainedTokenizerBase, dict[int, SparseEncoder]
 
 def tasks(seed: int = 0) -> tuple[Task, Task, Task]:
     """The demo's train, validation and test sums, none of which is in two of them."""
-    splits = sums.splits(seed)
+    splits = sums.splits(whole("seed", seed, 0))
     train = Task.from_rows(splits.train, grader="exact", name="train")
     validation = Task.from_rows(splits.validation, grader="exact", name="validation")
     return train, validation, Task.from_rows(splits.test, grader="exact", name="test")
@@ -72,8 +73,8 @@ def run_demo(
 def _run(seed: int, say: Callable[[str], None], progress: bool) -> dict[str, Any]:
     started = time.monotonic()
     say("Loading a 0.86-million-parameter language model and the SAE of each of its layers ...")
-    model, tokenizer, encoders = load()
     train, validation, test = tasks(seed)
+    model, tokenizer, encoders = load()
     decoding = Decoding(max_new_tokens=4)
     say(
         f"It learnt to write sums like two authors: {sums.CAREFUL}, who is right, and {sums.SLOPPY}, who forgets "
@@ -158,8 +159,8 @@ def _run(seed: int, say: Callable[[str], None], progress: bool) -> dict[str, Any
         "samples": {"train": len(train), "validation": len(validation), "test": len(test)},
         "features": {str(layer): asdict(feature) for layer, feature in best.items()},
         "strategies": {
-            s: {"features": [asdict(f) for f in steerings[s].features], "notes": steerings[s].notes}
-            | e.to_dict(examples=False)
+            s: e.to_dict(examples=False)
+            | {"features": [asdict(f) for f in steerings[s].features], "notes": steerings[s].notes + e.notes}
             for s, e in evaluations.items()
         },
         "examples": changed[:EXAMPLES_SHOWN],
@@ -182,8 +183,8 @@ def _collect(
 
 def _control(seed: int, say: Callable[[str], None], progress: bool) -> dict[str, Any]:
     started = time.monotonic()
-    model, tokenizer, encoders = load()
     train, _, _ = tasks(seed)
+    model, tokenizer, encoders = load()
     decoding = Decoding(max_new_tokens=4)
     say(f"A negative control: {len(train)} sums are completed, and their rewards shuffled among them (seed {seed}).")
     graded = grade(model, tokenizer, train, decoding, progress=progress)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from corrsteer.errors import CorrSteerError
+from corrsteer.experiments.seen_samples import overlap_notes
 from corrsteer.lm.generation import Decoding
 from corrsteer.rollouts.grading import Graded, grade
-from corrsteer.steering.steering import Steering
+from corrsteer.steering.steering import Steering, check_application
 from corrsteer.tasks import Task
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Evaluation:
     p_value : exact two-sided McNemar test of improved against worsened (for rewards that are not 0 or 1, the
         sign test, which is the same computation).
     examples : prompt, answer, both completions and rewards of every sample.
+    notes : what a user should know, such as samples that the steering was selected on.
     """
 
     n: int
@@ -44,6 +45,7 @@ class Evaluation:
     side_effect_ratio: float | None
     p_value: float
     examples: list[dict[str, Any]] = field(repr=False)
+    notes: list[str] = field(default_factory=list)
 
     def to_dict(self, examples: bool = True) -> dict[str, Any]:
         """For JSON."""
@@ -72,10 +74,16 @@ def evaluate(
     positions, scale : as for `Steering.apply`.
     decoding : the same for both.
     unsteered : what `grade` gave for the same task and decoding, to save doing it again.
+
+    Raises
+    ------
+    CorrSteerError : where `unsteered` is of another task, grader or decoding, among others.
     """
+    scale = check_application(positions, scale)
+    decoding = decoding or Decoding()
+    if unsteered is not None:
+        unsteered.check(task, decoding)
     before = unsteered or grade(model, tokenizer, task, decoding, progress=progress)
-    if len(before.rewards) != len(task):
-        raise CorrSteerError(f"unsteered must be graded on this task of {len(task)} samples, got {len(before.rewards)}")
     steered = steering.apply(model, positions, scale) if steering is not None else contextlib.nullcontext()
     with steered:
         after = grade(model, tokenizer, task, decoding, progress=progress)
@@ -98,6 +106,7 @@ def evaluate(
             {"prompt": e.prompt, "answer": e.answer, "before": s, "after": t, "reward_before": a, "reward_after": b}
             for e, s, t, a, b in rows
         ],
+        notes=[] if steering is None else overlap_notes(task, steering.provenance),
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from corrsteer.experiments.seen_samples import SELECTED, overlap_notes, validated
 from corrsteer.lm.generation import Decoding
 from corrsteer.rollouts.grading import grade
 from corrsteer.steering.steering import Steering
@@ -48,6 +49,6 @@ def prune(
         [steering.features[at] for at in kept],
         steering.directions[kept],
         steering.table,
-        notes + steering.notes,
-        steering.provenance,
+        notes + steering.notes + overlap_notes(validation, steering.provenance, (SELECTED,)),
+        validated(steering.provenance, validation),
     )

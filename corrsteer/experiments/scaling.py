@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from corrsteer.arguments import number, several
 from corrsteer.errors import CorrSteerError
 from corrsteer.experiments.evaluation import evaluate
+from corrsteer.experiments.seen_samples import SELECTED, overlap_notes, validated
 from corrsteer.lm.generation import Decoding
 from corrsteer.rollouts.grading import grade
-from corrsteer.steering.steering import Steering
+from corrsteer.steering.steering import Steering, check_application
 from corrsteer.tasks import Task
 
 if TYPE_CHECKING:
@@ -68,11 +70,8 @@ def calibrate_scale(
     ------
     CorrSteerError : for scales that are 0 or not finite, and a steering without features.
     """
-    scales = sorted(set(map(float, scales)), key=abs)
-    if not scales or not all(math.isfinite(s) and s != 0 for s in scales):
-        raise CorrSteerError(f"scales must be finite numbers other than 0, at least one, got {scales}")
-    if not steering.features:
-        raise CorrSteerError("steering has no features to scale: " + ("; ".join(steering.notes) or "select some"))
+    scales = check_scaling(steering, scales)
+    check_application(positions, 1.0)
     unsteered = grade(model, tokenizer, validation, decoding, progress=progress)
     curve = [Point(0.0, unsteered.score, _error(unsteered.rewards), 0, 0)]
     for scale in scales:
@@ -83,7 +82,7 @@ def calibrate_scale(
         rewards = [example["reward_after"] for example in result.examples]
         curve.append(Point(scale, result.steered, _error(rewards), result.improved, result.worsened))
     best = max(curve[1:], key=lambda point: point.score)  # the first of equals
-    notes, chosen = list(steering.notes), best.scale
+    notes, chosen = steering.notes + overlap_notes(validation, steering.provenance, (SELECTED,)), best.scale
     if best.score < unsteered.score:
         chosen = 1.0
         notes.append(
@@ -95,9 +94,18 @@ def calibrate_scale(
         recorded["previous"] = steering.provenance["calibration"]
     recorded["validation"] = {"task": validation.name, "n": len(validation), "positions": positions}
     features = [feature.scaled(chosen) for feature in steering.features]
-    return Steering(
-        features, steering.directions, steering.table, notes, steering.provenance | {"calibration": recorded}
-    )
+    provenance = validated(steering.provenance, validation) | {"calibration": recorded}
+    return Steering(features, steering.directions, steering.table, notes, provenance)
+
+
+def check_scaling(steering: Steering, scales: Sequence[float]) -> list[float]:
+    """Raise unless a steering can be scaled by these, which are given back in the order in which they are tried."""
+    tried = {number("each of scales", scale) for scale in several("scales", scales)}
+    if 0 in tried:
+        raise CorrSteerError("scales must not be 0, which is unsteered and always tried; leave it out")
+    if not steering.features:
+        raise CorrSteerError("steering has no features to scale: " + ("; ".join(steering.notes) or "select some"))
+    return sorted(tried, key=abs)
 
 
 def _error(rewards: Sequence[float]) -> float | None:

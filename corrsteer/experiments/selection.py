@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from corrsteer.arguments import share, whole, wholes
 from corrsteer.errors import CorrSteerError
 from corrsteer.experiments.pruning import prune
+from corrsteer.experiments.seen_samples import SELECTED
 from corrsteer.lm.generation import Decoding
 from corrsteer.ops.moments import COEFFICIENTS, NEGATIVE, POSITIVE
 from corrsteer.runs.run import Run
@@ -20,7 +22,7 @@ from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.stats import inference, scores
 from corrsteer.stats.evidence import SCORES
 from corrsteer.steering.features import CHANCE, Feature, FeatureStatistics
-from corrsteer.steering.steering import Steering
+from corrsteer.steering.steering import Steering, check_application
 from corrsteer.tasks import Task
 
 if TYPE_CHECKING:
@@ -81,21 +83,14 @@ def select(
     ------
     CorrSteerError : for unknown choices, and where the run does not hold what they need.
     """
-    choices = Choices(strategy, score, alpha, correction, interval, coefficient, direction)
-    choices.check(run)
-    if top_k < 1:
-        raise CorrSteerError(f"top_k must be at least 1, got {top_k}")
+    choices = Choices(strategy, score, alpha, correction, interval, coefficient, direction, layers, top_k).checked(run)
     pruned = None
     if strategy == "pruned":
         if model is None or tokenizer is None or validation is None:
             raise CorrSteerError("strategy 'pruned' steers the model: give model, tokenizer and validation")
+        scale = check_application(positions, scale)
         pruned = functools.partial(prune, model=model, tokenizer=tokenizer, validation=validation)
-    unknown = set(layers or ()) - set(run.moments)
-    if unknown:
-        raise CorrSteerError(f"layers must be among those collected, {sorted(run.moments)}, got {sorted(unknown)}")
-    layers = sorted(layers) if layers is not None else selectable(run.moments)
-
-    ranked = _rank(run, choices, layers, top_k)
+    ranked = _rank(run, choices)
     chosen = ranked.best
     if strategy == "single":
         chosen = sorted(chosen, key=lambda f: -abs(f.ranked_by))[:1]
@@ -105,9 +100,8 @@ def select(
         chosen,
         _directions(run, chosen, encoders),
         ranked.table,
-        _reasons(run, choices, layers, chosen, ranked.dropped) + run.notes,
-        run.provenance
-        | {"selection": asdict(choices), "pool": run.pool, "coefficient_pool": run.coefficient_pool, "n": run.n},
+        _reasons(run, choices, chosen, ranked.dropped) + run.notes,
+        _provenance(run, choices),
     )
     if pruned and chosen:
         steering = pruned(
@@ -120,6 +114,19 @@ def select(
             f"(adjusted p > {CHANCE}): " + ", ".join(f"{f.name} (p {f.p_adjusted:.2f})" for f in by_chance)
         )
     return steering
+
+
+def _provenance(run: Run, choices: Choices) -> dict[str, Any]:
+    """That of the run, with what was selected from it and how."""
+    of_run = dict(run.provenance)
+    seen = [of_run.pop("samples")] if "samples" in of_run else []
+    return of_run | {
+        "selection": asdict(choices),
+        "pool": run.pool,
+        "coefficient_pool": run.coefficient_pool,
+        "n": run.n,
+        SELECTED: seen,
+    }
 
 
 def selectable(layers: Iterable[int]) -> list[int]:
@@ -138,9 +145,12 @@ class Choices:
     interval: str
     coefficient: str
     direction: str
+    layers: Sequence[int] | None
+    top_k: int
 
-    def check(self, run: Run) -> None:
-        """Raise for unknown choices, and where the run does not hold what they need."""
+    def checked(self, run: Run) -> Choices:
+        """The same, with the layers that are meant; raises for unknown choices, and where the run lacks what they need.
+        """
         for name, known in (
             ("strategy", STRATEGIES),
             ("score", SCORES),
@@ -151,17 +161,20 @@ class Choices:
         ):
             if getattr(self, name) not in known:
                 raise CorrSteerError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.alpha is not None:
-            self._check_alpha(self.alpha, run)
+        alpha = None if self.alpha is None else share("alpha", self.alpha)
+        if alpha is not None:
+            self._check_alpha(alpha, run)
         if not run.evidence and (self.score, self.interval) != ("pearson", "delta"):
             raise CorrSteerError(
                 f"score {self.score!r} and interval {self.interval!r} need evidence, which this run does not hold; "
                 f"collect again"
             )
+        layers = selectable(run.moments) if self.layers is None else sorted(wholes("layers", self.layers))
+        if unknown := sorted(set(layers) - set(run.moments)):
+            raise CorrSteerError(f"layers must be among those collected, {sorted(run.moments)}, got {unknown}")
+        return replace(self, alpha=alpha, layers=layers, top_k=whole("top_k", self.top_k, 1))
 
     def _check_alpha(self, alpha: float, run: Run) -> None:
-        if not 0 < alpha < 1:
-            raise CorrSteerError(f"alpha must lie between 0 and 1, got {alpha}")
         if run.n and not run.testable(self.score):
             raise CorrSteerError(
                 f"alpha needs p-values, but the run has no permutations of the score {self.score!r}; "
@@ -191,14 +204,14 @@ class _Ranked:
     dropped: list[float]
 
 
-def _rank(run: Run, choices: Choices, layers: Sequence[int], top_k: int) -> _Ranked:
+def _rank(run: Run, choices: Choices) -> _Ranked:
     described = _Describer(run, choices)
     ranked = _Ranked({}, [], [])
     for layer in sorted(run.moments):
         value = described.value(layer)
         rank = {"positive": value, "negative": -value, "both": value.abs()}[choices.direction]
-        ranked.table[layer] = best = described.best(layer, value, rank, top_k)
-        if layer not in layers:
+        ranked.table[layer] = best = described.best(layer, value, rank, choices.top_k)
+        if layer not in (choices.layers or ()):
             continue
         if best and choices.alpha is not None:
             p = getattr(run.significance(choices.score)[layer], CORRECTIONS[choices.correction]).to(rank.device)
@@ -214,9 +227,7 @@ def _no_positive_reward(run: Run) -> bool:
     return bool(moments.label_varies()[0]) and int(moments.n_positive[0]) == 0
 
 
-def _reasons(
-    run: Run, choices: Choices, layers: Sequence[int], chosen: Sequence[Feature], dropped: Sequence[float]
-) -> list[str]:
+def _reasons(run: Run, choices: Choices, chosen: Sequence[Feature], dropped: Sequence[float]) -> list[str]:
     """Why a selection is empty, or is not what it seems."""
     moments = run.moments_of_rewards
     all_positive, reasons = int(moments.n_positive[0]) == run.n, []
@@ -233,16 +244,14 @@ def _reasons(
         reasons.append(
             f"every reward was above 0, so the score {choices.score!r}, which compares with the others, is 0"
         )
-    elif not layers:
+    elif not choices.layers:
         reasons.append("no layer is left to select from: layer 0 is left out unless it is named in layers=[0]")
     elif dropped and not chosen:
         reasons.append(_none_survives(run, min(dropped), choices))
     elif not chosen:
         what = "correlation with the reward" if choices.score == "pearson" else f"score {choices.score!r}"
-        reasons.append(
-            f"no feature of layers {layers} has a {'nonzero' if choices.direction == 'both' else choices.direction} "
-            f"{what} over {run.n} samples"
-        )
+        kind = "nonzero" if choices.direction == "both" else choices.direction
+        reasons.append(f"no feature of layers {choices.layers} has a {kind} {what} over {run.n} samples")
     if choices.coefficient == "contrastive" and chosen and all_positive:
         reasons.append("every reward was above 0, so the contrastive coefficient has nothing to subtract")
     return reasons

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from corrsteer.arguments import whole
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm import hook_points
 from corrsteer.lm.hook_points import HookPoint
@@ -69,15 +70,15 @@ class Capture:
         check_positions(positions, KEPT_POSITIONS)
         if not points:
             raise CorrSteerError("points must name at least one hook point, got none")
-        if max_new_tokens < 1:
-            raise CorrSteerError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+        budget_bytes = whole("budget_bytes", budget_bytes, 0)
         for point in points.values():
             hook_points.check_point(model, point)
         self.model: nn.Module = model
         self.points: dict[Any, HookPoint] = dict(points)
         self.positions: str = positions
         self.max_new_tokens: int = max_new_tokens
-        self.exclude_tokens: list[int] = sorted(set(exclude_tokens))
+        self.exclude_tokens: list[int] = sorted({whole("each of exclude_tokens", token, 0) for token in exclude_tokens})
         self.budget_bytes: int = budget_bytes
         self.sink: Sink | None = sink
         self.flushed: bool = False

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from corrsteer.arguments import LARGEST_SEED, number, whole
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm import hook_points
 from corrsteer.lm.generation_settings import settings
@@ -41,11 +42,16 @@ class Decoding:
     batch_size: int = 256
 
     def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("batch_tokens", 1), ("batch_size", 1), ("temperature", 0)):
-            if getattr(self, name) < least:
-                raise CorrSteerError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0 < self.top_p <= 1:
-            raise CorrSteerError(f"top_p must lie in (0, 1], got {self.top_p}")
+        checked: dict[str, float] = {
+            name: whole(name, getattr(self, name), 1) for name in ("max_new_tokens", "batch_tokens", "batch_size")
+        }
+        checked["seed"] = whole("seed", self.seed, 0, LARGEST_SEED)
+        checked["temperature"] = number("temperature", self.temperature, 0)
+        checked["top_p"] = number("top_p", self.top_p, 0, 1)
+        if checked["top_p"] == 0:
+            raise CorrSteerError("top_p must be above 0 and at most 1, got 0")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
 
 def tokenize(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, decoding: Decoding) -> list[list[int]]:

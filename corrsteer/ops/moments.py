@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from corrsteer.arguments import whole
 from corrsteer.errors import CorrSteerError
+from corrsteer.files import write_tensors
 from corrsteer.types import Device, PathLike
 
 POSITIVE, NEGATIVE = 0, 1
@@ -63,12 +64,10 @@ class Moments:
     group_active_count: Tensor
 
     def __init__(self, d_sae: int, n_labels: int = 1, device: Device = "cpu"):
-        if d_sae < 1 or n_labels < 1:
-            raise CorrSteerError(f"d_sae and n_labels must be at least 1, got d_sae={d_sae}, n_labels={n_labels}")
-        self.d_sae: int = d_sae
-        self.n_labels: int = n_labels
+        self.d_sae: int = whole("d_sae", d_sae, 1)
+        self.n_labels: int = whole("n_labels", n_labels, 1)
         with torch.inference_mode(False):  # made inside of it, they could not be updated outside
-            for name, shape in self.shapes(d_sae, n_labels).items():
+            for name, shape in self.shapes(self.d_sae, self.n_labels).items():
                 setattr(self, name, torch.zeros(shape, dtype=torch.float64, device=device))
 
     @staticmethod
@@ -177,7 +176,7 @@ class Moments:
     def save(self, path: PathLike) -> None:
         """Write the state to a safetensors file; `load` gives it back bit for bit."""
         tensors = {name: tensor.cpu().contiguous() for name, tensor in zip(self.STATE, self.state())}
-        save_file(tensors, str(path), metadata={"format": FORMAT})
+        write_tensors(path, tensors, {"format": FORMAT})
 
     @classmethod
     def load(cls, path: PathLike, device: Device = "cpu") -> Moments:

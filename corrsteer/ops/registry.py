@@ -65,6 +65,12 @@ def choose(call: Call, name: str | None = None) -> Backend:
     return _find(call, name or os.environ.get(ENVIRONMENT) or None)
 
 
+def check_name(name: str) -> None:
+    """Raise unless there is a backend of that name."""
+    if name not in _registry:
+        raise BackendUnavailable(f"backend must be one of {', '.join(_registry)}, got {name!r}")
+
+
 def judge(backend: Backend, call: Call) -> Verdict:
     """Whether a backend can run a call, and why not."""
     if call.operation not in backend.operations:
@@ -75,8 +81,7 @@ def judge(backend: Backend, call: Call) -> Verdict:
 @functools.cache
 def _find(call: Call, name: str | None) -> Backend:
     if name is not None:
-        if name not in _registry:
-            raise BackendUnavailable(f"backend must be one of {', '.join(_registry)}, got {name!r}")
+        check_name(name)
         verdict = judge(_registry[name], call)
         if not verdict.ok:
             raise BackendUnavailable(f"backend {name!r} cannot run {_words(call)}: {verdict.reason}; {verdict.fix}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from typing import Any
 
 import torch
 
+from corrsteer.compatibility import installed, newer_than_tested
 from corrsteer.errors import BackendUnavailable
 from corrsteer.ops import cuda_backend, native_backend, registry
 from corrsteer.report.tables import table
@@ -23,7 +23,8 @@ def examine() -> dict[str, Any]:
     return {
         "corrsteer": __version__,
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: installed(name) for name in PACKAGES},
+        "newer_than_tested": newer_than_tested(),
         "devices": {str(device): _describe(device) for device in devices},
         "extensions": {"native": _native(), "cuda": _cuda()},
         "forced_backend": os.environ.get(registry.ENVIRONMENT) or None,
@@ -44,7 +45,7 @@ def examine() -> dict[str, Any]:
 def text(report: dict[str, Any]) -> str:
     """The report for people."""
     packages = ", ".join(f"{name} {version or 'missing'}" for name, version in report["packages"].items())
-    lines = [f"corrsteer {report['corrsteer']}, Python {report['python']}", packages]
+    lines = [f"corrsteer {report['corrsteer']}, Python {report['python']}", packages, *report["newer_than_tested"]]
     lines += [f"{name}: {described}" for name, described in report["devices"].items()]
     lines += [f"{name} extension: {state}" for name, state in report["extensions"].items()]
     if report["forced_backend"]:
@@ -64,13 +65,6 @@ def text(report: dict[str, Any]) -> str:
     return "\n".join(
         [*lines, "", table(("backend", "device", "operation", "runs", "why not, and the fix"), rows, indent="")]
     )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _describe(device: torch.device) -> str:

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 from torch import nn
 from tqdm.auto import tqdm
 
+from corrsteer.compatibility import warn_once
+from corrsteer.errors import CorrSteerError
 from corrsteer.lm.generation import Decoding, complete, plan_batches, tokenize
 from corrsteer.tasks import Task
+from corrsteer.tasks.identity import TaskIdentity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,15 +20,43 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Graded:
-    """Completions and their rewards, in the task's order."""
+    """Completions and their rewards, in the task's order.
+
+    Attributes
+    ----------
+    task, decoding : what was graded, and how it was generated.
+    """
 
     completions: list[str]
     rewards: list[float]
+    task: TaskIdentity
+    decoding: Decoding
 
     @property
     def score(self) -> float:
         """Mean reward."""
         return sum(self.rewards) / len(self.rewards)
+
+    def check(self, task: Task, decoding: Decoding) -> None:
+        """Raise unless this is of the task, generated like that."""
+        mine, theirs = self.task, task.identity
+        differs = [
+            f"{words} is {getattr(mine, name)}, not {getattr(theirs, name)}"
+            for name, words in (("grader", "grader"), ("samples", "number of samples"))
+            if getattr(mine, name) != getattr(theirs, name)
+        ]
+        if mine.samples == theirs.samples and mine.fingerprint != theirs.fingerprint:
+            differs.append(f"prompts or answers are those of {mine}, not {theirs}")
+        differs += [
+            f"{name} is {value}, not {getattr(decoding, name)}"
+            for name, value in vars(self.decoding).items()
+            if value != getattr(decoding, name)
+        ]
+        if differs:
+            raise CorrSteerError(
+                f"unsteered must be graded on the same task with the same decoding, but its {', its '.join(differs)}; "
+                f"grade this task"
+            )
 
 
 def grade(
@@ -37,6 +68,7 @@ def grade(
     progress: bool = True,
 ) -> Graded:
     """Complete and grade every example, with the model as it is (inside `Steering.apply`, steered)."""
+    warn_once()
     decoding = decoding or Decoding()
     prompts = tokenize(model, tokenizer, task, decoding)
     completions, rewards = [""] * len(task), [0.0] * len(task)
@@ -50,4 +82,4 @@ def grade(
             done += len(batch)
             bar.set_postfix_str(f"reward {total / done:.3f}", refresh=False)
             bar.update(len(batch))
-    return Graded(completions, rewards)
+    return Graded(completions, rewards, task.identity, decoding)

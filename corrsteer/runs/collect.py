@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from corrsteer.arguments import whole
+from corrsteer.compatibility import warn_once
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm import hook_points
 from corrsteer.lm.generation import Decoding, tokenize
@@ -33,8 +35,12 @@ class CollectionStopped(CorrSteerError):
     """Collection could not go on; `run` holds everything up to there."""
 
     def __init__(self, message: str, run: Run):
-        super().__init__(f"{message} (the {run.n} samples collected before are kept)" if run.n else message)
+        super().__init__(message, run)  # both, as unpickling makes it anew from them
+        self.message = message
         self.run = run
+
+    def __str__(self) -> str:
+        return f"{self.message} (the {self.run.n} samples collected before are kept)" if self.run.n else self.message
 
 
 def collect(
@@ -102,15 +108,20 @@ def collect(
     CollectionStopped : for whatever goes wrong later, such as activations that are NaN or infinite, a grader that
         fails, or an interrupt from the keyboard; the batches collected before are in its `run`.
     """
+    warn_once()
     decoding = decoding or Decoding()
-    if exclude_tokens is None:
+    encoders = {whole("each layer of encoders", layer, 0): encoder for layer, encoder in encoders.items()}
+    if positions != "all":
+        exclude_tokens = ()
+    elif exclude_tokens is None:
         exclude_tokens = excluded_tokens(tokenizer, encoders.values())
     options = Options(
         pool=pool, coefficient_pool=coefficient_pool or pool, positions=positions,
-        exclude_tokens=tuple(exclude_tokens) if positions == "all" else (), permutations=permutations,
-        bootstrap=bootstrap, scores=scores, block_size=block_size, shuffle_seed=shuffle_seed, patience=patience,
-        patience_layers=patience_layers, buffer_bytes=buffer_bytes, statistics_bytes=statistics_bytes, backend=backend,
+        permutations=permutations, bootstrap=bootstrap, scores=scores, block_size=block_size,
+        shuffle_seed=shuffle_seed, patience=patience, patience_layers=patience_layers, buffer_bytes=buffer_bytes,
+        statistics_bytes=statistics_bytes, backend=backend, exclude_tokens=exclude_tokens,
     )  # fmt: skip
+    hook_offset = whole("hook_offset", hook_offset)
     points = place(model, encoders, hook_offset)
     prompts = tokenize(model, tokenizer, task, decoding)
     devices = {layer: hook_points.device_of(model, point) for layer, point in points.items()}
@@ -135,9 +146,9 @@ def collect(
         evidence=_allocate_evidence(encoders, devices, options, len(task)),
         provenance=provenance(model, task, encoders, positions, decoding, hook_offset)
         | {"exclude_tokens": list(options.exclude_tokens), "backends": backends}
-        | {"block_size": block_size, "shuffle_seed": shuffle_seed},
+        | {"block_size": options.block_size, "shuffle_seed": options.shuffle_seed},
     )
-    blocks = shuffled_blocks([len(prompt) for prompt in prompts], block_size, shuffle_seed)
+    blocks = shuffled_blocks([len(prompt) for prompt in prompts], options.block_size, options.shuffle_seed)
     collector = BlockCollector(run, model, tokenizer, encoders, task, prompts, decoding, options)
     with tqdm(total=len(task), unit="sample", desc=f"collect {task.name}", disable=not progress) as bar:
         try:
@@ -152,9 +163,9 @@ def collect(
                 reason = str(error)
             else:
                 reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
-            _note_constant_reward(run)
+            _finish(run, task)
             raise CollectionStopped(reason, run) from error
-    _note_constant_reward(run)
+    _finish(run, task)
     return run
 
 
@@ -206,7 +217,9 @@ def _leader(run: Run) -> str:
     return f"reward {mean:.3f}, top L{best[1]}/{best[2]} r={best[0]:.3f}"
 
 
-def _note_constant_reward(run: Run) -> None:
+def _finish(run: Run, task: Task) -> None:
+    """Record which samples were seen, and note a reward that never varied."""
+    run.provenance["samples"] = task.samples(run.rewards.isfinite().nonzero()[:, 0].tolist())
     if run.n and not bool(run.moments_of_rewards.label_varies().any()):
         run.notes.append(
             f"every one of the {run.n} rewards was {run.rewards.nanmean().item():g}, so nothing correlates with them "

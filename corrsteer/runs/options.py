@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from corrsteer.arguments import whole, wholes
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm.capture import KEPT_POSITIONS
 from corrsteer.lm.token_positions import check_positions
+from corrsteer.ops import registry
 from corrsteer.sae.encoder import SIGNED, SparseEncoder
-from corrsteer.stats.evidence import BINNED, Evidence
+from corrsteer.stats.evidence import BINNED, Evidence, known_scores
 from corrsteer.types import Device
 
 FEWEST_PERMUTATIONS = 19  # with which a p-value can be 0.05
@@ -22,7 +25,6 @@ class Options:
     pool: str
     coefficient_pool: str
     positions: str
-    exclude_tokens: tuple[int, ...]
     permutations: int
     bootstrap: int
     scores: Sequence[str]
@@ -33,16 +35,30 @@ class Options:
     buffer_bytes: int
     statistics_bytes: int
     backend: str | None
+    exclude_tokens: Collection[int] = ()
 
     def __post_init__(self) -> None:
         check_positions(self.positions, KEPT_POSITIONS)
         for name in self.pools:
             if name not in ("mean", "max"):
                 raise CorrSteerError(f"pool must be mean or max, got {name!r}")
-        for name, least in (("block_size", 1), ("patience", 1), ("shuffle_seed", 0)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise CorrSteerError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        checked: dict[str, Any] = {
+            name: whole(name, getattr(self, name), least)
+            for name, least in (
+                ("permutations", 0), ("bootstrap", 0), ("block_size", 1), ("shuffle_seed", 0), ("buffer_bytes", 1),
+                ("statistics_bytes", 1),
+            )
+        }  # fmt: skip
+        if self.patience is not None:
+            checked["patience"] = whole("patience", self.patience, 1)
+        if self.patience_layers is not None:
+            checked["patience_layers"] = wholes("patience_layers", self.patience_layers, 0)
+        checked["scores"] = known_scores(self.scores)
+        checked["exclude_tokens"] = [whole("each of exclude_tokens", token, 0) for token in self.exclude_tokens]
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        if self.backend is not None:
+            registry.check_name(self.backend)
         if 0 < self.permutations < FEWEST_PERMUTATIONS:
             raise CorrSteerError(
                 f"permutations must be 0 or at least {FEWEST_PERMUTATIONS}, as with fewer no p-value can be as small "
@@ -59,7 +75,7 @@ class Options:
     def check_encoders(self, encoders: Mapping[int, SparseEncoder]) -> None:
         """Raise unless what is asked of these encoders and layers can be had."""
         layers = self.patience_layers
-        if layers is not None and not (layers and set(layers) <= set(encoders)):
+        if layers is not None and not set(layers) <= set(encoders):
             raise CorrSteerError(f"patience_layers must be some of {sorted(encoders)}, got {sorted(layers)}")
         for layer, encoder in encoders.items():
             if self.evidence(encoder, self.pool, "meta").histograms and encoder.activation in SIGNED:

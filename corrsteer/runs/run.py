@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import os
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from corrsteer.errors import CorrSteerError
+from corrsteer.files import sync_folder, to_json, write_tensors, write_utf8
 from corrsteer.lm.hook_points import HookPoint
 from corrsteer.ops import Moments
 from corrsteer.sae.sources import Decoder, open_decoder
@@ -19,6 +25,10 @@ from corrsteer.stats import inference, scores
 from corrsteer.stats.evidence import Evidence
 from corrsteer.stats.stability import Leader, Snapshot
 from corrsteer.types import PathLike
+
+FORMAT = "corrsteer.run/2"
+INDEX, NEXT = "run.json", "run.json.next"  # what a run is made of, and the same of one that is being written
+OWN = re.compile(r"(layer_\d+\.(mean|max)(\.evidence)?|rewards)(\.\d+)?\.safetensors")  # a run's files, and no other
 
 
 @dataclass
@@ -35,7 +45,7 @@ class Run:
     rewards : `[n]` float64, in the task's order; NaN for samples that a stopped collection did not reach.
     pool, coefficient_pool : pooling for the correlation and for the coefficient.
     notes : what a user should know, such as a reward that never varied.
-    provenance : model, task, SAEs, decoding and versions; anything JSON can hold.
+    provenance : model, task, SAEs, decoding, versions and samples (see `Task.samples`); anything JSON can hold.
     """
 
     moments: dict[int, dict[str, Moments]]
@@ -47,7 +57,7 @@ class Run:
     evidence: dict[int, dict[str, Evidence]] = field(default_factory=dict)
     snapshots: list[Snapshot] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict, repr=False)
     _tested: dict[tuple[str, int], dict[int, inference.Significance]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -93,60 +103,106 @@ class Run:
     def save(self, directory: PathLike) -> None:
         """Write the run to a directory: `run.json`, the rewards and each layer's moments and evidence.
 
-        Evidence is the largest part, 8 bytes a feature and permutation.
+        A run that is there is replaced, and any other file left alone. The new run is written beside the old one,
+        which takes room for both, and takes its place in one step: whatever happens, the directory holds one or the
+        other whole. Evidence is the largest part, 8 bytes a feature and permutation.
+
+        Raises
+        ------
+        CorrSteerError : where it cannot be written.
         """
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "run.json").unlink(missing_ok=True)  # written last, so that half a run is none
-        for stale in directory.glob("layer_*.safetensors"):
-            stale.unlink()
-        for layer, moments in self.moments.items():
-            for pool, state in moments.items():
-                state.save(directory / f"layer_{layer}.{pool}.safetensors")
-        for layer, evidences in self.evidence.items():
-            for pool, evidence in evidences.items():
-                evidence.save(directory / f"layer_{layer}.{pool}.evidence.safetensors")
-        save_file({"rewards": self.rewards}, str(directory / "rewards.safetensors"))
-        described = {
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CorrSteerError(f"{directory} cannot be written to ({error}); give another directory") from None
+        old = _files_of(directory / INDEX)
+        cut_off = _files_of(directory / NEXT) - old  # of a save that did not come to its end
+        names = self._names(directory, cut_off)
+        text = to_json(self._described(names), indent=2)  # before anything is written or removed
+        _remove(directory, cut_off)
+        try:
+            write_utf8(directory / NEXT, text)
+            for layer, states in (*self.moments.items(), *self.evidence.items()):
+                for pool, state in states.items():
+                    state.save(directory / names[layer, pool, type(state)])
+            write_tensors(directory / names["rewards"], {"rewards": self.rewards}, {})
+            os.replace(directory / NEXT, directory / INDEX)
+        except BaseException:
+            _remove(directory, {NEXT, *names.values()})
+            raise
+        sync_folder(directory)
+        _remove(directory, old)
+
+    def _names(self, directory: Path, reusable: set[str]) -> dict[Any, str]:
+        """A file name for every part, none of which is taken."""
+        parts: dict[Any, str] = {"rewards": "rewards"}
+        for layer, states in self.moments.items():
+            parts |= {(layer, pool, Moments): f"layer_{layer}.{pool}" for pool in states}
+        for layer, states in self.evidence.items():
+            parts |= {(layer, pool, Evidence): f"layer_{layer}.{pool}.evidence" for pool in states}
+
+        def numbered(number: int) -> dict[Any, str]:
+            ending = ".safetensors" if number == 1 else f".{number}.safetensors"
+            return {part: name + ending for part, name in parts.items()}
+
+        def free(names: Iterable[str]) -> bool:
+            return not any(os.path.lexists(directory / name) for name in set(names) - reusable)
+
+        return next(names for names in map(numbered, itertools.count(1)) if free(names.values()))
+
+    def _described(self, names: Mapping[Any, str]) -> dict[str, Any]:
+        """Everything but arrays, and the files that these are in."""
+        return {
+            "format": FORMAT,
             "layers": {
                 str(layer): {
                     "point": str(point),
                     "decoder": self.decoders[layer].source,
-                    "pools": list(self.moments[layer]),
+                    "moments": {pool: names[layer, pool, Moments] for pool in self.moments[layer]},
+                    "evidence": {pool: names[layer, pool, Evidence] for pool in self.evidence.get(layer, ())},
                 }
                 for layer, point in self.points.items()
             },
+            "rewards": names["rewards"],
             "pool": self.pool,
             "coefficient_pool": self.coefficient_pool,
-            "evidence": {str(layer): list(evidences) for layer, evidences in self.evidence.items()},
             "snapshots": [asdict(snapshot) for snapshot in self.snapshots],
             "notes": self.notes,
             "provenance": self.provenance,
         }
-        (directory / "run.json").write_text(json.dumps(described, indent=2))
 
     @classmethod
     def load(cls, directory: PathLike) -> Run:
-        """Read what `save` wrote. Decoder rows are found again by where each SAE came from."""
+        """Read what `save` wrote. Decoder rows are found again by where each SAE came from.
+
+        Raises
+        ------
+        CorrSteerError : if there is no run of this version, or it is damaged.
+        """
         directory = Path(directory)
         try:
-            described = json.loads((directory / "run.json").read_text())
+            described = json.loads((directory / INDEX).read_bytes())
+            if described.get("format") != FORMAT:
+                raise CorrSteerError(
+                    f"{directory} is not a run of this version: its format must be {FORMAT!r}, "
+                    f"got {described.get('format')!r}; collect again"
+                )
+            if strange := {name for name in _named(described) if not OWN.fullmatch(name)}:
+                raise ValueError(f"it names files that are not a run's, {sorted(strange)}")
             layers = {int(layer): entry for layer, entry in described["layers"].items()}
             return cls(
                 moments={
-                    layer: {
-                        pool: Moments.load(directory / f"layer_{layer}.{pool}.safetensors") for pool in entry["pools"]
-                    }
+                    layer: {pool: Moments.load(directory / name) for pool, name in entry["moments"].items()}
                     for layer, entry in layers.items()
                 },
                 points={layer: HookPoint.parse(entry["point"]) for layer, entry in layers.items()},
                 decoders={layer: open_decoder(entry["decoder"]) for layer, entry in layers.items()},
-                rewards=load_file(str(directory / "rewards.safetensors"))["rewards"],
+                rewards=load_file(str(directory / described["rewards"]))["rewards"],
                 evidence={
-                    int(layer): {
-                        pool: Evidence.load(directory / f"layer_{layer}.{pool}.evidence.safetensors") for pool in kept
-                    }
-                    for layer, kept in described["evidence"].items()
+                    layer: {pool: Evidence.load(directory / name) for pool, name in entry["evidence"].items()}
+                    for layer, entry in layers.items()
+                    if entry["evidence"]
                 },
                 snapshots=[_snapshot(entry) for entry in described["snapshots"]],
                 **{key: described[key] for key in ("pool", "coefficient_pool", "notes", "provenance")},
@@ -157,6 +213,26 @@ class Run:
             raise CorrSteerError(f"{directory} is not a saved run: it has no {Path(error.filename).name}") from None
         except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise CorrSteerError(f"the run in {directory} is damaged ({error}); collect again") from None
+
+
+def _named(described: dict[str, Any]) -> set[str]:
+    """The files that a run's description names."""
+    kinds = (entry[kind] for entry in described["layers"].values() for kind in ("moments", "evidence"))
+    return {described["rewards"], *(name for names in kinds for name in names.values())}
+
+
+def _files_of(index: Path) -> set[str]:
+    """The same of a description on disk, as far as it can be read and names files as a run does."""
+    try:
+        return {name for name in _named(json.loads(index.read_bytes())) if OWN.fullmatch(name)}
+    except (OSError, AttributeError, KeyError, TypeError, ValueError):
+        return set()
+
+
+def _remove(directory: Path, names: Iterable[str]) -> None:
+    for name in names:
+        with contextlib.suppress(OSError):
+            (directory / name).unlink(missing_ok=True)
 
 
 def _snapshot(entry: dict[str, Any]) -> Snapshot:

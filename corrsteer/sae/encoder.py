@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from corrsteer.arguments import whole
 from corrsteer.errors import CorrSteerError
+from corrsteer.files import plain
 from corrsteer.sae import sources
 from corrsteer.sae.sources import Decoder
 from corrsteer.types import Device, PathLike
@@ -91,7 +93,7 @@ class SparseEncoder:
     precision : one of `PRECISIONS`; by default the weight's own.
     hook_name : where the SAE was trained, `blocks.20.hook_resid_post` or `model.layers.20`; None if it does not say.
     decoder : where decoder rows are read from.
-    metadata : what the SAE's own configuration says about it.
+    metadata : what the SAE's own configuration says about it, as JSON can hold it.
     """
 
     d_in: int
@@ -112,6 +114,8 @@ class SparseEncoder:
     metadata: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        # Now, as it goes into every file that is made with the encoder.
+        object.__setattr__(self, "metadata", plain(self.metadata))
         missing = [name for name in NEEDED.get(self.activation, ()) if getattr(self, name) is None]
         if missing:
             raise CorrSteerError(f"{', '.join(missing)} must be given for activation {self.activation!r}, got None")
@@ -191,8 +195,7 @@ class SparseEncoder:
     @classmethod
     def identity(cls, d_in: int, hook_name: str | None = None) -> SparseEncoder:
         """Residual dimensions themselves as features: the paper's "raw" ablation."""
-        if d_in < 1:
-            raise CorrSteerError(f"d_in must be a positive width, got {d_in}")
+        d_in = whole("d_in", d_in, 1)
         return cls(d_in, d_in, "identity", hook_name=hook_name, decoder=sources.decoder_of_identity(d_in))
 
     @property
@@ -211,7 +214,7 @@ class SparseEncoder:
         They are divided by their norm where the SAE rescales activations by decoder norm, so that activation times
         direction is the feature's contribution in either case.
         """
-        features = [int(f) for f in features]
+        features = [whole("each of features", f) for f in features]
         outside = [f for f in features if not 0 <= f < self.d_sae]
         if outside:
             raise CorrSteerError(f"features must lie in 0..{self.d_sae - 1}, got {outside[:5]}")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from corrsteer.compatibility import warn_once
 from corrsteer.errors import CorrSteerError
+from corrsteer.sae.releases import check_names
 from corrsteer.types import PathLike
 
 if TYPE_CHECKING:
@@ -26,12 +27,37 @@ DTYPES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Decoder:
-    """Decoder rows by feature index, and where they come from, in words that can be stored and read back."""
+    """Decoder rows by feature index. It is data alone, so that it can be copied and sent to other processes.
+
+    Attributes
+    ----------
+    source : where the rows lie, in words that can be stored and read back by `open_decoder`.
+    W_dec : `[d_sae, d_out]`, the rows themselves where their owner keeps them in memory.
+    """
 
     source: dict[str, Any]
-    rows: Callable[[list[int]], Tensor]
+    W_dec: Tensor | None = field(default=None, repr=False)
+
+    def rows(self, features: list[int]) -> Tensor:
+        """`[len(features), d_out]` float32 on the CPU, divided by their norms where the SAE rescales by them."""
+        kind = self.source["kind"]
+        if kind == "identity":
+            return torch.nn.functional.one_hot(torch.tensor(features, dtype=torch.long), self.source["d_in"]).float()
+        if self.W_dec is not None:
+            rows = self.W_dec[features]
+        elif kind == "directory":
+            rows = _rows_on_disk(Path(self.source["directory"]), features)
+        elif kind == "release":  # loaded for as long as it takes to copy them
+            rows = load_pretrained(self.source["release"], self.source["sae_id"]).W_dec[features]
+        else:
+            raise CorrSteerError(
+                f"decoder rows cannot be read: the SAE was in memory when this was made (source {kind!r}). Give the "
+                f"encoders to select, or make them with SparseEncoder.load or from_pretrained"
+            )
+        rows = rows.detach().to("cpu", torch.float32)
+        return rows / rows.norm(dim=-1, keepdim=True) if self.source["divide_by_norm"] else rows
 
 
 def read(directory: PathLike, config: dict[str, Any]) -> dict[str, Tensor]:
@@ -68,7 +94,7 @@ def read_config(directory: PathLike) -> dict[str, Any]:
     directory = Path(directory)
     path = directory / CONFIG
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_bytes())  # in UTF-8, whatever the locale
     except (FileNotFoundError, NotADirectoryError):
         raise CorrSteerError(
             f"{directory} is not an SAE directory: it has no {CONFIG}. It must hold {CONFIG} and {WEIGHTS}, "
@@ -97,75 +123,51 @@ def _open(directory: Path) -> safe_open:
         return safe_open(str(path), framework="pt")
     except FileNotFoundError:
         raise CorrSteerError(f"{directory} is not an SAE directory: it has no {WEIGHTS}") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CorrSteerError(f"{path} is damaged ({error}); fetch or save it again") from None
 
 
-def _finish(rows: Tensor, divide_by_norm: bool) -> Tensor:
-    rows = rows.detach().to("cpu", torch.float32)
-    return rows / rows.norm(dim=-1, keepdim=True) if divide_by_norm else rows
+def _rows_on_disk(directory: Path, features: list[int]) -> Tensor:
+    with _open(directory) as file:
+        W_dec = file.get_slice("W_dec")
+        return torch.cat([W_dec[:0], *(W_dec[f : f + 1] for f in features)])
 
 
 def decoder_in_memory(W_dec: Tensor, divide_by_norm: bool) -> Decoder:
     """Rows of a decoder that its owner keeps in memory."""
-    return Decoder({"kind": "memory"}, lambda features: _finish(W_dec[features], divide_by_norm))
+    return Decoder({"kind": "memory", "divide_by_norm": divide_by_norm}, W_dec)
 
 
 def decoder_on_disk(directory: PathLike, divide_by_norm: bool) -> Decoder:
     """Rows read one by one from an SAE directory."""
-    directory = Path(directory).resolve()
-
-    def rows(features: list[int]) -> Tensor:
-        with _open(directory) as file:
-            W_dec = file.get_slice("W_dec")
-            return _finish(torch.cat([W_dec[:0], *(W_dec[f : f + 1] for f in features)]), divide_by_norm)
-
-    return Decoder({"kind": "directory", "directory": str(directory), "divide_by_norm": divide_by_norm}, rows)
+    directory = str(Path(directory).resolve())
+    return Decoder({"kind": "directory", "directory": directory, "divide_by_norm": divide_by_norm})
 
 
 def decoder_in_release(release: str, sae_id: str, divide_by_norm: bool) -> Decoder:
-    """Rows of a published SAE, which is loaded for as long as it takes to copy them."""
-
-    def rows(features: list[int]) -> Tensor:
-        return _finish(load_pretrained(release, sae_id).W_dec[features], divide_by_norm)
-
-    source = {"kind": "release", "release": release, "sae_id": sae_id, "divide_by_norm": divide_by_norm}
-    return Decoder(source, rows)
+    """Rows of a published SAE."""
+    return Decoder({"kind": "release", "release": release, "sae_id": sae_id, "divide_by_norm": divide_by_norm})
 
 
 def decoder_of_identity(d_in: int) -> Decoder:
     """Unit vectors."""
-    return Decoder(
-        {"kind": "identity", "d_in": d_in},
-        lambda features: torch.nn.functional.one_hot(torch.tensor(features, dtype=torch.long), d_in).float(),
-    )
+    return Decoder({"kind": "identity", "d_in": d_in})
 
 
 def open_decoder(source: dict[str, Any]) -> Decoder:
-    """The decoder that a stored source describes."""
-    source = dict(source)
-    kind = source.pop("kind", None)
+    """The decoder that a stored source describes; of one that was in memory the rows are gone."""
+    parts = dict(source)
+    kind = parts.pop("kind", None)
     opens = {"directory": decoder_on_disk, "release": decoder_in_release, "identity": decoder_of_identity}
-    if kind in opens:
-        return opens[kind](**source)
-
-    def rows(features: list[int]) -> Tensor:
-        raise CorrSteerError(
-            f"decoder rows cannot be read: the SAE was in memory when this was made (source {kind!r}). Give the "
-            f"encoders to select, or make them with SparseEncoder.load or from_pretrained"
-        )
-
-    return Decoder({"kind": kind}, rows)
+    return opens[kind](**parts) if kind in opens else Decoder({"kind": kind})
 
 
 def load_pretrained(release: str, sae_id: str) -> SAE[Any]:
     """SAELens' own loader, on the CPU and in float32, with its complaints about names and downloads as ours."""
-    try:
-        from sae_lens import SAE
-    except ImportError as error:
-        raise CorrSteerError(
-            f"published SAEs are loaded by SAELens, which cannot be imported ({error}): pip install sae-lens"
-        ) from None
+    warn_once()
+    check_names(release, sae_id)
+    from sae_lens import SAE
+
     try:
         return SAE.from_pretrained(release, sae_id, device="cpu", dtype="float32")
     except (ValueError, OSError) as error:  # Hugging Face's own errors are OSErrors, of several lines

@@ -33,11 +33,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from corrsteer import ops
+from corrsteer.arguments import whole
 from corrsteer.errors import CorrSteerError
+from corrsteer.files import to_json, write_tensors
 from corrsteer.stats.histograms import Histograms
 from corrsteer.types import Device, Features, PathLike
 
@@ -47,6 +48,15 @@ SCORES = (
     "pearson", "point_biserial", "contrastive", "squared_ratio", "mutual_information", "auroc", "spearman",
 )  # fmt: skip
 BINNED = ("mutual_information", "auroc", "spearman")  # what is read from histograms
+
+
+def known_scores(scores: Sequence[str]) -> tuple[str, ...]:
+    """Scores, or the one named, in the order of `SCORES`; raises for an unknown one."""
+    scores = (scores,) if isinstance(scores, str) else tuple(scores)
+    for name in scores:
+        if name not in SCORES:
+            raise CorrSteerError(f"scores must be among {', '.join(SCORES)}, got {name!r}")
+    return tuple(name for name in SCORES if name in scores)
 
 
 class _Layout:
@@ -135,23 +145,13 @@ class Evidence:
         seed: int = 0,
         device: Device = "cpu",
     ):
-        for name, value, least in (
-            ("d_sae", d_sae, 1), ("n_labels", n_labels, 1), ("permutations", permutations, 0),
-            ("bootstrap", bootstrap, 0), ("bins", bins, 3), ("seed", seed, 0),
-        ):  # fmt: skip
-            if value < least:
-                raise CorrSteerError(f"{name} must be at least {least}, got {value}")
-        scores = (scores,) if isinstance(scores, str) else scores
-        for name in scores:
-            if name not in SCORES:
-                raise CorrSteerError(f"scores must be among {', '.join(SCORES)}, got {name!r}")
-        self.d_sae: int = int(d_sae)
-        self.n_labels: int = int(n_labels)
-        self.permutations: int = int(permutations)
-        self.bootstrap: int = int(bootstrap)
-        self.scores: tuple[str, ...] = tuple(name for name in SCORES if name in scores)
-        self.bins: int = int(bins)
-        self.seed: int = int(seed)
+        self.d_sae: int = whole("d_sae", d_sae, 1)
+        self.n_labels: int = whole("n_labels", n_labels, 1)
+        self.permutations: int = whole("permutations", permutations, 0)
+        self.bootstrap: int = whole("bootstrap", bootstrap, 0)
+        self.scores: tuple[str, ...] = known_scores(scores)
+        self.bins: int = whole("bins", bins, 3)
+        self.seed: int = whole("seed", seed, 0)
         R, P, B = self.n_labels, self.permutations, self.bootstrap
         moments = [(f"z{p}u{q}", p, R if q else 1, 1) for p in range(1, ORDER + 1) for q in range(ORDER + 1 - p)]
         moments += [("positive", 1, R, 1), ("positive2", 2, R, 1)]
@@ -208,7 +208,7 @@ class Evidence:
 
     def check_label(self, label: int) -> None:
         """Raise unless there is such a reward column."""
-        if not 0 <= label < self.n_labels:
+        if whole("label", label) not in range(self.n_labels):
             raise CorrSteerError(f"label must lie in 0..{self.n_labels - 1}, got {label}")
 
     @torch.no_grad()
@@ -232,8 +232,9 @@ class Evidence:
             )
         if not bool(torch.isfinite(y).all()):
             raise CorrSteerError("y must be finite, got NaN or infinite rewards; leave those samples out")
-        if block < 0 or block in self.blocks:
-            raise CorrSteerError(f"block must be a number from 0 on that was not given before, got {block}")
+        block = whole("block", block, 0)
+        if block in self.blocks:
+            raise CorrSteerError(f"block must be a number that was not given before, got {block}")
         if len(y) == 0:
             return
         if self.histograms:
@@ -266,7 +267,7 @@ class Evidence:
         self.n_positive += positive.sum(0).to(self.device)
         low, high = y.amin(0), y.amax(0)
         self._extend(low, high, (y == low).double().sum(0), (y == high).double().sum(0))
-        self.blocks.add(int(block))
+        self.blocks.add(block)
 
     def _extend(self, low: Tensor, high: Tensor, n_low: Tensor, n_high: Tensor) -> None:
         """Take in other samples' least and largest rewards, and how many there are of them."""
@@ -277,11 +278,11 @@ class Evidence:
 
     def _permutations(self, n: int, block: int) -> Tensor:
         """`[P, n]`: in each row, which sample's label each sample of a block gets."""
-        return _orders(self.seed, int(block), self.permutations, n)
+        return _orders(self.seed, block, self.permutations, n)
 
     def _bootstrap_weights(self, n: int, block: int) -> Tensor:
         """`[n, B]`, how often each replicate has each sample of a block."""
-        return _draws(self.seed, int(block), self.bootstrap, n)
+        return _draws(self.seed, block, self.bootstrap, n)
 
     @torch.no_grad()
     def merge(self, other: Evidence) -> None:
@@ -351,7 +352,7 @@ class Evidence:
         if self.histograms:
             tensors |= {"histogram_top": self.histograms.top.cpu(), "histogram_counts": self.histograms.counts.cpu()}
         described = self._settings() | {"blocks": sorted(self.blocks)}
-        save_file(tensors, str(path), metadata={"format": FORMAT, "evidence": json.dumps(described)})
+        write_tensors(path, tensors, {"format": FORMAT, "evidence": to_json(described)})
 
     @classmethod
     def load(cls, path: PathLike, device: Device = "cpu") -> Evidence:

@@ -27,6 +27,7 @@ from statistics import NormalDist
 from scipy.integrate import quad
 from scipy.special import betaincc, betainccinv
 
+from corrsteer.arguments import number, share, whole
 from corrsteer.errors import CorrSteerError
 
 NORMAL = NormalDist()
@@ -60,7 +61,7 @@ def miss_probability(n: int, k: int, s: float) -> float:
 
     It is 1 - I_s(k, n - k + 1), with I the regularised incomplete beta function.
     """
-    _whole("n (samples)", n, 1)
+    whole("n (samples)", n, 1)
     _seeing(k, s)
     return float(betaincc(k, n - k + 1, s)) if n >= k else 1.0
 
@@ -120,7 +121,7 @@ def detectable_correlation(
     quantile c, so the answer is tanh((c + Φ⁻¹(power)) / √(n - 3)). Where feature and reward are both rare, r has
     heavier tails than Fisher's z supposes: test by permutation then, and take this as a guide.
     """
-    _whole("n (samples)", n, 4)
+    whole("n (samples)", n, 4)
     return math.tanh(_separation(features, layers, alpha, power) / math.sqrt(n - 3))
 
 
@@ -140,7 +141,7 @@ def chance_correlation(n: int, features: int = 16384, layers: int = 1) -> float:
     For large M and n it is a little below √(2 ln M / n). Dependent features give less (Šidák 1967), rare features
     with a reward that is itself rare more.
     """
-    _whole("n (samples)", n, 3)
+    whole("n (samples)", n, 3)
     tests = _tests(features, layers)
     return quad(lambda v: math.sqrt(betainccinv(0.5, (n - 2) / 2, -math.expm1(math.log(v) / tests))), 0, 1)[0]
 
@@ -193,8 +194,8 @@ def correlation_bounds(frequency: float, reward_rate: float) -> tuple[float, flo
 
     The share with both, sq + r√(s(1 - s)q(1 - q)), lies between max(0, s + q - 1) and min(s, q) (Fréchet 1951).
     """
-    _share("frequency", frequency)
-    _share("reward_rate", reward_rate)
+    share("frequency", frequency)
+    share("reward_rate", reward_rate)
     both = frequency * reward_rate
     scale = math.sqrt(both * (1 - frequency) * (1 - reward_rate))
     return (max(0.0, frequency + reward_rate - 1) - both) / scale, (min(frequency, reward_rate) - both) / scale
@@ -212,8 +213,8 @@ def asymptotic_variance(r: float, m22: float, m31: float, m13: float, m40: float
 
 def _separation(features: int, layers: int, alpha: float, power: float) -> float:
     """How many standard errors from 0 a correlation must lie on Fisher's scale."""
-    _share("alpha", alpha)
-    _share("power", power)
+    share("alpha", alpha)
+    share("power", power)
     if power <= alpha:
         raise CorrSteerError(f"power must be above alpha={alpha:.4g}, got {power:.4g}")
     level = -math.expm1(math.log1p(-alpha) / _tests(features, layers))
@@ -224,15 +225,15 @@ def _separation(features: int, layers: int, alpha: float, power: float) -> float
 
 def _width(r: float, n: int, level: float, inflation: float) -> float:
     _correlation(r)
-    _whole("n (samples)", n, 4)
-    _share("level", level)
+    whole("n (samples)", n, 4)
+    share("level", level)
     half = -NORMAL.inv_cdf((1 - level) / 2) * inflation / math.sqrt(n - 3)
     return math.tanh(math.atanh(r) + half) - math.tanh(math.atanh(r) - half)
 
 
 def _log_inverse(k: int, s: float, delta: float) -> float:
     _seeing(k, s)
-    _share("delta (1 - confidence)", delta)
+    share("delta (1 - confidence)", delta)
     return -math.log(delta)
 
 
@@ -241,27 +242,17 @@ def _up(samples: float, least: int) -> int:
 
 
 def _seeing(k: int, s: float) -> None:
-    _whole("k (activations)", k, 1)
-    if not 1e-9 <= s <= 1:
+    whole("k (activations)", k, 1)
+    if not 1e-9 <= number("s (frequency)", s) <= 1:
         raise CorrSteerError(f"s (frequency) must be between 1e-9 and 1, got {s}")
 
 
 def _tests(features: int, layers: int) -> int:
-    _whole("features", features, 1)
-    _whole("layers", layers, 1)
+    whole("features", features, 1)
+    whole("layers", layers, 1)
     return features * layers
 
 
 def _correlation(r: float) -> None:
-    if not -1 < r < 1:
+    if not -1 < number("r (correlation)", r) < 1:
         raise CorrSteerError(f"r (correlation) must be between -1 and 1, got {r}")
-
-
-def _share(name: str, value: float) -> None:
-    if not 0 < value < 1:
-        raise CorrSteerError(f"{name} must be between 0 and 1, got {value}")
-
-
-def _whole(name: str, value: int, least: int) -> None:
-    if not least <= value < math.inf or value != int(value):
-        raise CorrSteerError(f"{name} must be a whole number of at least {least}, got {value}")

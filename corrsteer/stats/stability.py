@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from corrsteer.arguments import whole
 from corrsteer.stats import inference, scores
 from corrsteer.stats.evidence import Evidence
 
@@ -55,6 +56,7 @@ def settled_at(snapshots: Sequence[Snapshot]) -> dict[int, int]:
 def stable(snapshots: Sequence[Snapshot], patience: int, layers: Collection[int]) -> bool:
     """Whether in the last `patience` + 1 snapshots no best feature of these layers changed, and in the last one each
     best feature's interval lies above the next one's."""
+    patience = whole("patience", patience, 1)
     if len(snapshots) <= patience:
         return False
     first, last = snapshots[-1 - patience], snapshots[-1]

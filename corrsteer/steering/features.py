@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from corrsteer.errors import CorrSteerError
+from corrsteer.arguments import number, whole
 
 CHANCE = 0.05  # adjusted p above which a feature is said to be what chance explains
 
@@ -62,8 +61,10 @@ class Feature:
     statistics: FeatureStatistics | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.coefficient):
-            raise CorrSteerError(f"coefficient of {self.name} must be finite, got {self.coefficient}")
+        for name in ("layer", "index"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, whole(name, getattr(self, name), 0))
+        object.__setattr__(self, "coefficient", number(f"coefficient of {self.name}", self.coefficient))
 
     @property
     def name(self) -> str:
@@ -91,7 +92,7 @@ class Feature:
 
     def scaled(self, by: float) -> Feature:
         """The same with its coefficient, and the standard error of that, multiplied."""
-        statistics = self.statistics
+        by, statistics = number("by", by), self.statistics
         if statistics is not None and statistics.coefficient_error is not None:
             statistics = replace(statistics, coefficient_error=abs(by) * statistics.coefficient_error)
         return replace(self, coefficient=by * self.coefficient, statistics=statistics)

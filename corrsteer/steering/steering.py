@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,10 +17,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from corrsteer.arguments import number, wholes
+from corrsteer.compatibility import warn_once
 from corrsteer.errors import CorrSteerError
+from corrsteer.files import to_json, write_tensors
 from corrsteer.lm import hook_points
 from corrsteer.lm.hook_points import HookPoint
 from corrsteer.lm.token_positions import check_positions
@@ -42,14 +43,15 @@ class Steering:
     directions : `[len(features), d]` float32, the direction of each; for an SAE's feature, its decoder row.
     table : the top features of every layer, selected or not.
     notes : what a user should know about the selection, such as why it is empty.
-    provenance : model, SAEs, task, strategy and settings; anything JSON can hold.
+    provenance : model, SAEs, task, strategy and settings, and the samples it was selected and validated on; anything
+        JSON can hold.
     """
 
     features: list[Feature]
     directions: Tensor
     table: dict[int, list[Feature]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.directions.dim() != 2 or len(self.directions) != len(self.features):
@@ -68,6 +70,7 @@ class Steering:
         vectors : hook point -> `[d]`, such as `{"blocks.20.hook_resid_post": positive.mean(0) - negative.mean(0)}`.
         coefficient : what each is multiplied by.
         """
+        coefficient = number("coefficient", coefficient)
         shapes = {name: list(vector.shape) for name, vector in vectors.items()}
         if len({tuple(shape) for shape in shapes.values()}) != 1 or any(len(shape) != 1 for shape in shapes.values()):
             raise CorrSteerError(f"vectors must map hook points to tensors [d], one or more of one d, got {shapes}")
@@ -111,11 +114,8 @@ class Steering:
             "notes": self.notes,
             "provenance": self.provenance,
         }
-        metadata = {"format": FORMAT, "steering": json.dumps(described)}
-        try:
-            save_file({"directions": self.directions.cpu().float().contiguous()}, str(path), metadata=metadata)
-        except (OSError, SafetensorError) as error:
-            raise CorrSteerError(f"{path} cannot be written ({error}); give a path in a folder that exists") from None
+        tensors = {"directions": self.directions.cpu().float().contiguous()}
+        write_tensors(path, tensors, {"format": FORMAT, "steering": to_json(described)})
 
     @classmethod
     def load(cls, path: PathLike, model: nn.Module | None = None) -> Steering:
@@ -163,6 +163,12 @@ class Steering:
             hook_points.check_point(model, point)
 
 
+def check_application(positions: str, scale: float) -> float:
+    """Raise unless steerings can be applied at these positions and by this scale, which is given back as a float."""
+    check_positions(positions)
+    return number("scale", scale)
+
+
 @contextlib.contextmanager
 def apply_rows(
     model: nn.Module,
@@ -180,12 +186,14 @@ def apply_rows(
     rows : which of them each of the batch's B rows gets, -1 for none; None gives every row the first.
     model, positions, scale : as for `Steering.apply`.
     """
-    check_positions(positions)
-    if not math.isfinite(scale):
-        raise CorrSteerError(f"scale must be finite, got {scale}")
-    chosen = None if rows is None else torch.tensor(list(rows), dtype=torch.int32)
-    if chosen is not None and not bool(((chosen >= -1) & (chosen < len(steerings))).all()):
-        raise CorrSteerError(f"rows must lie in -1..{len(steerings) - 1}, got {chosen.tolist()}")
+    warn_once()
+    scale = check_application(positions, scale)
+    chosen = None
+    if rows is not None:
+        numbers = wholes("rows", rows)
+        if not all(-1 <= row < len(steerings) for row in numbers):
+            raise CorrSteerError(f"rows must lie in -1..{len(steerings) - 1}, got {numbers}")
+        chosen = torch.tensor(numbers, dtype=torch.int32)
     vectors: dict[HookPoint, Tensor] = {}
     for at, steering in enumerate(steerings):
         steering.check(model)

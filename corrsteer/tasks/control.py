@@ -6,7 +6,10 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
+from corrsteer.arguments import whole
+from corrsteer.tasks.examples import Example
 from corrsteer.tasks.graders import TaskError
 from corrsteer.tasks.task import Task
 
@@ -30,6 +33,10 @@ def with_shuffled_rewards(task: Task, rewards: Sequence[float], seed: int = 0) -
         raise TaskError(
             "rewards must be finite, got NaN or infinite ones; take the rewards of a run that went to its end"
         )
-    random.Random(seed).shuffle(shuffled)
+    random.Random(whole("seed", seed, 0)).shuffle(shuffled)
     given = dict(zip((example.source for example in task.examples), shuffled))
-    return replace(task, grader=lambda completion, example: given[example.source], grader_name="shuffled rewards")
+    return replace(task, grader=partial(_given, given), grader_name="shuffled rewards")
+
+
+def _given(rewards: dict[str, float], completion: str, example: Example) -> float:
+    return rewards[example.source]

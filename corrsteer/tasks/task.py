@@ -12,9 +12,11 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from corrsteer.arguments import number, whole
 from corrsteer.tasks import graders
 from corrsteer.tasks.examples import Example
 from corrsteer.tasks.graders import Grader, TaskError
+from corrsteer.tasks.identity import TaskIdentity, fingerprint, pack_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """Examples and the grader that scores their completions. ``grader_name`` is what provenance records."""
+    """Examples and the grader that scores their completions.
+
+    ``grader_name`` is what provenance records, ``part`` which part of a task it is, such as ``train``.
+    """
 
     name: str
     examples: tuple[Example, ...]
@@ -30,6 +35,7 @@ class Task:
     grader_name: str
     chat: bool = False
     system: str | None = None
+    part: str = "all"
 
     def __post_init__(self) -> None:
         if self.system is not None and not self.chat:
@@ -37,6 +43,18 @@ class Task:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    @property
+    def identity(self) -> TaskIdentity:
+        """What its results remember of it."""
+        prints = fingerprint(self.examples, self.chat, self.system)
+        return TaskIdentity(self.name, self.part, self.grader_name, len(self), prints)
+
+    def samples(self, which: Iterable[int] | None = None) -> dict[str, Any]:
+        """A record of its samples, or those numbered, for provenance: small, and enough to know each again."""
+        chosen = self.examples if which is None else [self.examples[at] for at in which]
+        hashes = pack_prompts(example.prompt for example in chosen)
+        return {"task": self.name, "part": self.part, "n": len(chosen), "prompt_hashes": hashes}
 
     def grade(self, completion: str, example: Example) -> float:
         """Reward of one completion: a finite number."""
@@ -81,11 +99,10 @@ class Task:
         a split may be empty.
         """
         fractions = {"train": train, "validation": validation, "test": test}
-        for name, fraction in fractions.items():
-            if not fraction >= 0:
-                raise TaskError(f"{name} must be a fraction of at least 0, got {fraction}")
-        if sum(fractions.values()) > 1 + 1e-9:
+        train, validation, test = (number(name, fraction, 0) for name, fraction in fractions.items())
+        if train + validation + test > 1 + 1e-9:
             raise TaskError(f"train + validation + test must be at most 1, got {train} + {validation} + {test}")
+        seed = whole("seed", seed, 0)
 
         by_prompt: dict[str, list[Example]] = {}
         for example in self.examples:
@@ -97,16 +114,19 @@ class Task:
         second = round(len(groups) * (train + validation))
         third = round(len(groups) * (train + validation + test))
 
-        def part(groups: list[list[Example]]) -> Task:
-            return replace(self, examples=tuple(example for group in groups for example in group))
+        def part(name: str, groups: list[list[Example]]) -> Task:
+            name = name if self.part == "all" else f"{self.part}/{name}"
+            return replace(self, examples=tuple(example for group in groups for example in group), part=name)
 
-        return part(groups[:first]), part(groups[first:second]), part(groups[second:third])
+        return (
+            part("train", groups[:first]),
+            part("validation", groups[first:second]),
+            part("test", groups[second:third]),
+        )
 
     def take(self, n: int) -> Task:
         """The first n examples, or all if there are fewer."""
-        if n < 0:
-            raise TaskError(f"n must be at least 0, got {n}")
-        return replace(self, examples=self.examples[:n])
+        return replace(self, examples=self.examples[: whole("n", n, 0)])
 
     @classmethod
     def from_rows(
@@ -233,6 +253,7 @@ def _prompt(row: Any, key: str) -> str:
         raise TaskError(f"no field {key!r} among {', '.join(map(str, row)) or 'none'}: set prompt_field")
     if not isinstance(row[key], str) or not row[key].strip():
         raise TaskError(f"the prompt, field {key!r}, must be a non-empty string, got {row[key]!r:.40}")
+    _check_characters("prompt", key, row[key])
     return row[key]
 
 
@@ -244,13 +265,26 @@ def _answer(row: Mapping[str, Any], key: str | None, needed: bool) -> str | tupl
             raise TaskError(f"no answer: field {key!r} is missing or null among {fields}: set answer_field")
         return None
     if _is_answer(value):
+        _check_characters("answer", key, str(value))
         return str(value)
     if isinstance(value, (list, tuple)) and value and all(map(_is_answer, value)):
+        _check_characters("answer", key, "".join(map(str, value)))
         return str(value[0]) if len(value) == 1 else tuple(map(str, value))
     advice = "set answer_field" if needed else "or pass answer_field=None to keep it in fields"
     raise TaskError(
         f"the answer, field {key!r}, must be a string, a number or a list of these, got {value!r:.40}: {advice}"
     )
+
+
+def _check_characters(what: str, key: str | None, text: str) -> None:
+    """Raise for half of a surrogate pair, which JSON and Python's strings can hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TaskError(
+            f"the {what}, field {key!r}, holds half of a surrogate pair, {text[error.start]!r} at position "
+            f"{error.start}; write the character whole"
+        ) from None
 
 
 def _is_answer(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """The command line: the whole way through, what it prints, and how it speaks of mistakes."""
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -158,6 +159,21 @@ def test_without_json_results_are_text_on_stdout_and_progress_is_on_stderr(world
     assert "contrastive" in result.stdout and " ± " in result.stdout and " to " in result.stdout
 
 
+@pytest.mark.parametrize(("arguments", "seen"), (((), 0), (("--part", "all"), 96), (("--part", "train"), 96),
+                                                 (("--split-seed", 3), None)))  # fmt: skip
+def test_evaluate_says_how_many_of_its_samples_features_were_selected_on(arguments, seen, world, collected, tmp_path):
+    run("select", world / "run", "--out", tmp_path / "s")
+    result = run("evaluate", "--steering", tmp_path / "s", *arguments, "--json")
+    notes = json.loads(result.stdout)["notes"]
+    if seen is None:
+        other = Task.from_jsonl(world / "task.jsonl").split(seed=3)[2].examples
+        trained = {e.prompt for e in Task.from_jsonl(world / "task.jsonl").split()[0].examples}
+        seen = sum(e.prompt in trained for e in other)
+    assert bool(notes) == bool(seen) and all(note.startswith(f"{seen} of the ") for note in notes)
+    text = run("evaluate", "--steering", tmp_path / "s", *arguments).stdout
+    assert (f"note: {seen} of the " in text) == bool(seen)
+
+
 def test_one_yaml_file_serves_every_command_and_takes_hyphens_and_a_mapping_of_saes(world, collected, tmp_path):
     settings = yaml.safe_load((world / "collect.yaml").read_text()) | {"sae": {1: str(world / "sae1")}, "limit": 9}
     settings["max-new-tokens"] = settings.pop("max_new_tokens")
@@ -181,6 +197,10 @@ def test_an_option_wins_over_the_yaml_file_and_force_replaces_a_run(world):
     for limit, force in ((5, ()), (7, ("--force",))):
         arguments = ["--config", world / "collect.yaml", "--out", world / "few", "--limit", limit, "--json", *force]
         assert json.loads(run("collect", *arguments).stdout)["samples"] == limit
+        for name in (".writable", "layer_10.safetensors"):  # the user's own
+            (world / "few" / name).touch()
+    assert (world / "few" / ".writable").exists() and (world / "few" / "layer_10.safetensors").exists()
+    assert Run.load(world / "few").n == 7
 
 
 def test_identity_collects_residual_dimensions(world):
@@ -216,6 +236,7 @@ def test_doctor_prints_versions_and_every_backend():
 COLLECT = ("collect", "--config", "{world}/collect.yaml", "--out", "o")
 MISTAKES = {
     "a steering file has no folder": (["select", "{world}/run", "--out", "{world}/none/s"], "there is no folder"),
+    "a steering file is a folder": (["select", "{world}/run", "--out", "{world}"], "it is no file; give the path"),
     "a run is already there": (["collect", "--config", "{world}/collect.yaml", "--out", "{world}/run"], "or --force"),
     "out cannot be written to": (
         ["collect", "--config", "{world}/collect.yaml", "--out", "{world}/task.jsonl/run"],
@@ -271,6 +292,53 @@ def test_a_mistake_ends_with_one_line_and_status_1(name, world, collected, tmp_p
     assert message in line and "Traceback" not in result.stderr
 
 
+EVALUATE = ("evaluate", "--steering", "{world}/s.safetensors")
+CALIBRATE = ("calibrate", "--steering", "{world}/s.safetensors", "--out", "o")
+TOO_EARLY = {
+    "a scale is not a number": ([*EVALUATE, "--scale", "nan"], "scale: Input should be a finite number, got nan"),
+    "a scale is infinite": ([*EVALUATE, "--scale", "inf"], "scale: Input should be a finite number, got inf"),
+    "a scale to generate by": (["generate", *EVALUATE[1:], "--prompt", "1", "--scale", "nan"], "a finite number"),
+    "a scale to prune by": (["select", "{world}/run", "--strategy", "pruned", "--scale=-inf"], "a finite number"),
+    "a scale to try": ([*CALIBRATE, "--try-scale", "nan"], "each of scales must be a finite number, got nan"),
+    "a temperature": ([*EVALUATE, "--temperature", "nan"], "temperature: Input should be"),
+    "top_p": ([*COLLECT, "--top-p", "nan"], "top_p: Input should be"),
+    "a negative seed": ([*EVALUATE, "--seed", "-1"], "seed: Input should be greater than or equal to 0, got -1"),
+    "alpha": (["select", "{world}/run", "--strategy", "pruned", "--alpha", "nan"], "alpha must be between 0 and 1"),
+    "too few permutations": ([*COLLECT, "--permutations", "5"], "permutations must be 0 or at least 19"),
+    "an unknown backend": ([*COLLECT, "--backend", "magic"], "backend must be one of"),
+    "an unknown score": ([*COLLECT, "--score", "kendall"], "scores must be among"),
+    "an sae without a layer": ([*COLLECT, "--sae", "sae1"], "sae must be LAYER=SOURCE, got 'sae1'"),
+    "a layer in superscript": ([*COLLECT, "--sae", "²=sae1"], "sae must be LAYER=SOURCE, got '²=sae1'"),
+    "an sae by its hub repository": (
+        [*COLLECT, "--sae", "8=google/gemma-scope-2b-pt-res:layer_8/width_16k/canonical"],
+        "use gemma-scope-2b-pt-res-canonical",
+    ),
+    "an sae that is not there": ([*COLLECT, "--sae", "1=nothing"], "nothing is not an SAE directory"),
+    "no prompt": (["generate", *EVALUATE[1:], "--prompt", " "], "must be a non-empty string"),
+    "samples to plan": (["plan", "--alpha", "nan"], "alpha must be between 0 and 1, got nan"),
+    "a frequency to plan": (["plan", "--frequency", "nan"], "s (frequency) must be a finite number, got nan"),
+    "a seed of the demo": (["demo", "--seed", "-1"], "seed must be a whole number of at least 0, got -1"),
+}
+
+
+@pytest.mark.parametrize("name", TOO_EARLY)
+def test_an_option_that_cannot_be_right_ends_before_a_model_is_loaded(name, world, collected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("select", world / "run", "--out", world / "s.safetensors")
+    monkeypatch.setattr("corrsteer.cli.inputs.load_model", lambda *_: pytest.fail("a model was loaded"))
+    arguments, message = TOO_EARLY[name]
+    result = run(*(a.format(world=world) for a in arguments), ok=False)
+    assert result.exit_code == 1 and result.stderr.startswith("error: ") and message in result.stderr, result.stderr
+
+
+def test_a_yes_in_yaml_is_no_number(world, tmp_path):
+    (tmp_path / "a.yaml").write_text("max_new_tokens: yes\nscale: .nan\n")
+    stderr = run("evaluate", "--steering", "none", "--config", tmp_path / "a.yaml", ok=False).stderr
+    assert "there is no steering file" in stderr
+    stderr = run("collect", "--config", tmp_path / "a.yaml", ok=False).stderr
+    assert "max_new_tokens: must be a number, got True" in stderr
+
+
 def test_the_traceback_is_shown_when_asked_for():
     result = CliRunner().invoke(app, ["--traceback", "evaluate", "--steering", "no.safetensors"])
     assert type(result.exception).__name__ == "CorrSteerError"
@@ -285,6 +353,42 @@ def test_yaml_with_an_unknown_setting_or_no_mapping_is_refused(tmp_path):
     assert "must be a mapping of settings, got list" in run("collect", "--config", tmp_path / "b.yaml", ok=False).stderr
     (tmp_path / "c.yaml").write_text("a: [\n")
     assert "is not YAML" in run("collect", "--config", tmp_path / "c.yaml", ok=False).stderr
+
+
+def test_a_yaml_file_may_have_a_byte_order_mark_but_must_be_utf_8(world, tmp_path):
+    (tmp_path / "marked.yaml").write_bytes(b"\xef\xbb\xbfmodel: m\ntask: t\nsae: 1=\xc3\xa9\n")
+    stderr = run("collect", "--config", tmp_path / "marked.yaml", ok=False).stderr
+    assert stderr.startswith("error: out is missing") and stderr.count("missing") == 1
+    (tmp_path / "latin.yaml").write_bytes("model: é\n".encode("latin-1"))
+    stderr = run("collect", "--config", tmp_path / "latin.yaml", ok=False).stderr
+    assert "latin.yaml is not UTF-8 (byte 0xe9 at position 7); save it as UTF-8" in stderr
+    (tmp_path / "date.yaml").write_text("seed: 2024-13-45\n", encoding="utf-8")
+    assert "date.yaml is not YAML: month must be" in run("collect", "--config", tmp_path / "date.yaml", ok=False).stderr
+
+
+def cli(*arguments, **environment):
+    """Start the command as a shell would, with pipes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "corrsteer.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | environment,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", (["doctor"], ["plan", "--json"], ["--help"], ["plan", "--help"]), ids=str)
+def test_a_reader_that_leaves_early_ends_a_command_without_a_word(arguments):
+    process = cli(*arguments)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() in (0, 1)
+
+
+def test_where_the_terminal_is_not_utf_8_what_it_lacks_is_written_as_an_escape(world, collected, tmp_path):
+    process = cli("select", world / "run", "--out", tmp_path / "s", PYTHONIOENCODING="iso8859-11")  # Thai, without ±
+    out, error = process.communicate()
+    assert process.returncode == 0, error
+    assert out.count(rb"\xb1 ") > 4 and b"features written to" in out, out
+    process = cli("evaluate", "--steering", "café", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    _, error = process.communicate()
+    assert process.returncode == 1 and error.startswith(b"error: there is no steering file at caf")
 
 
 def test_a_collection_that_must_stop_is_saved_as_far_as_it_came(world, tmp_path, monkeypatch):

@@ -96,8 +96,13 @@ def test_where_every_scale_does_worse_coefficients_stay_and_a_note_says_so(world
 
 def test_scales_and_steerings_that_make_no_sense_are_refused(world):
     model, tokenizer, steering = world
-    for scales in ((), (0.0,), (1, float("nan"))):
-        with pytest.raises(CorrSteerError, match="scales must be finite numbers other than 0, at least one"):
+    refused = {
+        (): "scales must hold at least one number",
+        (0.0,): "scales must not be 0",
+        (1, float("nan")): "each of scales must be a finite number, got nan",
+    }
+    for scales, message in refused.items():
+        with pytest.raises(CorrSteerError, match=message):
             calibrate_scale(model, tokenizer, steering, tiny_pipeline.task(4), scales=scales)
     empty = Steering([], steering.directions[:0], notes=["nothing was selected"])
     with pytest.raises(CorrSteerError, match="steering has no features to scale: nothing was selected"):

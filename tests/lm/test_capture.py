@@ -317,7 +317,7 @@ def test_asking_for_a_capture_before_anything_was_generated_is_refused():
         ({}, {}, "points must name at least one hook point"),
         ({0: HookPoint(LAYERS)}, {}, "outside the model"),
         ({0: HookPoint(1)}, {"positions": "prompt"}, "positions must be one of generated, all, got 'prompt'"),
-        ({0: HookPoint(1)}, {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({0: HookPoint(1)}, {"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
     ],
 )
 def test_wrong_arguments_are_refused(points, options, message):

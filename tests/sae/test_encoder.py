@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -428,6 +429,22 @@ def test_features_may_be_given_as_any_sequence_of_integers_or_none_at_all(any_en
     assert any_encoder.decoder_rows([]).shape == (0, rows.shape[1])
 
 
+def test_an_sae_configuration_is_read_alike_in_every_locale(tmp_path):
+    directory = tmp_path
+    make_sae("standard").save_model(directory)
+    config = json.loads((directory / "cfg.json").read_bytes())
+    config["metadata"]["note"] = "Gemma’s café"
+    for text in (json.dumps(config, ensure_ascii=False).encode(), b"\xef\xbb\xbf" + json.dumps(config).encode()):
+        (directory / "cfg.json").write_bytes(text)
+        code = f"import corrsteer; print(ascii(corrsteer.SparseEncoder.load({str(directory)!r}).metadata['note']))"
+        environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert done.stdout.strip() == ascii("Gemma’s café"), done.stderr
+    (directory / "cfg.json").write_bytes(json.dumps(config, ensure_ascii=False).encode("cp1252"))
+    with pytest.raises(CorrSteerError, match="cfg.json is not JSON .*utf-8.* save the SAE again"):
+        SparseEncoder.load(directory)
+
+
 @pytest.mark.parametrize("feature", [-1, D_SAE])
 def test_a_feature_that_the_sae_does_not_have_is_refused(any_encoder, feature):
     with pytest.raises(CorrSteerError, match=rf"features must lie in 0..{D_SAE - 1}, got \[{feature}\]"):
@@ -459,7 +476,7 @@ def test_the_identity_encoder_has_residual_dimensions_as_features(dtype):
     rows = sources.open_decoder(encoder.decoder.source).rows([4, 0])
     assert torch.equal(rows, torch.eye(5)[[4, 0]]) and torch.equal(rows, encoder.decoder_rows([4, 0]))
     assert (encoder.d_in, encoder.d_sae, encoder.hook_name, encoder.device) == (5, 5, "model.layers.2", None)
-    with pytest.raises(CorrSteerError, match="d_in must be a positive width, got 0"):
+    with pytest.raises(CorrSteerError, match="d_in must be a whole number of at least 1, got 0"):
         SparseEncoder.identity(0)
 
 

@@ -112,15 +112,55 @@ def test_a_published_sae_in_bfloat16_keeps_its_bias_and_threshold_in_float32(nam
 @pytest.mark.parametrize(
     "release, sae_id, message",
     [
-        ("gemma-scope-9000b", "layer_20", "Release gemma-scope-9000b not found"),
-        (GEMMA_SCOPE[0], "layer_99", r"ID layer_99 not found in release .* Valid IDs are \['layer_0/"),
         ("someone/nothing", "layer_3", "404: no layer_3/cfg.json in someone/nothing"),
         (OWN_REPOSITORY[0], "layer_4", "404: no layer_4/cfg.json in someone/tiny-saes"),
     ],
 )
-def test_a_name_that_is_not_published_is_refused_in_one_line(release, sae_id, message):
+def test_a_name_that_a_hub_repository_does_not_hold_is_refused_in_one_line(release, sae_id, message):
     with pytest.raises(CorrSteerError, match=f"release '{release}', sae_id '{sae_id}': {message}"):
         SparseEncoder.from_pretrained(release, sae_id)
+
+
+CANONICAL = "layer_20/width_16k/canonical"
+MISNAMED = {
+    "a hub repository": (
+        ("jbloom/GPT2-Small-SAEs-Reformatted", "blocks.8.hook_resid_pre"),
+        "release must be the name of a release, got the hub repository 'jbloom/GPT2-Small-SAEs-Reformatted'; "
+        "use gpt2-small-res-jb",
+    ),
+    "a hub repository of two releases": (
+        ("google/gemma-scope-2b-pt-res", "layer_20"),
+        "release must be the name of a release, got the hub repository 'google/gemma-scope-2b-pt-res'; "
+        "use gemma-scope-2b-pt-res or gemma-scope-2b-pt-res-canonical",
+    ),
+    "a hub repository, one of whose releases has the sae": (
+        ("google/gemma-scope-2b-pt-res", CANONICAL),
+        "release must be the name of a release, got the hub repository 'google/gemma-scope-2b-pt-res'; "
+        "use gemma-scope-2b-pt-res-canonical",
+    ),
+    "a release with a slip of the pen": (
+        ("gemma-scope-2b-pt-res-cannonical", CANONICAL),
+        "release must be one that SAELens lists, or a hub repository OWNER/NAME, got "
+        "'gemma-scope-2b-pt-res-cannonical'; did you mean gemma-scope-2b-pt-res-canonical or ",
+    ),
+    "a release like no other": (("xyzzy", "a"), "OWNER/NAME, got 'xyzzy'; see https://"),
+    "an id with a slip of the pen": (
+        (GEMMA_SCOPE[0], "layer_20/width_16k/cannonical"),
+        "sae_id must be one that release 'gemma-scope-2b-pt-res-canonical' has, got "
+        "'layer_20/width_16k/cannonical'; did you mean layer_20/width_16k/canonical or ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISNAMED)
+def test_a_misnamed_sae_is_answered_with_the_names_it_may_mean_and_without_the_network(name, monkeypatch):
+    from sae_lens.saes import sae as module
+
+    monkeypatch.setattr(module.SAE, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    names, message = MISNAMED[name]
+    with pytest.raises(CorrSteerError) as caught:
+        SparseEncoder.from_pretrained(*names)
+    assert message in str(caught.value), str(caught.value)
 
 
 def test_without_sae_lens_a_published_sae_says_what_to_install(monkeypatch):

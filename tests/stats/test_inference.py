@@ -116,7 +116,7 @@ def test_bad_choices_of_interval_are_named():
     evidence, *_ = made()
     with pytest.raises(CorrSteerError, match="method must be one of delta, fisher, bootstrap, got 'exact'"):
         inference.interval(evidence, "exact")
-    with pytest.raises(CorrSteerError, match="level must lie between 0 and 1, got 95"):
+    with pytest.raises(CorrSteerError, match="level must be between 0 and 1, got 95"):
         inference.interval(evidence, level=95)
     with pytest.raises(CorrSteerError, match="at least 20 bootstrap replicates .* got 0; collect with bootstrap=500"):
         inference.interval(evidence, "bootstrap")

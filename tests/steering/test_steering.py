@@ -658,7 +658,7 @@ def test_a_model_whose_layers_accelerate_keeps_on_the_disk_is_steered_where_they
 
 def test_a_scale_that_is_not_finite_and_a_folder_that_is_not_there_are_refused(tmp_path):
     steering = Steering([], torch.zeros(0, 0))
-    with pytest.raises(CorrSteerError, match="scale must be finite, got nan"):
+    with pytest.raises(CorrSteerError, match="scale must be a finite number, got nan"):
         with steering.apply(build("llama"), scale=float("nan")):
             pass
     with pytest.raises(CorrSteerError, match="cannot be written .* give a path in a folder that exists"):

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 
+from corrsteer import CorrSteerError
 from corrsteer.tasks import Example, Task, TaskError, graders
 
 
@@ -338,15 +339,23 @@ def test_a_split_is_decided_by_its_seed():
     ],
 )
 def test_fractions_that_make_no_split_are_reported(fractions, message):
-    with pytest.raises(TaskError, match=message):
+    with pytest.raises(CorrSteerError, match=message):
         Task.from_rows(rows(5)).split(*fractions)
+
+
+@pytest.mark.parametrize("row", ({"prompt": "a\ud800", "answer": 1}, {"prompt": "a", "answer": ["1", "\udfff"]}))
+def test_half_a_character_which_no_tokenizer_takes_is_refused_where_it_is_read(row, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    for read in (lambda: Task.from_rows([row], name="a.jsonl"), lambda: Task.from_jsonl(tmp_path / "a.jsonl")):
+        with pytest.raises(TaskError, match=r"^a.jsonl:1: the (prompt|answer), field .*, holds half of a"):
+            read()
 
 
 def test_take_keeps_the_first_examples():
     task = Task.from_rows(rows(5))
     assert task.take(2).examples == task.examples[:2]
     assert task.take(9) == task
-    with pytest.raises(TaskError, match="n must be"):
+    with pytest.raises(CorrSteerError, match="n must be"):
         task.take(-1)
 
 

@@ -13,6 +13,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from corrsteer.arguments import share, whole
 from corrsteer.errors import CorrSteerError
 from corrsteer.stats import scores
 from corrsteer.stats.evidence import ORDER, Evidence
@@ -31,6 +32,7 @@ def fisher_interval(r: Tensor, n: int, level: float = 0.95) -> tuple[Tensor, Ten
     in which the feature is active (see `bench/propositions.py`). Pooled activations are not normal; `delta_interval`
     does without that.
     """
+    level, n = share("level", level), whole("n (samples)", n, 0)
     if n < 4:
         return torch.full_like(r, torch.nan), torch.full_like(r, torch.nan)
     half = stats.norm.isf((1 - level) / 2) / (n - 3) ** 0.5
@@ -131,8 +133,6 @@ def interval(
     """Low and high ends of the correlation's interval by `delta`, `fisher` or `bootstrap`."""
     if method not in METHODS:
         raise CorrSteerError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if not 0 < level < 1:
-        raise CorrSteerError(f"level must lie between 0 and 1, got {level}")
     if method == "fisher":
         r, varies = scores.pearson(evidence, evidence.columns("z1u1", features, label), features, label)
         low, high = fisher_interval(r[:, 0], evidence.n, level)
@@ -154,6 +154,7 @@ class _Influence:
 
 
 def _influence(evidence: Evidence, level: float, features: Features, label: int) -> _Influence:
+    level = share("level", level)
     n = evidence.n
     k, trusted = _standardised(evidence, features, label)
     r = k[1, 1].clamp(-1, 1)

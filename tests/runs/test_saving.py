@@ -1,0 +1,194 @@
+"""Saving a run: whatever happens, the old run or the new one is there whole, and a user's own files are left alone."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import tiny_pipeline
+import torch
+from safetensors.torch import save_file
+
+from corrsteer import CorrSteerError, Decoding, Run, Steering, collect, select
+
+OURS = {"layer_10.safetensors", "layer_1.max.2.safetensors", "notes.txt", "layer_7.max.safetensors", ".writable"}
+
+
+@pytest.fixture(scope="module")
+def world():
+    return tiny_pipeline.model(), tiny_pipeline.tokenizer()
+
+
+def gather(world, n, layers=(1, 2), **options):
+    encoders = tiny_pipeline.encoders(layers, d_sae=16)
+    options = {"decoding": Decoding(2), "permutations": 19, "progress": False} | options
+    return collect(*world, encoders, tiny_pipeline.task(n), **options)
+
+
+@pytest.fixture(scope="module")
+def old(world):
+    return gather(world, 6)
+
+
+@pytest.fixture(scope="module")
+def new(world):
+    return gather(world, 9, layers=(1, 3), coefficient_pool="mean")
+
+
+@pytest.fixture
+def directory(tmp_path, old):
+    """A folder with a run, and files of the user's whose names are much like a run's."""
+    for name in OURS:
+        (tmp_path / name).write_text(f"the user's {name}")
+    old.save(tmp_path)
+    return tmp_path
+
+
+def same(a, b):
+    """Whether two runs hold the same."""
+    states = [[(m.STATE, *(getattr(m, s).tolist() for s in m.STATE)) for by in (r.moments, r.evidence)
+               for of in by.values() for m in of.values()] for r in (a, b)]  # fmt: skip
+    parts = [(r.points, r.pool, r.notes, r.snapshots, r.provenance, r.rewards.tolist()) for r in (a, b)]
+    return states[0] == states[1] and parts[0] == parts[1]
+
+
+def theirs(directory):
+    return {path.name for path in directory.iterdir()} - OURS
+
+
+def untouched(directory):
+    return all((directory / name).read_text() == f"the user's {name}" for name in OURS)
+
+
+def test_a_run_replaces_the_one_that_was_there_and_leaves_other_files_alone(directory, old, new):
+    assert same(Run.load(directory), old) and len(theirs(directory)) == 2 + 2 + 1 + 1
+    for run, number in ((new, 4 + 4 + 1 + 1), (old, 6), (new, 10), (new, 10)):
+        run.save(directory)
+        assert same(Run.load(directory), run) and len(theirs(directory)) == number and untouched(directory)
+
+
+def test_files_that_no_run_may_have_are_neither_read_nor_removed(directory, new):
+    (directory.parent / "precious.safetensors").write_text("kept")
+    described = json.loads((directory / "run.json").read_text())
+    for name in ("../precious.safetensors", "notes.txt", "layer_10.safetensors"):
+        (directory / "run.json").write_text(json.dumps(described | {"rewards": name}))
+        with pytest.raises(CorrSteerError, match="is damaged .it names files that are not a run's"):
+            Run.load(directory)
+        new.save(directory)
+        assert untouched(directory) and (directory.parent / "precious.safetensors").exists()
+
+
+@pytest.mark.parametrize("text", ("{", "[]", '{"format": "corrsteer.run/1"}', "\xff"))
+def test_a_run_of_another_version_or_damaged_is_refused_and_can_be_replaced(directory, new, text):
+    (directory / "run.json").write_text(text, encoding="latin-1")
+    with pytest.raises(CorrSteerError, match="is damaged|is not a run of this version"):
+        Run.load(directory)
+    new.save(directory)
+    assert same(Run.load(directory), new) and untouched(directory)
+
+
+STEPS = ("os.open", "os.fsync", "os.replace", "os.unlink", "os.chmod", "save")
+
+
+class Steps:
+    """What saving does, step by step, until something happens at one of them: before it, or after half of it."""
+
+    def __init__(self, monkeypatch, at, happens):
+        self.count, self.at, self.happens = 0, at, happens
+        for step in STEPS[:-1]:
+            function = getattr(os, step.split(".")[1])
+            monkeypatch.setattr(step, lambda *a, function=function, **k: self.step(lambda: function(*a, **k)))
+        monkeypatch.setattr("safetensors.torch.save_file", self.save)
+
+    def step(self, act):
+        self.count += 1
+        if self.count == self.at:
+            self.happens()
+        return act()
+
+    def save(self, tensors, path, metadata):
+        self.step(lambda: save_file(tensors, path, metadata=metadata))
+        if self.count == self.at - 1:  # half a file
+            os.truncate(path, os.path.getsize(path) // 2)
+
+
+def steps_of(run, directory, monkeypatch):
+    with monkeypatch.context() as patched:
+        steps = Steps(patched, 0, None)
+        run.save(directory)
+    return steps.count
+
+
+def test_a_process_killed_at_any_step_of_saving_leaves_the_old_run_or_the_new_one_whole(
+    directory, old, new, monkeypatch
+):
+    total, found = steps_of(new, directory, monkeypatch), []
+    for at in range(1, total + 1):
+        old.save(directory)
+        child = os.fork()
+        if child == 0:  # a kill runs no cleanup, as this runs none
+            Steps(monkeypatch, at, lambda: os._exit(9))
+            new.save(directory)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] >> 8 == 9, at
+        run = Run.load(directory)
+        found.append(same(run, new))
+        assert found[-1] or same(run, old), at
+        assert untouched(directory), at
+        new.save(directory)
+        assert same(Run.load(directory), new) and untouched(directory), at
+    assert found == sorted(found) and {False, True} == set(found), "old until one step, and new from there on"
+
+
+class Cut(BaseException):
+    """What no handler expects."""
+
+
+@pytest.mark.parametrize("error", (OSError(28, "No space left on device"), KeyboardInterrupt(), Cut()), ids=repr)
+def test_an_error_at_any_step_leaves_one_run_whole_and_nothing_half_written(directory, old, new, monkeypatch, error):
+    total = steps_of(new, directory, monkeypatch)
+
+    def happens():
+        raise error
+
+    for at in range(1, total + 1):
+        old.save(directory)
+        before = theirs(directory)
+        with monkeypatch.context() as patched:
+            Steps(patched, at, happens)
+            try:
+                new.save(directory)
+            except (CorrSteerError, OSError, KeyboardInterrupt, Cut):
+                pass
+        run = Run.load(directory)
+        assert same(run, old) or same(run, new), at
+        if same(run, old):
+            assert theirs(directory) == before, at
+        assert untouched(directory), at
+
+
+def test_a_run_saved_through_a_link_or_onto_a_link_stays_where_the_links_lead(tmp_path, old, new):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    old.save(tmp_path / "link")
+    new.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and same(Run.load(tmp_path / "real"), new)
+
+
+def test_what_json_cannot_hold_is_known_when_an_encoder_is_made_and_no_save_fails_of_it(world, tmp_path):
+    odd = {"dtype": torch.float16, "tags": {"b", "a"}, "path": Path("x/y"), "norm": torch.tensor([1.0, float("nan")])}
+    made = {1: dataclasses.replace(tiny_pipeline.encoders((1,), d_sae=16)[1], metadata=odd)}
+    expected = {"dtype": "torch.float16", "tags": ["a", "b"], "path": "x/y", "norm": [1.0, "nan"]}
+    assert made[1].metadata == expected
+    run = collect(*world, made, tiny_pipeline.task(6), decoding=Decoding(2), permutations=0, progress=False)
+    run.provenance["mine"] = {"loss": float("nan"), "when": Path("a")}
+    run.save(tmp_path / "run")
+    text = (tmp_path / "run" / "run.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    loaded = Run.load(tmp_path / "run")
+    assert loaded.provenance["saes"]["1"]["metadata"] == expected
+    assert loaded.provenance["mine"] == {"loss": "nan", "when": "a"}
+    steering = select(run)
+    steering.save(tmp_path / "s")
+    assert Steering.load(tmp_path / "s").provenance["mine"] == {"loss": "nan", "when": "a"}
