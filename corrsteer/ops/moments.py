@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from corrsteer.errors import CorrSteerError
+from corrsteer.errors import CorrSteerError, check_type, whole
 from corrsteer.types import Device, PathLike
 
 POSITIVE, NEGATIVE = 0, 1
@@ -63,12 +63,10 @@ class Moments:
     group_active_count: Tensor
 
     def __init__(self, d_sae: int, n_labels: int = 1, device: Device = "cpu"):
-        if d_sae < 1 or n_labels < 1:
-            raise CorrSteerError(f"d_sae and n_labels must be at least 1, got d_sae={d_sae}, n_labels={n_labels}")
-        self.d_sae: int = d_sae
-        self.n_labels: int = n_labels
+        self.d_sae: int = whole("d_sae", d_sae, 1)
+        self.n_labels: int = whole("n_labels", n_labels, 1)
         with torch.inference_mode(False):  # made inside of it, they could not be updated outside
-            for name, shape in self.shapes(d_sae, n_labels).items():
+            for name, shape in self.shapes(self.d_sae, self.n_labels).items():
                 setattr(self, name, torch.zeros(shape, dtype=torch.float64, device=device))
 
     @staticmethod
@@ -107,6 +105,7 @@ class Moments:
     @torch.no_grad()
     def merge(self, other: Moments) -> None:
         """Fold in the moments of other samples, such as another process's; the order does not matter."""
+        check_type("other", other, Moments, "a Moments")
         if (other.d_sae, other.n_labels) != (self.d_sae, self.n_labels):
             raise CorrSteerError(
                 f"other must have d_sae={self.d_sae} and n_labels={self.n_labels}, "

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from corrsteer.errors import CorrSteerError
+from corrsteer.errors import CorrSteerError, check_type, shown, whole
 from corrsteer.sae import sources
 from corrsteer.sae.sources import Decoder
 from corrsteer.types import Device, PathLike
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 ACTIVATIONS = ("relu", "jumprelu", "gated", "topk", "abstopk", "identity")
 SIGNED = ("abstopk", "identity")  # that can be negative
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PRECISIONS = {
     "fp32": torch.float32,  # of float32 accuracy; on tensor cores each product is three of tf32
     "fp32_ieee": torch.float32,  # every product rounded as IEEE float32
@@ -46,6 +46,7 @@ NEEDED = {
     "topk": ("weight", "bias"),
     "abstopk": ("weight", "bias"),
 }
+NORMS = ("none", "layer_norm", "constant_norm_rescale")
 FOLD_ROWS = 8192  # features folded at a time, so that folding needs little memory beside the weight
 
 # SAELens architecture -> our activation. A skip transcoder's skip path is not part of its encoder.
@@ -112,9 +113,7 @@ class SparseEncoder:
     metadata: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        missing = [name for name in NEEDED.get(self.activation, ()) if getattr(self, name) is None]
-        if missing:
-            raise CorrSteerError(f"{', '.join(missing)} must be given for activation {self.activation!r}, got None")
+        self._check()
         if self.weight is None:
             return
         own = "bf16x2" if self.weight_low is not None else _precision_of(self.weight.dtype)
@@ -135,6 +134,33 @@ class SparseEncoder:
         if self.input_norm == "layer_norm" and self.weight_sum is None:
             object.__setattr__(self, "weight_sum", _row_sums(self.weight, self.weight_low))
 
+    def _check(self) -> None:
+        """Raise for parts that do not fit each other; kernels, which take pointers, would read past their ends."""
+        for name in ("d_in", "d_sae"):
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
+        for name, known in (("activation", ACTIVATIONS), ("input_norm", NORMS)):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                raise CorrSteerError(f"{name} must be one of {', '.join(known)}, got {shown(value)}")
+        missing = [name for name in NEEDED.get(self.activation, ()) if getattr(self, name) is None]
+        if missing:
+            raise CorrSteerError(f"{', '.join(missing)} must be given for activation {self.activation!r}, got None")
+        for name in TENSORS:
+            part = getattr(self, name)
+            if part is None:
+                continue
+            check_type(name, part, Tensor, "a tensor", "use torch.as_tensor")
+            shape = (self.d_sae, self.d_in) if name in ("weight", "weight_low") else (self.d_sae,)
+            if part.shape != shape or part.dtype not in DTYPES:
+                raise CorrSteerError(
+                    f"{name} must be {list(shape)} float32, bfloat16 or float16 for d_sae={self.d_sae} and "
+                    f"d_in={self.d_in}, got {list(part.shape)} {part.dtype}"
+                )
+        if "topk" in self.activation:
+            object.__setattr__(self, "k", whole("k", self.k, 1))
+            if self.k > self.d_sae:
+                raise CorrSteerError(f"k must lie in 1..d_sae={self.d_sae}, got {self.k}")
+
     @classmethod
     def from_sae_lens(
         cls, sae: SAE[Any], *, dtype: torch.dtype | None = None, device: Device | None = None
@@ -151,6 +177,8 @@ class SparseEncoder:
         ------
         CorrSteerError : for an architecture that is not a function of one token.
         """
+        if not hasattr(sae, "cfg") or not isinstance(sae, torch.nn.Module):
+            raise CorrSteerError(f"sae must be an sae_lens.SAE, got {shown(sae)}; for a directory use load")
         config = sae.cfg.to_dict()
         with torch.no_grad():
             parameters = {name: p.detach() for name, p in sae.named_parameters()}
@@ -191,8 +219,7 @@ class SparseEncoder:
     @classmethod
     def identity(cls, d_in: int, hook_name: str | None = None) -> SparseEncoder:
         """Residual dimensions themselves as features: the paper's "raw" ablation."""
-        if d_in < 1:
-            raise CorrSteerError(f"d_in must be a positive width, got {d_in}")
+        d_in = whole("d_in", d_in, 1)
         return cls(d_in, d_in, "identity", hook_name=hook_name, decoder=sources.decoder_of_identity(d_in))
 
     @property
@@ -232,9 +259,12 @@ class SparseEncoder:
             _check_dtype(dtype)
             precision = precision or _precision_of(dtype)
         if precision is not None and (
-            precision not in PRECISIONS or (dtype is not None and PRECISIONS[precision] != dtype)
+            not isinstance(precision, str)
+            or precision not in PRECISIONS
+            or (dtype is not None and PRECISIONS[precision] != dtype)
         ):
-            raise CorrSteerError(f"precision must be one of {', '.join(PRECISIONS)} and fit dtype, got {precision!r}")
+            words = f"{', '.join(PRECISIONS)} and fit dtype"
+            raise CorrSteerError(f"precision must be one of {words}, got {shown(precision)}")
         moved = {name: getattr(self, name).to(device) for name in TENSORS if getattr(self, name) is not None}
         if precision is not None and "weight" in moved:
             whole = replace(self, **moved).full_weight() if self.precision == "bf16x2" else moved["weight"]
@@ -282,7 +312,7 @@ def required(part: Tensor | None) -> Tensor:
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in DTYPES and dtype != torch.float64:
+    if dtype not in DTYPES:
         raise CorrSteerError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
 
 

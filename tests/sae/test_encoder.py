@@ -459,7 +459,7 @@ def test_the_identity_encoder_has_residual_dimensions_as_features(dtype):
     rows = sources.open_decoder(encoder.decoder.source).rows([4, 0])
     assert torch.equal(rows, torch.eye(5)[[4, 0]]) and torch.equal(rows, encoder.decoder_rows([4, 0]))
     assert (encoder.d_in, encoder.d_sae, encoder.hook_name, encoder.device) == (5, 5, "model.layers.2", None)
-    with pytest.raises(CorrSteerError, match="d_in must be a positive width, got 0"):
+    with pytest.raises(CorrSteerError, match="d_in must be a whole number of at least 1, got 0"):
         SparseEncoder.identity(0)
 
 
