@@ -67,13 +67,13 @@ def encoding(arch: int, kernel: str, label: str, kind: str, entry: dict, types: 
     x, weight, low = given.get("operands", OPERANDS[kind])
     activation = given.get("activation", "jumprelu")
     present = {"jumprelu": {"threshold"}, "gated": {"magnitude_scale", "magnitude_bias"}}.get(activation, set())
-    norm = {"weight_sum", "scale", "mean"} if given.get("normalised") else set()
+    norm = {"weight_sum", "scale", "mean", "shift"} if given.get("normalised") else set()
     rows = {"x": entry["BT"], "weight": entry["BF"], "weight_low": entry["BF"]}
     all_types = {}
     for name, of in (("x", x), ("weight", weight), ("weight_low", low)):
         descriptor = f"tensordesc<{of}[{rows[name]}, {entry['BK']}]>" if entry["descriptors"] else f"*{of}"
         all_types[name] = descriptor if of else None
-    for name in (*ENCODER, "scale", "mean"):
+    for name in (*ENCODER, "scale", "mean", "shift"):
         all_types[name] = "*fp32" if name in {"bias"} | present | norm else None
     return Specimen(
         kernel, arch, label, all_types | types | dict(d_in="i32", d_sae="i32", T="i32"),
@@ -132,6 +132,8 @@ def shipped(arch: int) -> Iterator[Specimen]:
             label = f"{kind} {entry['BF']}x{entry['BT']}x{entry['BK']}"
             yield encoding(arch, "encode.encode_kernel", label, kind, entry, {"out": "*fp32"}, {})
     entry = file["encode"]["native"][-1]
+    label = f"native {entry['BF']}x{entry['BT']}x{entry['BK']} normalised"
+    yield encoding(arch, "encode.encode_kernel", label, "native", entry, {"out": "*fp32"}, {}, normalised=True)
     for slots in (None, "*i16"):
         label = f"native {entry['BF']}x{entry['BT']}x{entry['BK']} {'values' if slots else 'maxima'}"
         yield encoding(

@@ -84,6 +84,7 @@ class SparseEncoder:
     weight_low : `[d_sae, d_in]` bfloat16, what `weight` lacks; for the precision `bf16x2` only.
     weight_sum : `[d_sae]` float32, the weight's row sums, for layer_norm only: W (x - mean x) = W x - mean x · sums.
         Centring W itself would be cheaper, but rounding would leave rows that do not quite sum to 0, times mean x.
+        Kernels subtract what is large of mean x before the product.
     bias : `[d_sae]` float32; the gate's bias where gated.
     threshold : `[d_sae]` float32, jumprelu only.
     magnitude_scale, magnitude_bias : `[d_sae]` float32, gated only: the magnitude is relu(scale · W x + bias).
