@@ -135,7 +135,8 @@ class Moments:
     def correlation(self) -> Tensor:
         """Pearson's r of every label and feature, `[n_labels, d_sae]` float64; 0 where either variance is 0."""
         varies = self.label_varies()[:, None] & self._varies(self.z_m2, self.z_mean)
-        scale = torch.where(varies, (self.y_m2[:, None] * self.z_m2).sqrt(), 1)
+        # the roots first, as the product of very large or small variances may be no float64
+        scale = torch.where(varies, self.y_m2.sqrt()[:, None] * self.z_m2.sqrt(), 1)
         return torch.where(varies, self.cross / scale, 0).clamp(-1, 1)
 
     def label_varies(self) -> Tensor:

@@ -23,6 +23,7 @@ from corrsteer.ops.moments import Moments
 from corrsteer.sae.encoder import SparseEncoder
 
 POOLS = {"mean": ("mean",), "max": ("max",), "both": ("mean", "max")}
+LARGEST_REWARD = 1e150  # the square of a larger one, and so its variance, may be no float64
 X_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -335,9 +336,17 @@ def _check_y(y: Tensor, n: int, moments: Moments) -> Tensor:
             f"y must be [N={n}, n_labels={moments.n_labels}] of real numbers, got {list(y.shape)} {y.dtype}"
         )
     _check_device("y", y, moments.device)
-    if y.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(torch.isfinite(y).all()):
-        raise CorrSteerError("y must be finite, got NaN or infinite rewards; leave those samples out")
+    if y.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_rewards(y)
     return y
+
+
+def check_rewards(y: Tensor) -> None:
+    """Raise for rewards that are not finite, or whose squares would not be."""
+    size = y.double().abs()
+    if not bool((size <= LARGEST_REWARD).all()):
+        got = float(size.max())
+        raise CorrSteerError(f"y must be finite and at most 1e150 in size, got {got:g}; leave those samples out")
 
 
 def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
