@@ -69,6 +69,10 @@ INPUT_NORMS = {
     "expected_average_only_in": "none",
     "covariance_whitening": "none",
 }
+# Hook points that read the residual stream, or what is written to it, as TransformerLens names them.
+WRITTEN = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
+# Families of models with RMSNorm, which would notice a mean, and which TransformerLens leaves as they are in any case.
+RMS_NORM = ("gemma", "llama", "mistral", "mixtral", "qwen", "phi-3", "olmo-2", "deepseek")
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,6 +299,20 @@ def _activation(config: dict[str, Any], origin: str) -> str:
     return activation
 
 
+def _reads_centred(metadata: dict[str, Any]) -> bool:
+    """Whether the SAE was trained on tokens less their mean over d_in.
+
+    TransformerLens' `center_writing_weights` takes the mean off all that is written to the residual stream, which
+    models with LayerNorm do not notice. On the model as Hugging Face has it, W (x - mean x) is meant: W with each row
+    less its own mean, times x. Its other options (`fold_ln`, `center_unembed`, `fold_value_biases`,
+    `refactor_factored_attn_matrices`) leave these hook points as they are.
+    """
+    options = metadata.get("model_from_pretrained_kwargs") or {}
+    hook, model = str(metadata.get("hook_name") or WRITTEN[0]), str(metadata.get("model_name")).lower()
+    layer_normed = not any(family in model for family in RMS_NORM)
+    return bool(options.get("center_writing_weights")) and layer_normed and any(point in hook for point in WRITTEN)
+
+
 def _precision_of(dtype: torch.dtype) -> str:
     return next(name for name, d in PRECISIONS.items() if d == dtype and name != "bf16x2")
 
@@ -347,6 +365,13 @@ def _fold(
     if config.get("apply_b_dec_to_input") and "transcoder" not in architecture:
         subtracted = parameters["b_dec"].to(device, torch.float64)
 
+    metadata = {k: v for k, v in (config.get("metadata") or {}).items() if v is not None}
+    centred = _reads_centred(metadata) and input_norm != "layer_norm"  # which takes the mean off by itself
+    if centred and input_norm != "none":
+        raise CorrSteerError(
+            f"normalize_activations of {origin} must be none or layer_norm for a model loaded with "
+            f"center_writing_weights, got {config['normalize_activations']!r}"
+        )
     weight = W_enc.new_empty(d_sae, d_in, dtype=dtype)
     shift = W_enc.new_zeros(d_sae, dtype=torch.float64)
     for start in range(0, d_sae, FOLD_ROWS):
@@ -354,9 +379,12 @@ def _fold(
         block = W_enc[:, rows].T.to(wide)
         if scale is not None:
             block = block * scale[rows, None]
-        weight[rows] = block
+        mean = block.double().mean(1)
+        weight[rows] = block.double() - mean[:, None] if centred else block
         if subtracted is not None:  # with the rounded weight, so that a token equal to b_dec gives exactly the bias
             shift[rows] = weight[rows].double() @ subtracted
+            if centred:  # what b_dec is subtracted from is centred, but b_dec itself need not be
+                shift[rows] += mean * subtracted.sum()
 
     bias = vector("b_gate" if activation == "gated" else "b_enc")
     if scale is not None:
@@ -378,7 +406,6 @@ def _fold(
         if not 0 < k <= d_sae:
             raise CorrSteerError(f"k of {origin} must lie in 1..d_sae={d_sae}, got {k}; its configuration is damaged")
         form["k"] = k
-    metadata = {k: v for k, v in (config.get("metadata") or {}).items() if v is not None}
     metadata |= {"architecture": architecture, "reshape_activations": config.get("reshape_activations", "none")}
     return SparseEncoder(
         d_in=d_in,
