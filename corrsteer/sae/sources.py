@@ -116,7 +116,7 @@ def decoder_on_disk(directory: PathLike, divide_by_norm: bool) -> Decoder:
     directory = Path(directory).resolve()
 
     def rows(features: list[int]) -> Tensor:
-        with _open(directory) as file:
+        with _open(directory) as file, torch.device("cpu"):  # slices come on the default device, whatever that is
             W_dec = file.get_slice("W_dec")
             return _finish(torch.cat([W_dec[:0], *(W_dec[f : f + 1] for f in features)]), divide_by_norm)
 
@@ -137,7 +137,9 @@ def decoder_of_identity(d_in: int) -> Decoder:
     """Unit vectors."""
     return Decoder(
         {"kind": "identity", "d_in": d_in},
-        lambda features: torch.nn.functional.one_hot(torch.tensor(features, dtype=torch.long), d_in).float(),
+        lambda features: torch.nn.functional.one_hot(
+            torch.tensor(features, dtype=torch.int64, device="cpu"), d_in
+        ).float(),
     )
 
 

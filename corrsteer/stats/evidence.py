@@ -245,7 +245,7 @@ class Evidence:
         self._make_room((y - origin).abs().amax(0))
         u, positive = (y - origin) / self.scale.cpu(), (y > 0).double()
         permuted, drawn = self._permutations(len(y), block), self._bootstrap_weights(len(y), block)
-        weights = {f"z{p}u{q}": u**q if q else torch.ones(len(y), 1, dtype=torch.float64)
+        weights = {f"z{p}u{q}": u**q if q else torch.ones_like(y[:, :1])
                    for p in range(1, ORDER + 1) for q in range(ORDER + 1 - p)}  # fmt: skip
         weights |= {
             "positive": positive,

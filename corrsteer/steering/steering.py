@@ -183,7 +183,7 @@ def apply_rows(
     check_positions(positions)
     if not math.isfinite(scale):
         raise CorrSteerError(f"scale must be finite, got {scale}")
-    chosen = None if rows is None else torch.tensor(list(rows), dtype=torch.int32)
+    chosen = None if rows is None else torch.tensor(list(rows), dtype=torch.int32, device="cpu")
     if chosen is not None and not bool(((chosen >= -1) & (chosen < len(steerings))).all()):
         raise CorrSteerError(f"rows must lie in -1..{len(steerings) - 1}, got {chosen.tolist()}")
     vectors: dict[HookPoint, Tensor] = {}
@@ -191,7 +191,7 @@ def apply_rows(
         steering.check(model)
         for point, vector in steering.vectors(model).items():
             if point not in vectors:
-                vectors[point] = torch.zeros(len(steerings), len(vector))
+                vectors[point] = torch.zeros(len(steerings), len(vector), dtype=vector.dtype, device=vector.device)
             vectors[point][at] = scale * vector
     with add_vectors(model, vectors, chosen, positions):
         yield
