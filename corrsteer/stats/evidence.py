@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from corrsteer import ops
-from corrsteer.errors import CorrSteerError
+from corrsteer.errors import CorrSteerError, check_type, shown, whole
 from corrsteer.ops.operations import check_rewards
 from corrsteer.stats.histograms import Histograms
 from corrsteer.types import Device, Features, PathLike
@@ -138,23 +138,19 @@ class Evidence:
         seed: int = 0,
         device: Device = "cpu",
     ):
-        for name, value, least in (
-            ("d_sae", d_sae, 1), ("n_labels", n_labels, 1), ("permutations", permutations, 0),
-            ("bootstrap", bootstrap, 0), ("bins", bins, 3), ("seed", seed, 0),
-        ):  # fmt: skip
-            if value < least:
-                raise CorrSteerError(f"{name} must be at least {least}, got {value}")
         scores = (scores,) if isinstance(scores, str) else scores
+        if not isinstance(scores, Collection):
+            raise CorrSteerError(f"scores must be a list of {', '.join(SCORES)}, got {shown(scores)}")
         for name in scores:
-            if name not in SCORES:
-                raise CorrSteerError(f"scores must be among {', '.join(SCORES)}, got {name!r}")
-        self.d_sae: int = int(d_sae)
-        self.n_labels: int = int(n_labels)
-        self.permutations: int = int(permutations)
-        self.bootstrap: int = int(bootstrap)
+            if not isinstance(name, str) or name not in SCORES:
+                raise CorrSteerError(f"scores must be among {', '.join(SCORES)}, got {shown(name)}")
+        self.d_sae: int = whole("d_sae", d_sae, 1)
+        self.n_labels: int = whole("n_labels", n_labels, 1)
+        self.permutations: int = whole("permutations", permutations, 0)
+        self.bootstrap: int = whole("bootstrap", bootstrap, 0)
         self.scores: tuple[str, ...] = tuple(name for name in SCORES if name in scores)
-        self.bins: int = int(bins)
-        self.seed: int = int(seed)
+        self.bins: int = whole("bins", bins, 3)
+        self.seed: int = whole("seed", seed, 0)
         R, P, B = self.n_labels, self.permutations, self.bootstrap
         moments = [(f"z{p}u{q}", p, R if q else 1, 1) for p in range(1, ORDER + 1) for q in range(ORDER + 1 - p)]
         moments += [("positive", 1, R, 1), ("positive2", 2, R, 1)]
@@ -228,6 +224,8 @@ class Evidence:
         CorrSteerError : for wrong shapes, rewards that are not finite, a block that was seen before, and for negative
             activations where histograms are kept.
         """
+        for name, tensor in (("pooled", pooled), ("y", y)):
+            check_type(name, tensor, Tensor, "a tensor", "use torch.as_tensor")
         y = (y[:, None] if y.dim() == 1 else y).detach().to("cpu", torch.float64)
         if pooled.dim() != 2 or pooled.shape[1] != self.d_sae or y.shape != (len(pooled), self.n_labels):
             raise CorrSteerError(
@@ -235,8 +233,9 @@ class Evidence:
                 f"got {list(pooled.shape)} and {list(y.shape)}"
             )
         check_rewards(y)
-        if block < 0 or block in self.blocks:
-            raise CorrSteerError(f"block must be a number from 0 on that was not given before, got {block}")
+        block = whole("block", block, 0)
+        if block in self.blocks:
+            raise CorrSteerError(f"block must be a number that was not given before, got {block}")
         if len(y) == 0:
             return
         if self.histograms:
@@ -270,7 +269,7 @@ class Evidence:
         self.n_positive += positive.sum(0).to(self.device)
         low, high = y.amin(0), y.amax(0)
         self._extend(low, high, (y == low).double().sum(0), (y == high).double().sum(0))
-        self.blocks.add(int(block))
+        self.blocks.add(block)
 
     def _make_room(self, largest: Tensor) -> None:
         """Choose `scale` for rewards as far as `largest: [R]` from the origin, and bring what was summed to it."""
@@ -297,15 +296,16 @@ class Evidence:
 
     def _permutations(self, n: int, block: int) -> Tensor:
         """`[P, n]`: in each row, which sample's label each sample of a block gets."""
-        return _orders(self.seed, int(block), self.permutations, n)
+        return _orders(self.seed, block, self.permutations, n)
 
     def _bootstrap_weights(self, n: int, block: int) -> Tensor:
         """`[n, B]`, how often each replicate has each sample of a block."""
-        return _draws(self.seed, int(block), self.bootstrap, n)
+        return _draws(self.seed, block, self.bootstrap, n)
 
     @torch.no_grad()
     def merge(self, other: Evidence) -> None:
         """Fold in the evidence of other blocks, such as another process's; the order does not matter."""
+        check_type("other", other, Evidence, "an Evidence")
         mine, theirs = self._settings(), other._settings()
         for name, value in mine.items():
             if theirs[name] != value:
