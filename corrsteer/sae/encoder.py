@@ -243,7 +243,10 @@ class SparseEncoder:
         They are divided by their norm where the SAE rescales activations by decoder norm, so that activation times
         direction is the feature's contribution in either case.
         """
-        features = [int(f) for f in features]
+        try:
+            features = [int(f) for f in features]
+        except (TypeError, ValueError):
+            raise CorrSteerError(f"features must be a sequence of whole numbers, got {shown(features)}") from None
         outside = [f for f in features if not 0 <= f < self.d_sae]
         if outside:
             raise CorrSteerError(f"features must lie in 0..{self.d_sae - 1}, got {outside[:5]}")
