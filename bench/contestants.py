@@ -61,26 +61,30 @@ class Inputs:
 def _encode_update(case: Case, device: torch.device, backends: tuple[str, ...]) -> Factories:
     g = torch.Generator(device).manual_seed(0)
     dtype = X_DTYPES.get(case.precision, torch.bfloat16)
-    bias = 0.1 * torch.randn(case.d_sae, generator=g, device=device)
+    bias = 0.1 * torch.randn(case.d_sae, generator=g, dtype=torch.float32, device=device)
     # Preactivations are about standard normal, so that one or two in a hundred features are active.
-    threshold = 2 + 0.5 * torch.rand(case.d_sae, generator=g, device=device) if case.activation == "jumprelu" else None
+    threshold = (
+        2 + 0.5 * torch.rand(case.d_sae, generator=g, dtype=torch.float32, device=device)
+        if case.activation == "jumprelu"
+        else None
+    )
 
     def encoder_of(weight: Tensor) -> SparseEncoder:
         form = {"weight": weight, "bias": bias, "threshold": threshold, "k": case.k}
         return SparseEncoder(case.d_in, case.d_sae, case.activation, **form)
 
     def draw() -> Inputs:
-        x = torch.randn(case.tokens, case.d_in, generator=g, device=device).to(dtype)
-        weight = torch.randn(case.d_sae, case.d_in, generator=g, device=device) / case.d_in**0.5
+        x = torch.randn(case.tokens, case.d_in, generator=g, dtype=torch.float32, device=device).to(dtype)
+        weight = torch.randn(case.d_sae, case.d_in, generator=g, dtype=torch.float32, device=device) / case.d_in**0.5
         return Inputs(x, weight, encoder_of(weight).to(precision=case.precision))
 
     sets = [draw()]
     if case.kind == "encode_update":  # the others are about the host, and a graph has its one set
         each = (sets[0].x.numel() + sets[0].weight.numel()) * dtype.itemsize
         sets += [draw() for _ in range(_sets(device, each) - 1)]
-    sizes = torch.tensor(lengths(case.tokens, case.steps), device=device)
+    sizes = torch.tensor(lengths(case.tokens, case.steps), dtype=torch.int64, device=device)
     cu_seqlens = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).int()
-    sample = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
+    sample = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int64, device=device), sizes)
     labels = 1 if case.kind == "permutations" else case.labels
     y = _rewards(len(sizes), labels, g)
     pools = POOLS[case.pool]
@@ -205,8 +209,11 @@ def _encode_update(case: Case, device: torch.device, backends: tuple[str, ...]) 
 def _update_moments(case: Case, device: torch.device, backends: tuple[str, ...]) -> Factories:
     g = torch.Generator(device).manual_seed(0)
     shape = (case.tokens, case.d_sae)
-    sets = [torch.randn(shape, generator=g, device=device).relu()]
-    sets += [torch.randn(shape, generator=g, device=device).relu() for _ in range(_sets(device, sets[0].nbytes) - 1)]
+    sets = [torch.randn(shape, generator=g, dtype=torch.float32, device=device).relu()]
+    sets += [
+        torch.randn(shape, generator=g, dtype=torch.float32, device=device).relu()
+        for _ in range(_sets(device, sets[0].nbytes) - 1)
+    ]
     y = _rewards(case.tokens, case.labels, g)
 
     def ours(backend: str) -> Contestant:
@@ -230,7 +237,7 @@ def _update_sums(case: Case, device: torch.device, backends: tuple[str, ...]) ->
     g = torch.Generator(device).manual_seed(0)
 
     def draw() -> Tensor:  # of which, as of a SAE's, one or two in a hundred are active
-        return (torch.randn(case.tokens, case.d_sae, generator=g, device=device) - 2.2).relu()
+        return (torch.randn(case.tokens, case.d_sae, generator=g, dtype=torch.float32, device=device) - 2.2).relu()
 
     sets = [draw()]
     sets += [draw() for _ in range(_sets(device, sets[0].nbytes) - 1)]
@@ -257,8 +264,8 @@ def _update_sums(case: Case, device: torch.device, backends: tuple[str, ...]) ->
 
 def _steer_add(case: Case, device: torch.device, backends: tuple[str, ...]) -> Factories:
     dtype = X_DTYPES.get(case.precision, torch.bfloat16)
-    h = torch.randn(case.tokens, 1, case.d_in, device=device).to(dtype)
-    vectors = 1e-3 * torch.randn(1, case.d_in, device=device)
+    h = torch.randn(case.tokens, 1, case.d_in, dtype=torch.float32, device=device).to(dtype)
+    vectors = 1e-3 * torch.randn(1, case.d_in, dtype=torch.float32, device=device)
     row_vector = torch.zeros(case.tokens, dtype=torch.int32, device=device)
 
     def ours(backend: str) -> Contestant:
@@ -279,7 +286,7 @@ def _steer_add(case: Case, device: torch.device, backends: tuple[str, ...]) -> F
 
 def _rewards(n: int, labels: int, g: torch.Generator) -> Tensor:
     """Binary rewards `[n, labels]` float32, both kinds in every column."""
-    y = (torch.rand(n, labels, generator=g, device=g.device) < 0.5).float()
+    y = (torch.rand(n, labels, generator=g, dtype=torch.float32, device=g.device) < 0.5).float()
     y[0], y[-1] = 0, 1
     return y
 

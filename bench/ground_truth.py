@@ -17,10 +17,9 @@ DOUBT = 1e-4  # preactivations this close to the threshold may be kept or droppe
 
 def some_features(d_sae: int) -> Tensor:
     """Indices of the features that are checked."""
-    if d_sae <= FEATURES:
-        return torch.arange(d_sae)
+    features = torch.arange(d_sae, dtype=torch.int64, device="cpu")
     half = FEATURES // 2
-    return torch.cat([torch.arange(half), torch.arange(d_sae - half, d_sae)])
+    return features if d_sae <= FEATURES else torch.cat([features[:half], features[-half:]])
 
 
 def check(

@@ -67,13 +67,13 @@ def encoding(arch: int, kernel: str, label: str, kind: str, entry: dict, types: 
     x, weight, low = given.get("operands", OPERANDS[kind])
     activation = given.get("activation", "jumprelu")
     present = {"jumprelu": {"threshold"}, "gated": {"magnitude_scale", "magnitude_bias"}}.get(activation, set())
-    norm = {"weight_sum", "scale", "mean"} if given.get("normalised") else set()
+    norm = {"weight_sum", "scale", "mean", "shift"} if given.get("normalised") else set()
     rows = {"x": entry["BT"], "weight": entry["BF"], "weight_low": entry["BF"]}
     all_types = {}
     for name, of in (("x", x), ("weight", weight), ("weight_low", low)):
         descriptor = f"tensordesc<{of}[{rows[name]}, {entry['BK']}]>" if entry["descriptors"] else f"*{of}"
         all_types[name] = descriptor if of else None
-    for name in (*ENCODER, "scale", "mean"):
+    for name in (*ENCODER, "scale", "mean", "shift"):
         all_types[name] = "*fp32" if name in {"bias"} | present | norm else None
     return Specimen(
         kernel, arch, label, all_types | types | dict(d_in="i32", d_sae="i32", T="i32"),
@@ -132,6 +132,8 @@ def shipped(arch: int) -> Iterator[Specimen]:
             label = f"{kind} {entry['BF']}x{entry['BT']}x{entry['BK']}"
             yield encoding(arch, "encode.encode_kernel", label, kind, entry, {"out": "*fp32"}, {})
     entry = file["encode"]["native"][-1]
+    label = f"native {entry['BF']}x{entry['BT']}x{entry['BK']} normalised"
+    yield encoding(arch, "encode.encode_kernel", label, "native", entry, {"out": "*fp32"}, {}, normalised=True)
     for slots in (None, "*i16"):
         label = f"native {entry['BF']}x{entry['BT']}x{entry['BK']} {'values' if slots else 'maxima'}"
         yield encoding(
@@ -147,14 +149,14 @@ def small(arch: int) -> Iterator[Specimen]:
     sizes = dict.fromkeys(("T", "N", "d_sae", "chunk_tokens", "n_chunks", "stride"), n)
     samples = dict(cu=i, segment_ids=i, sample_stats=f)
     arrays = dict.fromkeys(("cross", "group_sum", "group_active_sum", "group_active_count"), d)
-    moments = dict(partials=f, finished=f, before=d, batch_y_mean=d, z_mean=d, z_m2=d, n_active=d) | samples | arrays
+    moments = dict(partials=f, finished=f, before=d, batch_y=d, z_mean=d, z_m2=d, n_active=d) | samples | arrays
     yield Specimen("combine_chunks.combine_moments_kernel", arch, "", moments | sizes, dict(MAX=False, BF=64, BC=16))
     rows = dict(partials=f, pooled=f) | samples | sizes
     yield Specimen("combine_chunks.combine_pooled_kernel", arch, "", rows, dict(MAX=False, BF=128, BC=16))
     strides = dict.fromkeys(("pooled_n", "pooled_d", "y_n", "y_r", "N", "R", "D"), n)
     batch = dict(old_count=d, z_rows=d, y_rows=d)
     products = dict(pooled=f, y=f, z_mean=d, y_mean=d) | batch | arrays | strides
-    yield Specimen("update_moments.products_kernel", arch, "", products, dict(BN=32, BR=32, BD=64), num_warps=8)
+    yield Specimen("update_moments.products_kernel", arch, "", products, dict(BN=32, BR=16, BD=64), num_warps=8)
     columns = dict(pooled=f, y=f, count=d) | batch | strides
     yield Specimen("update_moments.column_moments_kernel", arch, "", columns, dict(BN=32, BC=64))
     state = dict.fromkeys(("count", "z_mean", "z_m2", "y_mean", "y_m2", "n_positive", "n_active"), d)
@@ -170,7 +172,7 @@ def small(arch: int) -> Iterator[Specimen]:
         ("h_b", "h_s", "h_d", "vectors_v", "vectors_d", "row_stride", "positions_b", "positions_s", "S", "V", "d"), n
     )
     yield Specimen("steer_add.steer_add_kernel", arch, "", steer, dict(BLOCK=1024))
-    scalars = ("before", "batch_y_mean", "count", "y_mean", "y_m2", "n_positive")
+    scalars = ("before", "batch_y", "count", "y_mean", "y_m2", "n_positive")
     others = ("other_count", "other_y_mean", "other_y_m2", "other_n_positive")
     planned = samples | dict(y=f, y_stride=n, T=n, N=n, steps=n) | dict.fromkeys(scalars + others, d)
     yield Specimen("plan.plan_kernel", arch, "", planned, dict(TOKENS=256, SAMPLES=1024))

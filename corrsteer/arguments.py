@@ -1,4 +1,4 @@
-"""Numeric arguments: what is not the number it must be is refused by name, before anything is computed with it.
+"""Arguments: what is not of the type, or not the number, that it must be is refused by name, before it is used.
 
 NumPy's and torch's scalars become Python's numbers, which JSON can hold. A bool is no number, and NaN never is one.
 """
@@ -15,6 +15,12 @@ from corrsteer.errors import CorrSteerError
 LARGEST_SEED = 2**32 - 1  # what every generator of random numbers takes
 
 
+def check_type(name: str, value: object, kind: type, what: str, fix: str = "") -> None:
+    """Raise unless an argument is of a type, `what` in words."""
+    if not isinstance(value, kind):
+        raise CorrSteerError(f"{name} must be {what}, got {shown(value)}{fix and '; ' + fix}")
+
+
 def whole(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
     """The value as an int, which `least` and `most` bound; 3.0 is whole, 2.5 and True are not."""
     number = _real(value)
@@ -23,7 +29,7 @@ def whole(name: str, value: Any, least: int | None = None, most: int | None = No
     else:
         found = int(number) if number is not None and math.isfinite(number) and number == int(number) else None
     if found is None or (least is not None and found < least) or (most is not None and found > most):
-        raise CorrSteerError(f"{name} must be a whole number{_bounds(least, most)}, got {_shown(value)}")
+        raise CorrSteerError(f"{name} must be a whole number{_bounds(least, most)}, got {shown(value)}")
     return found
 
 
@@ -31,7 +37,7 @@ def number(name: str, value: Any, least: float | None = None, most: float | None
     """The value as a finite float, which `least` and `most` bound."""
     found = _finite(value)
     if found is None or (least is not None and found < least) or (most is not None and found > most):
-        raise CorrSteerError(f"{name} must be a finite number{_bounds(least, most)}, got {_shown(value)}")
+        raise CorrSteerError(f"{name} must be a finite number{_bounds(least, most)}, got {shown(value)}")
     return found
 
 
@@ -39,7 +45,7 @@ def share(name: str, value: Any) -> float:
     """The value as a float between 0 and 1, both left out."""
     found = _finite(value)
     if found is None or not 0 < found < 1:
-        raise CorrSteerError(f"{name} must be between 0 and 1, got {_shown(value)}")
+        raise CorrSteerError(f"{name} must be between 0 and 1, got {shown(value)}")
     return found
 
 
@@ -53,7 +59,7 @@ def several(name: str, values: Iterable[Any]) -> list[Any]:
     try:
         listed = list(values)
     except TypeError:
-        raise CorrSteerError(f"{name} must be a list, such as [{_shown(values)}], got {_shown(values)}") from None
+        raise CorrSteerError(f"{name} must be a list, such as [{shown(values)}], got {shown(values)}") from None
     if not listed:
         raise CorrSteerError(f"{name} must hold at least one number, got none")
     return listed
@@ -80,6 +86,9 @@ def _bounds(least: float | None, most: float | None) -> str:
     return f" of at least {least}" if least is not None else f" of at most {most}" if most is not None else ""
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """What an argument was: numbers, strings and None themselves, of anything else the type."""
     number = _real(value)
-    return f"{value!r:.80}" if number is None else f"{number!r:.80}"
+    if number is not None:
+        return f"{number!r:.80}"
+    return f"{value!r:.80}" if value is None or isinstance(value, (bool, str)) else type(value).__name__

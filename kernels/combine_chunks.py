@@ -95,7 +95,7 @@ def combine_pooled(partials: Partials, cu: Tensor, T: int, pools: tuple[str, ...
 
 @triton.jit(do_not_specialize=["T", "N", "chunk_tokens", "n_chunks"])
 def combine_moments_kernel(
-    partials, finished, segment_ids, sample_stats, cu, before, batch_y_mean,
+    partials, finished, segment_ids, sample_stats, cu, before, batch_y,
     z_mean, z_m2, cross, n_active, group_sum, group_active_sum, group_active_count,
     T, N, d_sae, chunk_tokens, n_chunks, stride,
     MAX: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr,
@@ -150,6 +150,7 @@ def combine_moments_kernel(
 
     # samples without a token count as zeros; as all rewards are centred, theirs sum to minus the others' n · y_mean
     covariance += mean * (n * y_mean)
+    covariance *= tl.load(batch_y + 1)  # the unit that rewards were in
     m2 = chan_product(n, m2, N - n, 0.0, mean)
     mean *= n / N
 
@@ -157,7 +158,7 @@ def combine_moments_kernel(
     old_mean = tl.load(z_mean + f, mask=m_f, other=0.0)
     delta = mean - old_mean
     old_m2, old_cross = tl.load(z_m2 + f, mask=m_f, other=0.0), tl.load(cross + f, mask=m_f, other=0.0)
-    y_delta = tl.load(batch_y_mean) - old_y_mean
+    y_delta = tl.load(batch_y) - old_y_mean
     tl.store(z_m2 + f, chan_product(old_n, old_m2, N, m2, delta), mask=m_f)
     tl.store(cross + f, chan_product(old_n, old_cross, N, covariance, delta, y_delta), mask=m_f)
     tl.store(z_mean + f, chan_mean(old_n, old_mean, N, mean), mask=m_f)
@@ -178,7 +179,7 @@ def combine_moments(partials: Partials, cu: Tensor, T: int, pools: tuple[str, ..
         d_sae = len(state.z_mean)
         combine_moments_kernel[(triton.cdiv(d_sae, 64),)](
             partials.rows[:, at], partials.finished, planned.segment_ids, planned.sample_stats, cu,
-            planned.before[2 * at :], planned.y_mean, state.z_mean, state.z_m2, state.cross, state.n_active,
+            planned.before[2 * at :], planned.batch_y, state.z_mean, state.z_m2, state.cross, state.n_active,
             state.group_sum, state.group_active_sum, state.group_active_count, T, len(cu) - 1, d_sae,
             partials.chunk_tokens, len(partials.rows), partials.rows.stride(0), MAX=pool == "max", BF=64, BC=16,
         )  # fmt: skip

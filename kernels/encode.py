@@ -35,7 +35,7 @@ def store_columns(out, z, f, t0, T, d_sae, SUBTILE: tl.constexpr):
 
 @triton.jit
 def encode_kernel(
-    x, weight, weight_low, bias, threshold, magnitude_scale, magnitude_bias, weight_sum, scale, mean, out,
+    x, weight, weight_low, bias, threshold, magnitude_scale, magnitude_bias, weight_sum, scale, mean, shift, out,
     T, d_in, d_sae,
     ACTIVATION: tl.constexpr, DOT: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BF: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SUBTILE: tl.constexpr, GROUP_SIZE: tl.constexpr,
@@ -44,7 +44,7 @@ def encode_kernel(
     block, tile = grouped_order(tl.program_id(0), tl.cdiv(d_sae, BF), tl.cdiv(T, BT), GROUP_SIZE)
     f0, t0 = block * BF, tile * BT
     f, t = f0 + tl.arange(0, BF), t0 + tl.arange(0, BT)
-    acc = matmul_tile(x, weight, weight_low, f0, t0, T, d_sae, d_in, BF, BT, BK, DOT, DESCRIPTORS)  # [BF, BT]
+    acc = matmul_tile(x, weight, weight_low, shift, f0, t0, T, d_sae, d_in, BF, BT, BK, DOT, DESCRIPTORS)  # [BF, BT]
     acc = normalise(acc, f, t, T, d_sae, scale, mean, weight_sum)
     z = activate(acc, f, d_sae, bias, threshold, magnitude_scale, magnitude_bias, ACTIVATION)
     store_columns(out, z, f, t0, T, d_sae, SUBTILE)

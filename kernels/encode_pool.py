@@ -49,7 +49,7 @@ SHORT = 16  # mean tokens a sample below which the sums of many samples are wort
 # Sizes that change from batch to batch; each special value of one would be compiled for again.
 @triton.jit(do_not_specialize=["T", "N", "chunk_tokens", "n_chunks"])
 def encode_pool_kernel(
-    x, weight, weight_low, bias, threshold, magnitude_scale, magnitude_bias, weight_sum, scale, mean,
+    x, weight, weight_low, bias, threshold, magnitude_scale, magnitude_bias, weight_sum, scale, mean, shift,
     cu, segment_ids, sample_stats, pooled_mean, pooled_max, partials, finished,
     T, N, d_in, d_sae, chunk_tokens, n_chunks,
     ACTIVATION: tl.constexpr, DOT: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -82,7 +82,7 @@ def encode_pool_kernel(
     rows = Rows(pooled_mean, pooled_max, f, d_sae)
 
     for t0 in range(chunk_start, chunk_stop, BT):
-        acc = matmul_tile(x, weight, weight_low, f0, t0, T, d_sae, d_in, BF, BT, BK, DOT, DESCRIPTORS)  # [BF, BT]
+        acc = matmul_tile(x, weight, weight_low, shift, f0, t0, T, d_sae, d_in, BF, BT, BK, DOT, DESCRIPTORS)
         t = t0 + tl.arange(0, BT)
         acc = normalise(acc, f, t, T, d_sae, scale, mean, weight_sum)
         z = activate(acc, f, d_sae, bias, threshold, magnitude_scale, magnitude_bias, ACTIVATION)

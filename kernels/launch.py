@@ -21,13 +21,24 @@ INTERPRETER = "interpreter"
 # Architectures, by compute capability, whose tensor cores and shared memory the shipped files are for. 12.x has
 # neither the tensor memory of 10.x nor its shared memory, and is launched like 8.x.
 NEAREST = {8: "sm_80", 9: "sm_90", 10: "sm_100", 11: "sm_100"}
+REPAIR = "write it again with python -m bench.tune, or install the package again"
+MATMUL = ("BF", "BT", "BK", "SUBTILE", "GROUP_SIZE", "descriptors", "num_warps", "num_stages")
+KEYS = {"encode": MATMUL, "encode_pool": (*MATMUL, "WIDE_SUBTILE", "max_tiles_per_chunk")}  # of each entry
 SHIPPED = ("sm_80", "sm_90", "sm_100")
+
+
+class LaunchError(Exception):
+    """A file of launch configurations lacks something; the message says what."""
 
 
 @functools.cache
 def read(name: str) -> dict[str, Any]:
     """The file of a GPU, such as `NVIDIA_H200`, or of an architecture, such as `sm_90`."""
-    return json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
+    path = CONFIGS / f"{name}.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LaunchError(f"{path} cannot be read ({error}); {REPAIR}") from None
 
 
 @functools.cache
@@ -45,16 +56,30 @@ def file_for(device: torch.device) -> str:
     return nearest
 
 
-@functools.cache
 def config(device: torch.device, kernel: str, kind: str, tokens: int, variants: tuple[str, ...] = ()) -> dict[str, int]:
-    """What to launch a kernel with.
+    """What to launch a kernel with: of `entries`, the first whose `up_to_tokens` is not below `tokens`."""
+    return next(e for e in entries(device, kernel, kind, variants) if tokens <= e.get("up_to_tokens", tokens))
+
+
+@functools.cache  # not by tokens, of which there are as many counts as batches
+def entries(device: torch.device, kernel: str, kind: str, variants: tuple[str, ...] = ()) -> list[dict[str, int]]:
+    """The configurations of a kernel, for more and more tokens.
 
     Of `kernel_variant` for each variant that applies, and then `kernel`, the first that the file has for this `kind`
-    of product; in its list the first entry whose `up_to_tokens` is not below `tokens`.
+    of product.
     """
-    file = read(file_for(device))
-    name = next(n for n in (*(f"{kernel}_{v}" for v in variants), kernel) if kind in file.get(n, ()))
-    return next(e for e in file[name][kind] if tokens <= e.get("up_to_tokens", tokens))
+    path = CONFIGS / f"{file_for(device)}.json"
+    file = read(path.stem)
+    names = (*(f"{kernel}_{v}" for v in variants), kernel)
+    name = next((n for n in names if kind in file.get(n, ())), None)
+    if name is None:
+        raise LaunchError(f"{path} has no {' nor '.join(names)} for products of kind {kind!r}; {REPAIR}")
+    for entry in file[name][kind]:
+        if missing := [key for key in KEYS[kernel] if key not in entry]:
+            raise LaunchError(f"{path} lacks {', '.join(missing)} in {name} for products of kind {kind!r}; {REPAIR}")
+    if not file[name][kind] or "up_to_tokens" in file[name][kind][-1]:
+        raise LaunchError(f"{path} has no {name} for any number of tokens, of kind {kind!r}; {REPAIR}")
+    return file[name][kind]
 
 
 @functools.cache
@@ -62,7 +87,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def tiles_per_chunk(tiles: int, blocks: int, most: int, programs: int) -> int:
     """How many token tiles one program goes through, at most `most`.
 

@@ -33,14 +33,33 @@ def grouped_order(program, n_blocks, n_chunks, GROUP_SIZE: tl.constexpr):
 
 @triton.jit
 def matmul_tile(
-    x, weight, weight_low, f0, t0, T, d_sae, d_in,
+    x, weight, weight_low, shift, f0, t0, T, d_sae, d_in,
     BF: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """`W[f0 : f0 + BF] @ x[t0 : t0 + BT]ᵀ`, `[BF, BT]` float32.
+    """`W[f0 : f0 + BF] @ (x[t0 : t0 + BT] - shift)ᵀ`, `[BF, BT]` float32; without `shift`, None, of x itself.
 
     DOT says how: `native` (both operands of one 16-bit type), `bf16x2` (each weight a sum of two bfloat16), or
     `tf32x3` and `ieee` (operands widened to float32). Rows beyond the end of W or x give numbers that mean nothing.
     """
+    if shift is None:
+        acc = product_tile(x, weight, weight_low, None, f0, t0, T, d_sae, d_in, BF, BT, BK, DOT, DESCRIPTORS)
+    else:
+        t = t0 + tl.arange(0, BT)
+        b_shift = tl.load(shift + t, mask=t < T, other=0.0)  # [BT]
+        # 16-bit operands go to the tensor cores untouched unless they must not
+        if (DOT == "tf32x3" or DOT == "ieee") or tl.max(tl.abs(b_shift), 0) > 0:
+            acc = product_tile(x, weight, weight_low, b_shift, f0, t0, T, d_sae, d_in, BF, BT, BK, DOT, DESCRIPTORS)
+        else:
+            acc = product_tile(x, weight, weight_low, None, f0, t0, T, d_sae, d_in, BF, BT, BK, DOT, DESCRIPTORS)
+    return acc
+
+
+@triton.jit
+def product_tile(
+    x, weight, weight_low, b_shift, f0, t0, T, d_sae, d_in,
+    BF: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """The loop of `matmul_tile`; `b_shift: [BT]`, or None."""
     LOW: tl.constexpr = weight_low is not None
     acc = tl.zeros((BF, BT), tl.float32)  # [BF, BT]
     for k in range(0, d_in, BK):
@@ -59,6 +78,8 @@ def matmul_tile(
             if LOW:
                 b_low = tl.load(weight_low + p_w, mask=m_k, other=0.0)
         if DOT == "native" or DOT == "bf16x2":
+            if b_shift is not None:  # beyond d_in as well, where the weights are 0
+                b_x = (b_x.to(tl.float32) - b_shift[:, None]).to(b_x.dtype)
             if INTERPRETING:
                 b_w, b_x = b_w.to(tl.float32), b_x.to(tl.float32)
                 if LOW:
@@ -68,6 +89,8 @@ def matmul_tile(
                 acc = tl.dot(b_low, b_x.T, acc)
         else:
             b_w, b_x = b_w.to(tl.float32), b_x.to(tl.float32)
+            if b_shift is not None:
+                b_x -= b_shift[:, None]
             if LOW:
                 b_w += b_low.to(tl.float32)
             acc = tl.dot(b_w, b_x.T, acc, input_precision=DOT)
@@ -76,7 +99,8 @@ def matmul_tile(
 
 @triton.jit
 def normalise(acc, f, t, T, d_sae, scale, mean, weight_sum):
-    """`acc` after the SAE's input normalisation: `scale · (W x - mean(x) · row sums of W)`; None leaves a part out."""
+    """`acc` after the SAE's input normalisation: `scale · (acc - mean · row sums of W)`, of the mean what `matmul_tile`
+    has left; None leaves a part out."""
     if scale is not None:
         if mean is not None:
             rows = tl.load(weight_sum + f, mask=f < d_sae, other=0.0)
@@ -139,11 +163,14 @@ def matmul_arguments(x: Tensor, encoder, config: dict[str, int]) -> dict:
         }
     else:
         given = {n: t for n, (t, _) in operands.items()}
-    scale, mean = (None, None) if encoder.input_norm == "none" else token_norm(x, encoder.input_norm)
+    dot = dot_kind(x, encoder)
+    norm = (None, None, None)
+    if encoder.input_norm != "none":
+        norm = token_norm(x, encoder.input_norm, exact=dot in ("native", "bf16x2"))
     blocks = ("BF", "BT", "BK", "SUBTILE", "GROUP_SIZE", "num_warps", "num_stages")
     return {"weight_low": None, **given, **{name: config[name] for name in blocks}} | dict(
-        bias=encoder.bias, weight_sum=encoder.weight_sum, scale=scale, mean=mean, T=len(x), d_in=encoder.d_in,
-        d_sae=encoder.d_sae, DOT=dot_kind(x, encoder), DESCRIPTORS=bool(described),
+        bias=encoder.bias, weight_sum=encoder.weight_sum, T=len(x), d_in=encoder.d_in,
+        d_sae=encoder.d_sae, DOT=dot, DESCRIPTORS=bool(described), **dict(zip(("scale", "mean", "shift"), norm)),
     )  # fmt: skip
 
 

@@ -27,6 +27,13 @@ class Moments(NamedTuple):
 
 
 @triton.jit
+def power_of_two(size):
+    """The largest power of two not above float64 numbers, and 1 for 0: a unit in which float32 can hold them."""
+    power = (size.to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
+    return tl.where(power > 0, power, 1.0)
+
+
+@triton.jit
 def chan_mean(n_a, mean_a, n_b, mean_b):
     """The mean of two sets together."""
     return mean_a + (mean_b - mean_a) * (n_b / tl.maximum(n_a + n_b, 1))

@@ -28,7 +28,7 @@ MAX_TOKENS = 512  # at a time
 
 @triton.jit
 def topk_kernel(
-    x, weight, weight_low, bias, weight_sum, scale, mean, slots, out, T, k, d_in, d_sae,
+    x, weight, weight_low, bias, weight_sum, scale, mean, shift, slots, out, T, k, d_in, d_sae,
     DOT: tl.constexpr, DESCRIPTORS: tl.constexpr, ABSOLUTE: tl.constexpr, BUCKET: tl.constexpr,
     BF: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SUBTILE: tl.constexpr, GROUP_SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -37,7 +37,7 @@ def topk_kernel(
     block, tile = grouped_order(tl.program_id(0), tl.cdiv(d_sae, BF), tl.cdiv(T, BT), GROUP_SIZE)
     f0, t0 = block * BF, tile * BT
     f, t = f0 + tl.arange(0, BF), t0 + tl.arange(0, BT)
-    acc = matmul_tile(x, weight, weight_low, f0, t0, T, d_sae, d_in, BF, BT, BK, DOT, DESCRIPTORS)  # [BF, BT]
+    acc = matmul_tile(x, weight, weight_low, shift, f0, t0, T, d_sae, d_in, BF, BT, BK, DOT, DESCRIPTORS)  # [BF, BT]
     acc = normalise(acc, f, t, T, d_sae, scale, mean, weight_sum)
     p = activate(acc, f, d_sae, bias, None, None, None, "linear")
     n_buckets = d_sae // BUCKET

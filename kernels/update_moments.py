@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from corrsteer.kernels.launch import readable
-from corrsteer.kernels.moments import accumulate, chan_mean, chan_product
+from corrsteer.kernels.moments import accumulate, chan_mean, chan_product, power_of_two
 
 MEAN, M2, N_POSITIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # rows of what `column_moments` leaves
 
@@ -62,6 +62,12 @@ def column_moments_kernel(
 
 
 @triton.jit
+def column_unit(rows, c, m_c, N, C):
+    """A power of two near the standard deviation of columns `c: [BC]`, in units of which float32 holds deviations."""
+    return power_of_two(tl.sqrt(tl.load(rows + M2 * C + c, mask=m_c, other=0.0) / N))
+
+
+@triton.jit
 def products_kernel(
     pooled, pooled_n, pooled_d, y, y_n, y_r, old_count, z_rows, y_rows, z_mean, y_mean,
     cross, group_sum, group_active_sum, group_active_count, N, R, D,
@@ -72,6 +78,8 @@ def products_kernel(
     m_r, m_f = r < R, f < D
     z_batch = tl.load(z_rows + MEAN * D + f, mask=m_f, other=0.0)
     y_batch = tl.load(y_rows + MEAN * R + r, mask=m_r, other=0.0)
+    z_unit, y_unit = column_unit(z_rows, f, m_f, N, D), column_unit(y_rows, r, m_r, N, R)
+    z_inverse, y_inverse = 1.0 / z_unit, 1.0 / y_unit
     covariance = tl.zeros((BR, BD), tl.float32)  # [BR, BD]
     sum_positive, sum_other = covariance, covariance
     active_sum_positive, active_sum_other = covariance, covariance
@@ -82,8 +90,8 @@ def products_kernel(
         p_n = o_n.to(tl.int64)
         z = tl.load(pooled + p_n[:, None] * pooled_n + f.to(tl.int64)[None, :] * pooled_d, mask=m_z, other=0)
         b_y = tl.load(y + p_n[None, :] * y_n + r.to(tl.int64)[:, None] * y_r, mask=m_y, other=0).to(tl.float64)
-        y_deviation = tl.where(m_y, b_y - y_batch[:, None], 0.0).to(tl.float32)
-        z_deviation = tl.where(m_z, z.to(tl.float64) - z_batch[None, :], 0.0).to(tl.float32)
+        y_deviation = tl.where(m_y, (b_y - y_batch[:, None]) * y_inverse[:, None], 0.0).to(tl.float32)
+        z_deviation = tl.where(m_z, (z.to(tl.float64) - z_batch[None, :]) * z_inverse[None, :], 0.0).to(tl.float32)
         positive, other = (m_y & (b_y > 0)).to(tl.float32), (m_y & (b_y <= 0)).to(tl.float32)
         z = z.to(tl.float32)
         active = (z > 0).to(tl.float32)
@@ -103,7 +111,7 @@ def products_kernel(
     at = r.to(tl.int64)[:, None] * D + f[None, :]
     other = at + (tl.zeros((1, 1), tl.int64) + R) * D  # second `[R, D]` of `[2, R, D]`
     old_cross = tl.load(cross + at, mask=m, other=0.0)
-    covariance = covariance.to(tl.float64)
+    covariance = covariance.to(tl.float64) * y_unit[:, None] * z_unit[None, :]
     merged = chan_product(tl.load(old_count), old_cross, N, covariance, z_delta[None, :], y_delta[:, None])
     tl.store(cross + at, merged, mask=m)
     accumulate(group_sum + at, sum_positive, m)
@@ -153,9 +161,9 @@ def update_moments(pooled: Tensor, y: Tensor, moments) -> None:
     batch, batch_rows = (pooled, *pooled.stride(), y, *y.stride()), (old_count, z_rows, y_rows)
     grid = (triton.cdiv(D, 64) + triton.cdiv(R, 64),)
     column_moments_kernel[grid](*batch, moments.count, *batch_rows, N, R, D, BN=32, BC=64)
-    products_kernel[(triton.cdiv(D, 64), triton.cdiv(R, 32))](
+    products_kernel[(triton.cdiv(D, 64), triton.cdiv(R, 16))](
         *batch, *batch_rows, moments.z_mean, moments.y_mean, moments.cross, moments.group_sum,
-        moments.group_active_sum, moments.group_active_count, N, R, D, BN=32, BR=32, BD=64, num_warps=8,
+        moments.group_active_sum, moments.group_active_count, N, R, D, BN=32, BR=16, BD=64, num_warps=8,
     )  # fmt: skip
     merge_kernel[grid](
         *batch_rows, moments.count, moments.z_mean, moments.z_m2, moments.y_mean, moments.y_m2, moments.n_positive,

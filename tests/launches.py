@@ -87,7 +87,7 @@ if __name__ == "__main__":
     triton.runtime.driver.set_active(PretendedGPU())
     launch.file_for = lambda device: "sm_90"
     launch.multiprocessors = lambda device: 132
-    launch.config.cache_clear()
+    launch.entries.cache_clear()
     run = triton.runtime.JITFunction.run
     triton.runtime.JITFunction.run = functools.partialmethod(lambda self, *a, **k: bind_and_compile(run, self, *a, **k))
     everything()

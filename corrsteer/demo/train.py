@@ -161,7 +161,7 @@ def train_sae(
 
     def provider():
         while True:
-            for rows in torch.randperm(len(activations)).split(batch):
+            for rows in torch.randperm(len(activations), dtype=torch.int64, device="cpu").split(batch):
                 if len(rows) == batch:
                     yield activations[rows]
 

@@ -335,5 +335,5 @@ def _known(column: Tensor) -> list[float | None]:
 def _directions(run: Run, features: list[Feature], encoders: Mapping[int, SparseEncoder] | None) -> Tensor:
     decoders = run.decoders if encoders is None else {layer: e.decoder for layer, e in encoders.items()}
     if not features:
-        return torch.zeros(0, 0)
+        return torch.zeros(0, 0, dtype=torch.float32, device="cpu")
     return torch.cat([decoders[cast(int, f.layer)].rows([cast(int, f.index)]) for f in features])

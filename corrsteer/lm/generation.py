@@ -103,8 +103,10 @@ def pad_left(prompts: Sequence[Sequence[int]], pad: int, device: Device) -> dict
     width = max(map(len, prompts))
     rows = [[pad] * (width - len(p)) + list(p) for p in prompts]
     mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
-    of = {"dtype": torch.int64, "device": device}
-    return {"input_ids": torch.tensor(rows, **of), "attention_mask": torch.tensor(mask, **of)}
+    return {
+        "input_ids": torch.tensor(rows, dtype=torch.int64, device=device),
+        "attention_mask": torch.tensor(mask, dtype=torch.int64, device=device),
+    }
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from corrsteer.arguments import whole
+from corrsteer.arguments import check_type, whole
 from corrsteer.errors import CorrSteerError
 from corrsteer.files import write_tensors
 from corrsteer.types import Device, PathLike
@@ -106,6 +106,7 @@ class Moments:
     @torch.no_grad()
     def merge(self, other: Moments) -> None:
         """Fold in the moments of other samples, such as another process's; the order does not matter."""
+        check_type("other", other, Moments, "a Moments")
         if (other.d_sae, other.n_labels) != (self.d_sae, self.n_labels):
             raise CorrSteerError(
                 f"other must have d_sae={self.d_sae} and n_labels={self.n_labels}, "
@@ -135,7 +136,8 @@ class Moments:
     def correlation(self) -> Tensor:
         """Pearson's r of every label and feature, `[n_labels, d_sae]` float64; 0 where either variance is 0."""
         varies = self.label_varies()[:, None] & self._varies(self.z_m2, self.z_mean)
-        scale = torch.where(varies, (self.y_m2[:, None] * self.z_m2).sqrt(), 1)
+        # the roots first, as the product of very large or small variances may be no float64
+        scale = torch.where(varies, self.y_m2.sqrt()[:, None] * self.z_m2.sqrt(), 1)
         return torch.where(varies, self.cross / scale, 0).clamp(-1, 1)
 
     def label_varies(self) -> Tensor:

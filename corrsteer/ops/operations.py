@@ -15,6 +15,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from corrsteer.arguments import check_type, shown
 from corrsteer.errors import CorrSteerError
 from corrsteer.ops import registry
 from corrsteer.ops.calls import Call
@@ -23,6 +24,7 @@ from corrsteer.ops.moments import Moments
 from corrsteer.sae.encoder import SparseEncoder
 
 POOLS = {"mean": ("mean",), "max": ("max",), "both": ("mean", "max")}
+LARGEST_REWARD = 1e150  # the square of a larger one, and so its variance, may be no float64
 X_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -100,8 +102,13 @@ def encode_pool(
 @torch.no_grad()
 def update_moments(pooled: Tensor, y: Tensor, moments: Moments, *, backend: str | None = None) -> None:
     """Fold pooled activations `[N, d_sae]` and rewards `[N]` or `[N, R]` into `moments`, in place."""
-    if pooled.dim() != 2 or pooled.shape[1] != moments.d_sae:
-        raise CorrSteerError(f"pooled must be [N, d_sae={moments.d_sae}], got {list(pooled.shape)}")
+    _check_tensor("pooled", pooled)
+    check_type("moments", moments, Moments, "a Moments")
+    if pooled.dim() != 2 or pooled.shape[1] != moments.d_sae or pooled.dtype not in X_DTYPES:
+        raise CorrSteerError(
+            f"pooled must be [N, d_sae={moments.d_sae}] float32, float16 or bfloat16, "
+            f"got {list(pooled.shape)} {pooled.dtype}"
+        )
     _check_device("pooled", pooled, moments.device)
     y = _check_y(y, len(pooled), moments)
     if torch.compiler.is_compiling():
@@ -129,6 +136,8 @@ def update_sums(
     powers : how many columns, from the first on, take p = 1, how many p = 2, and so on; by default all take 1.
     backend : a backend's name; by default the fastest that can.
     """
+    for name, tensor in (("pooled", pooled), ("weights", weights), ("sums", sums)):
+        _check_tensor(name, tensor)
     if pooled.dim() != 2 or pooled.dtype not in X_DTYPES:
         raise CorrSteerError(
             f"pooled must be [N, D] float32, float16 or bfloat16, got {list(pooled.shape)} {pooled.dtype}"
@@ -141,9 +150,7 @@ def update_sums(
         raise CorrSteerError(f"sums must be [D={D}, C={C}] float64, got {list(sums.shape)} {sums.dtype}")
     for name, tensor in (("weights", weights), ("sums", sums)):
         _check_device(name, tensor, pooled.device)
-    powers = (C,) if powers is None else tuple(powers)
-    if sum(powers) != C or any(columns < 0 for columns in powers):
-        raise CorrSteerError(f"powers must be column counts that add up to C={C}, got {list(powers)}")
+    powers = (C,) if powers is None else _check_powers(powers, C)
     if torch.compiler.is_compiling():
         torch.ops.corrsteer.update_sums(pooled, weights, sums, list(powers), backend)
         return
@@ -172,14 +179,7 @@ def encode_update(
     """
     x = _check_packed(x, cu_seqlens, encoder)
     pools = _check_pool(pool)
-    states = (moments,) if isinstance(moments, Moments) else tuple(moments)
-    if len(states) != len(pools):
-        raise CorrSteerError(
-            f"moments must be {len(pools)} for pool={pool!r} (of the means, then of the maxima, for 'both'), "
-            f"got {len(states)}"
-        )
-    if len(states) == 2 and states[0] is states[1]:
-        raise CorrSteerError("moments must be two for pool='both', got the same one twice; make one for each pooling")
+    states = _check_states(moments, pool)
     for state in states:
         if state.d_sae != encoder.d_sae:
             raise CorrSteerError(f"moments must have the encoder's d_sae={encoder.d_sae}, got d_sae={state.d_sae}")
@@ -209,8 +209,12 @@ def steer_add(
     -------
     `h` itself.
     """
-    if h.dim() != 3:
-        raise CorrSteerError(f"h must be [B, S, d], got {list(h.shape)}")
+    for name, tensor in (("h", h), ("vectors", vectors), ("row_vector", row_vector)):
+        _check_tensor(name, tensor)
+    if h.dim() != 3 or not h.is_floating_point():
+        raise CorrSteerError(f"h must be [B, S, d] float32, float16 or bfloat16, got {list(h.shape)} {h.dtype}")
+    if not vectors.is_floating_point():
+        raise CorrSteerError(f"vectors must be float32, got {vectors.dtype}")
     if vectors.dim() != 2 or vectors.shape[1] != h.shape[2]:
         raise CorrSteerError(
             f"vectors must be [V, d={h.shape[2]}] as h is {list(h.shape)}, got {list(vectors.shape)}; "
@@ -218,10 +222,12 @@ def steer_add(
         )
     if row_vector.shape != h.shape[:1] or row_vector.dtype != torch.int32:
         raise CorrSteerError(f"row_vector must be [B={len(h)}] int32, got {list(row_vector.shape)} {row_vector.dtype}")
-    if positions is not None and (positions.shape != h.shape[:2] or positions.dtype != torch.bool):
-        raise CorrSteerError(
-            f"positions must be [B, S]={list(h.shape[:2])} bool, got {list(positions.shape)} {positions.dtype}"
-        )
+    if positions is not None:
+        _check_tensor("positions", positions)
+        if positions.shape != h.shape[:2] or positions.dtype != torch.bool:
+            raise CorrSteerError(
+                f"positions must be [B, S]={list(h.shape[:2])} bool, got {list(positions.shape)} {positions.dtype}"
+            )
     for name, tensor in (("vectors", vectors), ("row_vector", row_vector), ("positions", positions)):
         if tensor is not None:
             _check_device(name, tensor, h.device)
@@ -242,7 +248,22 @@ def _chosen(operation: str, on: Tensor, name: str | None, encoder: SparseEncoder
     return registry.choose(call, name).operations[operation]
 
 
+# An operation may be called at every step of a decoder: a check of a type is one isinstance, a tenth of a microsecond.
+
+
+def _check_tensor(name: str, value: Tensor) -> None:
+    check_type(name, value, Tensor, "a tensor", "use torch.as_tensor")
+
+
+def check_encoder(encoder: SparseEncoder) -> None:
+    """Raise unless it is one."""
+    fix = "make one with SparseEncoder.from_sae_lens, from_pretrained or load"
+    check_type("encoder", encoder, SparseEncoder, "a SparseEncoder", fix)
+
+
 def _check_x(x: Tensor, encoder: SparseEncoder) -> Tensor:
+    _check_tensor("x", x)
+    check_encoder(encoder)
     if encoder.metadata.get("reshape_activations") == "hook_z" and x.shape[-1] != encoder.d_in and x.dim() > 1:
         x = x.flatten(-2)
     if x.dim() == 0 or x.shape[-1] != encoder.d_in:
@@ -261,6 +282,7 @@ def _check_packed(x: Tensor, cu_seqlens: Tensor, encoder: SparseEncoder) -> Tens
     x = _check_x(x, encoder)
     if x.dim() != 2:
         raise CorrSteerError(f"x must be [T, d_in={encoder.d_in}], packed sample after sample, got {list(x.shape)}")
+    _check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype != torch.int32:
         raise CorrSteerError(
             f"cu_seqlens must be [N + 1] int32, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}; "
@@ -277,20 +299,55 @@ def _check_packed(x: Tensor, cu_seqlens: Tensor, encoder: SparseEncoder) -> Tens
 
 
 def _check_pool(pool: str) -> tuple[str, ...]:
-    if pool not in POOLS:
-        raise CorrSteerError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
+    if not isinstance(pool, str) or pool not in POOLS:
+        raise CorrSteerError(f"pool must be one of {', '.join(POOLS)}, got {shown(pool)}")
     return POOLS[pool]
 
 
+def _check_states(moments: Moments | tuple[Moments, Moments], pool: str) -> tuple[Moments, ...]:
+    """The moments of each pooling."""
+    if pool != "both" and isinstance(moments, Moments):
+        return (moments,)
+    parts = moments if isinstance(moments, (tuple, list)) else ()
+    pair = tuple(state for state in parts if isinstance(state, Moments))
+    if pool == "both" and len(pair) == len(parts) == 2:
+        if pair[0] is pair[1]:
+            raise CorrSteerError("moments must be two for pool='both', got the same twice; make one for each pooling")
+        return pair
+    must_be = "a pair of Moments (of the means, of the maxima)" if pool == "both" else "one Moments"
+    got = f"a {shown(moments)} of {len(parts)}" if isinstance(moments, (tuple, list)) else shown(moments)
+    raise CorrSteerError(f"moments must be {must_be} for pool={pool!r}, got {got}")
+
+
+def _check_powers(powers: Sequence[int], C: int) -> tuple[int, ...]:
+    counts = tuple(powers) if isinstance(powers, Sequence) else ()
+    if not all(isinstance(columns, int) and columns >= 0 for columns in counts) or sum(counts) != C:
+        raise CorrSteerError(
+            f"powers must be column counts that add up to C={C}, got {list(counts) if counts else shown(powers)}"
+        )
+    return counts
+
+
 def _check_y(y: Tensor, n: int, moments: Moments) -> Tensor:
+    _check_tensor("y", y)
     if y.dim() == 1:
         y = y[:, None]
-    if y.shape != (n, moments.n_labels):
-        raise CorrSteerError(f"y must be [N={n}, n_labels={moments.n_labels}], got {list(y.shape)}")
+    if y.shape != (n, moments.n_labels) or y.is_complex():
+        raise CorrSteerError(
+            f"y must be [N={n}, n_labels={moments.n_labels}] of real numbers, got {list(y.shape)} {y.dtype}"
+        )
     _check_device("y", y, moments.device)
-    if y.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(torch.isfinite(y).all()):
-        raise CorrSteerError("y must be finite, got NaN or infinite rewards; leave those samples out")
+    if y.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_rewards(y)
     return y
+
+
+def check_rewards(y: Tensor) -> None:
+    """Raise for rewards that are not finite, or whose squares would not be."""
+    size = y.double().abs()
+    if not bool((size <= LARGEST_REWARD).all()):
+        got = float(size.max())
+        raise CorrSteerError(f"y must be finite and at most 1e150 in size, got {got:g}; leave those samples out")
 
 
 def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from corrsteer.arguments import check_type
 from corrsteer.errors import BackendUnavailable
 from corrsteer.ops import cuda_backend, native_backend, reference, triton_backend
 from corrsteer.ops.calls import OPERATIONS, Call, Verdict
@@ -62,6 +63,8 @@ def choose(call: Call, name: str | None = None) -> Backend:
     ------
     BackendUnavailable : if `name`, or CORRSTEER_BACKEND where `name` is None, cannot.
     """
+    if name is not None:
+        check_type("backend", name, str, "the name of a backend")
     return _find(call, name or os.environ.get(ENVIRONMENT) or None)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from corrsteer.errors import CorrSteerError
 from corrsteer.ops import calls
 from corrsteer.ops.calls import Call, Verdict
 
@@ -41,7 +42,11 @@ def verify(call: Call) -> Verdict:
 
 def _run(operation: str, *args: Any) -> Any:
     with torch.cuda.device_of(args[0]):  # Triton launches on the current device
-        return getattr(importlib.import_module("corrsteer.kernels.operations"), operation)(*args)
+        kernels = importlib.import_module("corrsteer.kernels.operations")
+        try:
+            return getattr(kernels, operation)(*args)
+        except kernels.LaunchError as error:  # kernels know nothing of the package, its errors included
+            raise CorrSteerError(str(error)) from None
 
 
 OPERATIONS = {operation: functools.partial(_run, operation) for operation in calls.OPERATIONS}

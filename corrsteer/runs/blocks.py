@@ -63,10 +63,13 @@ class BlockCollector:
         What goes wrong in a batch leaves the run with those before it.
         """
         pooled = {
-            layer: {pool: torch.empty(len(block), e.d_sae, device=self._device(layer)) for pool in self.options.pools}
+            layer: {
+                pool: torch.empty(len(block), e.d_sae, dtype=torch.float32, device=self._device(layer))
+                for pool in self.options.pools
+            }
             for layer, e in self.encoders.items()
         }
-        rewards = torch.full((len(block),), torch.nan, dtype=torch.float64)
+        rewards = torch.full((len(block),), torch.nan, dtype=torch.float64, device="cpu")
         try:
             for rows in plan_batches([len(self.prompts[i]) for i in block], self.decoding):
                 self._batch([block[row] for row in rows], rows, pooled, rewards)
@@ -115,7 +118,7 @@ class BlockCollector:
                 found = dict(zip(("mean", "max"), out)) if isinstance(out, tuple) else {pool: out}
             for pool, values in found.items():
                 pooled[layer][pool][rows] = values
-        rewards[rows] = torch.tensor(grades, dtype=torch.float64)
+        rewards[rows] = torch.tensor(grades, dtype=torch.float64, device="cpu")
 
     def _fold(self, number: int, block: list[int], pooled: dict[int, dict[str, Tensor]], rewards: Tensor) -> None:
         """Fold what there is of a block into the run: all of it, or nothing."""

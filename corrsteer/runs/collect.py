@@ -140,7 +140,7 @@ def collect(
         },
         points=points,
         decoders={layer: encoder.decoder for layer, encoder in encoders.items()},
-        rewards=torch.full((len(task),), torch.nan, dtype=torch.float64),
+        rewards=torch.full((len(task),), torch.nan, dtype=torch.float64, device="cpu"),
         pool=options.pool,
         coefficient_pool=options.coefficient_pool,
         evidence=_allocate_evidence(encoders, devices, options, len(task)),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from corrsteer.arguments import whole
+from corrsteer.arguments import check_type, shown, whole
 from corrsteer.errors import CorrSteerError
 from corrsteer.files import plain
 from corrsteer.sae import sources
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 ACTIVATIONS = ("relu", "jumprelu", "gated", "topk", "abstopk", "identity")
 SIGNED = ("abstopk", "identity")  # that can be negative
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PRECISIONS = {
     "fp32": torch.float32,  # of float32 accuracy; on tensor cores each product is three of tf32
     "fp32_ieee": torch.float32,  # every product rounded as IEEE float32
@@ -48,6 +48,7 @@ NEEDED = {
     "topk": ("weight", "bias"),
     "abstopk": ("weight", "bias"),
 }
+NORMS = ("none", "layer_norm", "constant_norm_rescale")
 FOLD_ROWS = 8192  # features folded at a time, so that folding needs little memory beside the weight
 
 # SAELens architecture -> our activation. A skip transcoder's skip path is not part of its encoder.
@@ -70,6 +71,10 @@ INPUT_NORMS = {
     "expected_average_only_in": "none",
     "covariance_whitening": "none",
 }
+# Hook points that read the residual stream, or what is written to it, as TransformerLens names them.
+WRITTEN = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
+# Families of models with RMSNorm, which would notice a mean, and which TransformerLens leaves as they are in any case.
+RMS_NORM = ("gemma", "llama", "mistral", "mixtral", "qwen", "phi-3", "olmo-2", "deepseek")
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +90,7 @@ class SparseEncoder:
     weight_low : `[d_sae, d_in]` bfloat16, what `weight` lacks; for the precision `bf16x2` only.
     weight_sum : `[d_sae]` float32, the weight's row sums, for layer_norm only: W (x - mean x) = W x - mean x · sums.
         Centring W itself would be cheaper, but rounding would leave rows that do not quite sum to 0, times mean x.
+        Kernels subtract what is large of mean x before the product.
     bias : `[d_sae]` float32; the gate's bias where gated.
     threshold : `[d_sae]` float32, jumprelu only.
     magnitude_scale, magnitude_bias : `[d_sae]` float32, gated only: the magnitude is relu(scale · W x + bias).
@@ -116,9 +122,7 @@ class SparseEncoder:
     def __post_init__(self) -> None:
         # Now, as it goes into every file that is made with the encoder.
         object.__setattr__(self, "metadata", plain(self.metadata))
-        missing = [name for name in NEEDED.get(self.activation, ()) if getattr(self, name) is None]
-        if missing:
-            raise CorrSteerError(f"{', '.join(missing)} must be given for activation {self.activation!r}, got None")
+        self._check()
         if self.weight is None:
             return
         own = "bf16x2" if self.weight_low is not None else _precision_of(self.weight.dtype)
@@ -139,6 +143,33 @@ class SparseEncoder:
         if self.input_norm == "layer_norm" and self.weight_sum is None:
             object.__setattr__(self, "weight_sum", _row_sums(self.weight, self.weight_low))
 
+    def _check(self) -> None:
+        """Raise for parts that do not fit each other; kernels, which take pointers, would read past their ends."""
+        for name in ("d_in", "d_sae"):
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
+        for name, known in (("activation", ACTIVATIONS), ("input_norm", NORMS)):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                raise CorrSteerError(f"{name} must be one of {', '.join(known)}, got {shown(value)}")
+        missing = [name for name in NEEDED.get(self.activation, ()) if getattr(self, name) is None]
+        if missing:
+            raise CorrSteerError(f"{', '.join(missing)} must be given for activation {self.activation!r}, got None")
+        for name in TENSORS:
+            part = getattr(self, name)
+            if part is None:
+                continue
+            check_type(name, part, Tensor, "a tensor", "use torch.as_tensor")
+            shape = (self.d_sae, self.d_in) if name in ("weight", "weight_low") else (self.d_sae,)
+            if part.shape != shape or part.dtype not in DTYPES:
+                raise CorrSteerError(
+                    f"{name} must be {list(shape)} float32, bfloat16 or float16 for d_sae={self.d_sae} and "
+                    f"d_in={self.d_in}, got {list(part.shape)} {part.dtype}"
+                )
+        if "topk" in self.activation:
+            object.__setattr__(self, "k", whole("k", self.k, 1))
+            if self.k > self.d_sae:
+                raise CorrSteerError(f"k must lie in 1..d_sae={self.d_sae}, got {self.k}")
+
     @classmethod
     def from_sae_lens(
         cls, sae: SAE[Any], *, dtype: torch.dtype | None = None, device: Device | None = None
@@ -155,6 +186,8 @@ class SparseEncoder:
         ------
         CorrSteerError : for an architecture that is not a function of one token.
         """
+        if not hasattr(sae, "cfg") or not isinstance(sae, torch.nn.Module):
+            raise CorrSteerError(f"sae must be an sae_lens.SAE, got {shown(sae)}; for a directory use load")
         config = sae.cfg.to_dict()
         with torch.no_grad():
             parameters = {name: p.detach() for name, p in sae.named_parameters()}
@@ -235,9 +268,12 @@ class SparseEncoder:
             _check_dtype(dtype)
             precision = precision or _precision_of(dtype)
         if precision is not None and (
-            precision not in PRECISIONS or (dtype is not None and PRECISIONS[precision] != dtype)
+            not isinstance(precision, str)
+            or precision not in PRECISIONS
+            or (dtype is not None and PRECISIONS[precision] != dtype)
         ):
-            raise CorrSteerError(f"precision must be one of {', '.join(PRECISIONS)} and fit dtype, got {precision!r}")
+            words = f"{', '.join(PRECISIONS)} and fit dtype"
+            raise CorrSteerError(f"precision must be one of {words}, got {shown(precision)}")
         moved = {name: getattr(self, name).to(device) for name in TENSORS if getattr(self, name) is not None}
         if precision is not None and "weight" in moved:
             whole = replace(self, **moved).full_weight() if self.precision == "bf16x2" else moved["weight"]
@@ -267,6 +303,20 @@ def _activation(config: dict[str, Any], origin: str) -> str:
     return activation
 
 
+def _reads_centred(metadata: dict[str, Any]) -> bool:
+    """Whether the SAE was trained on tokens less their mean over d_in.
+
+    TransformerLens' `center_writing_weights` takes the mean off all that is written to the residual stream, which
+    models with LayerNorm do not notice. On the model as Hugging Face has it, W (x - mean x) is meant: W with each row
+    less its own mean, times x. Its other options (`fold_ln`, `center_unembed`, `fold_value_biases`,
+    `refactor_factored_attn_matrices`) leave these hook points as they are.
+    """
+    options = metadata.get("model_from_pretrained_kwargs") or {}
+    hook, model = str(metadata.get("hook_name") or WRITTEN[0]), str(metadata.get("model_name")).lower()
+    layer_normed = not any(family in model for family in RMS_NORM)
+    return bool(options.get("center_writing_weights")) and layer_normed and any(point in hook for point in WRITTEN)
+
+
 def _precision_of(dtype: torch.dtype) -> str:
     return next(name for name, d in PRECISIONS.items() if d == dtype and name != "bf16x2")
 
@@ -285,7 +335,7 @@ def required(part: Tensor | None) -> Tensor:
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in DTYPES and dtype != torch.float64:
+    if dtype not in DTYPES:
         raise CorrSteerError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
 
 
@@ -319,6 +369,13 @@ def _fold(
     if config.get("apply_b_dec_to_input") and "transcoder" not in architecture:
         subtracted = parameters["b_dec"].to(device, torch.float64)
 
+    metadata = {k: v for k, v in (config.get("metadata") or {}).items() if v is not None}
+    centred = _reads_centred(metadata) and input_norm != "layer_norm"  # which takes the mean off by itself
+    if centred and input_norm != "none":
+        raise CorrSteerError(
+            f"normalize_activations of {origin} must be none or layer_norm for a model loaded with "
+            f"center_writing_weights, got {config['normalize_activations']!r}"
+        )
     weight = W_enc.new_empty(d_sae, d_in, dtype=dtype)
     shift = W_enc.new_zeros(d_sae, dtype=torch.float64)
     for start in range(0, d_sae, FOLD_ROWS):
@@ -326,9 +383,12 @@ def _fold(
         block = W_enc[:, rows].T.to(wide)
         if scale is not None:
             block = block * scale[rows, None]
-        weight[rows] = block
+        mean = block.double().mean(1)
+        weight[rows] = block.double() - mean[:, None] if centred else block
         if subtracted is not None:  # with the rounded weight, so that a token equal to b_dec gives exactly the bias
             shift[rows] = weight[rows].double() @ subtracted
+            if centred:  # what b_dec is subtracted from is centred, but b_dec itself need not be
+                shift[rows] += mean * subtracted.sum()
 
     bias = vector("b_gate" if activation == "gated" else "b_enc")
     if scale is not None:
@@ -350,7 +410,6 @@ def _fold(
         if not 0 < k <= d_sae:
             raise CorrSteerError(f"k of {origin} must lie in 1..d_sae={d_sae}, got {k}; its configuration is damaged")
         form["k"] = k
-    metadata = {k: v for k, v in (config.get("metadata") or {}).items() if v is not None}
     metadata |= {"architecture": architecture, "reshape_activations": config.get("reshape_activations", "none")}
     return SparseEncoder(
         d_in=d_in,

@@ -4,7 +4,7 @@ Everything is a column of weighted power sums of pooled activations (`ops.update
 activations that are not 0 only, and memory that does not grow with the number of samples: 8 · d_sae · columns bytes,
 where columns are 23 + permutations + 3 · bootstrap for one label (`Evidence.n_columns`).
 
-With u = y - origin, which keeps powers of rewards small:
+With u = (y - origin) / scale, whose powers neither overflow nor vanish, whatever the unit of rewards:
 
 - Σ z^p u^q for p + q <= 6, what `inference.delta_interval` needs;
 - Σ z u_π for every permutation π, of which the null distribution of r follows, since a permutation changes no mean and
@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from corrsteer import ops
-from corrsteer.arguments import whole
+from corrsteer.arguments import check_type, shown, whole
 from corrsteer.errors import CorrSteerError
 from corrsteer.files import to_json, write_tensors
+from corrsteer.ops.operations import check_rewards
 from corrsteer.stats.histograms import Histograms
 from corrsteer.types import Device, Features, PathLike
 
 ORDER = 6  # p + q of the highest joint moments
-FORMAT = "corrsteer.evidence/1"
+FORMAT = "corrsteer.evidence/2"
 SCORES = (
     "pearson", "point_biserial", "contrastive", "squared_ratio", "mutual_information", "auroc", "spearman",
 )  # fmt: skip
@@ -52,10 +53,12 @@ BINNED = ("mutual_information", "auroc", "spearman")  # what is read from histog
 
 def known_scores(scores: Sequence[str]) -> tuple[str, ...]:
     """Scores, or the one named, in the order of `SCORES`; raises for an unknown one."""
-    scores = (scores,) if isinstance(scores, str) else tuple(scores)
+    scores = (scores,) if isinstance(scores, str) else scores
+    if not isinstance(scores, Collection):
+        raise CorrSteerError(f"scores must be a list of {', '.join(SCORES)}, got {shown(scores)}")
     for name in scores:
-        if name not in SCORES:
-            raise CorrSteerError(f"scores must be among {', '.join(SCORES)}, got {name!r}")
+        if not isinstance(name, str) or name not in SCORES:
+            raise CorrSteerError(f"scores must be among {', '.join(SCORES)}, got {shown(name)}")
     return tuple(name for name in SCORES if name in scores)
 
 
@@ -105,7 +108,7 @@ class Evidence:
     labels : `[R, 7]` Σ u^q for q = 0 to 6; the first is the number of samples.
     bootstrap_labels : `[1 + 2 R, B]` Σ w, then Σ w u and Σ w u² of each label.
     n_positive : `[R]` samples with y > 0.
-    origin : `[R]` what rewards are measured from.
+    origin, scale : `[R]` what rewards are measured from, and in which unit, a power of 2^16.
     low, high, n_low, n_high : `[R]` least and largest reward, and in how many samples it is that.
     blocks : numbers of the blocks seen.
     """
@@ -117,6 +120,7 @@ class Evidence:
         "bootstrap_labels",
         "n_positive",
         "origin",
+        "scale",
         "low",
         "high",
         "n_low",
@@ -128,6 +132,7 @@ class Evidence:
     bootstrap_labels: Tensor
     n_positive: Tensor
     origin: Tensor
+    scale: Tensor
     low: Tensor
     high: Tensor
     n_low: Tensor
@@ -163,10 +168,11 @@ class Evidence:
         self._layouts = {"sums": _Layout(moments), "resampled": _Layout(resampled)}
         self.blocks: set[int] = set()
         widths = [layout.width for layout in self._layouts.values()]
-        shapes = [(self.d_sae, width) for width in widths] + [(R, ORDER + 1), (1 + 2 * R, B), *[(R,)] * 6]
+        shapes = [(self.d_sae, width) for width in widths] + [(R, ORDER + 1), (1 + 2 * R, B), *[(R,)] * 7]
         with torch.inference_mode(False):  # made inside of it, it could not be updated outside
             for name, shape in zip(self.STATE, shapes):
                 setattr(self, name, torch.zeros(shape, dtype=torch.float64, device=device))
+        self.scale.fill_(1)
         self.low.fill_(math.inf)
         self.high.fill_(-math.inf)
         binned = any(name in BINNED for name in self.scores)
@@ -224,14 +230,15 @@ class Evidence:
         CorrSteerError : for wrong shapes, rewards that are not finite, a block that was seen before, and for negative
             activations where histograms are kept.
         """
+        for name, tensor in (("pooled", pooled), ("y", y)):
+            check_type(name, tensor, Tensor, "a tensor", "use torch.as_tensor")
         y = (y[:, None] if y.dim() == 1 else y).detach().to("cpu", torch.float64)
         if pooled.dim() != 2 or pooled.shape[1] != self.d_sae or y.shape != (len(pooled), self.n_labels):
             raise CorrSteerError(
                 f"pooled must be [N, d_sae={self.d_sae}] and y [N, n_labels={self.n_labels}], "
                 f"got {list(pooled.shape)} and {list(y.shape)}"
             )
-        if not bool(torch.isfinite(y).all()):
-            raise CorrSteerError("y must be finite, got NaN or infinite rewards; leave those samples out")
+        check_rewards(y)
         block = whole("block", block, 0)
         if block in self.blocks:
             raise CorrSteerError(f"block must be a number that was not given before, got {block}")
@@ -240,9 +247,10 @@ class Evidence:
         if self.histograms:
             self.histograms.check(pooled)
         origin = self.origin.cpu() if self.blocks else y.mean(0)
-        u, positive = y - origin, (y > 0).double()
+        self._make_room((y - origin).abs().amax(0))
+        u, positive = (y - origin) / self.scale.cpu(), (y > 0).double()
         permuted, drawn = self._permutations(len(y), block), self._bootstrap_weights(len(y), block)
-        weights = {f"z{p}u{q}": u**q if q else torch.ones(len(y), 1, dtype=torch.float64)
+        weights = {f"z{p}u{q}": u**q if q else torch.ones_like(y[:, :1])
                    for p in range(1, ORDER + 1) for q in range(ORDER + 1 - p)}  # fmt: skip
         weights |= {
             "positive": positive,
@@ -269,6 +277,22 @@ class Evidence:
         self._extend(low, high, (y == low).double().sum(0), (y == high).double().sum(0))
         self.blocks.add(block)
 
+    def _make_room(self, largest: Tensor) -> None:
+        """Choose `scale` for rewards as far as `largest: [R]` from the origin, and bring what was summed to it."""
+        largest = largest.to(self.device)
+        needed = torch.exp2((torch.frexp(largest).exponent.double() / 16).round() * 16)
+        varied = self._varied()
+        scale = torch.where(largest > 0, torch.where(varied, torch.maximum(self.scale, needed), needed), self.scale)
+        ratio = torch.where(varied, self.scale / scale, 1)
+        self.scale.copy_(scale)
+        if bool((ratio != 1).any()):
+            for name, moved in self._moved(ratio, torch.zeros_like(ratio)).items():
+                getattr(self, name).copy_(moved)
+
+    def _varied(self) -> Tensor:
+        """`[R]` bool: whether a reward differed from the origin; where none did, sums of powers of u are 0."""
+        return self.labels[:, 2] > 0
+
     def _extend(self, low: Tensor, high: Tensor, n_low: Tensor, n_high: Tensor) -> None:
         """Take in other samples' least and largest rewards, and how many there are of them."""
         low, high, n_low, n_high = (t.to(self.device) for t in (low, high, n_low, n_high))
@@ -287,6 +311,7 @@ class Evidence:
     @torch.no_grad()
     def merge(self, other: Evidence) -> None:
         """Fold in the evidence of other blocks, such as another process's; the order does not matter."""
+        check_type("other", other, Evidence, "an Evidence")
         mine, theirs = self._settings(), other._settings()
         for name, value in mine.items():
             if theirs[name] != value:
@@ -299,42 +324,38 @@ class Evidence:
         if not self.blocks:
             self.origin.copy_(other.origin)
         shift = other.origin.to(self.device) - self.origin
-        self.sums += other._moved("sums", shift)
-        self.labels += other._moved("labels", shift)
-        self.resampled += other.resampled.to(self.device)
-        self.bootstrap_labels += other.bootstrap_labels.to(self.device)
-        w, z = (t.to(self.device) for t in (other.bootstrap_labels[0], other.columns("z1u0")))
-        wz = other.columns("bootstrap").to(self.device)
-        layout, R = self._layouts["resampled"], self.n_labels
-        for r, d in enumerate(shift):  # Σ z (u + d), Σ w (u + d), Σ w (u + d)²
-            self.resampled[:, layout.share("permuted", r)] += d * z
-            self.resampled[:, layout.share("bootstrap_u", r)] += d * wz
-            self.bootstrap_labels[1 + r] += d * w
-            wu = other.bootstrap_labels[1 + r].to(self.device)
-            self.bootstrap_labels[1 + R + r] += 2 * d * wu + d * d * w
+        varied, unit = other._varied().to(self.device), other.scale.to(self.device)
+        self._make_room(torch.maximum(shift.abs(), torch.where(varied, unit, 0)))
+        for name, moved in other._moved(torch.where(varied, unit / self.scale, 1), shift / self.scale).items():
+            getattr(self, name).add_(moved)
         self.n_positive += other.n_positive.to(self.device)
         self._extend(other.low, other.high, other.n_low, other.n_high)
         if self.histograms and other.histograms:  # both have them, or neither
             self.histograms.merge(other.histograms)
         self.blocks |= other.blocks
 
-    def _moved(self, name: str, shift: Tensor) -> Tensor:
-        """`sums` or `labels` with u + shift for u, by the binomial theorem, on the shift's device."""
-        old = getattr(self, name).to(shift.device)
-        new = old.clone()
+    def _moved(self, ratio: Tensor, shift: Tensor) -> dict[str, Tensor]:
+        """What is summed of u, with ratio · u + shift for u, by the binomial theorem; on the shift's device."""
+        names = ("sums", "resampled", "labels", "bootstrap_labels")
+        moved = {name: getattr(self, name).to(shift.device, copy=True) for name in names}
+        sums, resampled, labels, bootstrap_labels = moved.values()
+        groups, R = self._layouts["sums"], self.n_labels
+        of_samples = self._layouts["resampled"]
+        z, wz = sums[:, groups.share("z1u0", 0)].clone(), resampled[:, of_samples.share("bootstrap", 0)].clone()
+        for r, (c, d) in enumerate(zip(ratio, shift)):
 
-        def expand(places: list[Any], d: Tensor) -> None:
-            for q, place in enumerate(places):
-                new[place] = sum(math.comb(q, k) * d ** (q - k) * old[places[k]] for k in range(q + 1))
+            def expand(table: Tensor, powers: list[Any], c: Tensor = c, d: Tensor = d) -> None:
+                old = [table[place].clone() for place in powers]  # of u^0, u^1, ...
+                for q, place in enumerate(powers):
+                    table[place] = sum(math.comb(q, k) * c**k * d ** (q - k) * old[k] for k in range(q + 1))
 
-        layout = self._layouts["sums"]
-        for r, d in enumerate(shift):
-            if name == "labels":
-                expand([(r, q) for q in range(ORDER + 1)], d)
-                continue
+            expand(labels, [(r, q) for q in range(ORDER + 1)])
+            expand(bootstrap_labels, [0, 1 + r, 1 + R + r])
             for p in range(1, ORDER + 1):
-                expand([(slice(None), layout.share(f"z{p}u{q}", r).start) for q in range(ORDER + 1 - p)], d)
-        return new
+                expand(sums, [(slice(None), groups.share(f"z{p}u{q}", r).start) for q in range(ORDER + 1 - p)])
+            resampled[:, of_samples.share("permuted", r)].mul_(c).add_(d * z)
+            resampled[:, of_samples.share("bootstrap_u", r)].mul_(c).add_(d * wz)
+        return moved
 
     def two_valued(self, label: int = 0) -> bool:
         """Whether a reward took one value <= 0, one value > 0, and no other."""

@@ -98,9 +98,12 @@ def permuted(evidence: Evidence, name: str, features: Features, label: int) -> T
     elif evidence.has("permuted_positive"):
         positive = evidence.columns("permuted_positive", features, label)
     else:  # y takes two values, so that whether it is above 0 is a linear function of it
-        low, high, origin = (float(t[label]) for t in (evidence.low, evidence.high, evidence.origin))
+        low, high, origin, scale = (
+            float(t[label]) for t in (evidence.low, evidence.high, evidence.origin, evidence.scale)
+        )
         z = evidence.columns("z1u0", features)
-        positive = (evidence.columns("permuted", features, label) + (origin - low) * z) / (high - low)
+        u = evidence.columns("permuted", features, label) + (origin - low) / scale * z
+        positive = u / ((high - low) / scale)
     return _of_groups(evidence, name, positive, features, label)
 
 

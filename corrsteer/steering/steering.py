@@ -193,13 +193,13 @@ def apply_rows(
         numbers = wholes("rows", rows)
         if not all(-1 <= row < len(steerings) for row in numbers):
             raise CorrSteerError(f"rows must lie in -1..{len(steerings) - 1}, got {numbers}")
-        chosen = torch.tensor(numbers, dtype=torch.int32)
+        chosen = torch.tensor(numbers, dtype=torch.int32, device="cpu")
     vectors: dict[HookPoint, Tensor] = {}
     for at, steering in enumerate(steerings):
         steering.check(model)
         for point, vector in steering.vectors(model).items():
             if point not in vectors:
-                vectors[point] = torch.zeros(len(steerings), len(vector))
+                vectors[point] = torch.zeros(len(steerings), len(vector), dtype=vector.dtype, device=vector.device)
             vectors[point][at] = scale * vector
     with add_vectors(model, vectors, chosen, positions):
         yield

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from problems import make_encoder
+
+from corrsteer import CorrSteerError, Moments, encode_update
 
 TESTS = Path(__file__).parents[1]
 SECONDS = 1500
@@ -90,7 +93,8 @@ def test_a_configuration_is_the_most_special_one_there_is_for_a_call(monkeypatch
 
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(launch, "file_for", lambda device: "sm_90")
-    config = launch.config.__wrapped__
+    monkeypatch.setattr(launch, "entries", launch.entries.__wrapped__)
+    config = launch.config
     file = launch.read("sm_90")
     assert config(gpu, "encode_pool", "native", 4096) == file["encode_pool"]["native"][-1]
     assert config(gpu, "encode_pool", "native", 64)["up_to_tokens"] == 64
@@ -113,6 +117,62 @@ def test_a_gpus_own_file_comes_first_and_a_borrowed_one_is_logged(monkeypatch, t
     monkeypatch.setattr(launch, "CONFIGS", tmp_path)
     (tmp_path / "NVIDIA_X1.json").write_text("{}")
     assert file_for(gpu) == "NVIDIA_X1"
+
+
+BLOCKS = ("BF", "BT", "BK", "SUBTILE", "WIDE_SUBTILE", "GROUP_SIZE", "descriptors", "num_warps", "num_stages")
+ENTRY = dict.fromkeys((*BLOCKS, "max_tiles_per_chunk"), 64)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", r"X1\.json cannot be read \(Expecting property name"),
+        ("{}", r"X1\.json has no encode_pool_short nor encode_pool for products of kind 'tf32x3'"),
+        (
+            json.dumps({"encode_pool": {"native": [ENTRY]}}),
+            r"X1\.json has no encode_pool_short nor encode_pool for .*tf32x3",
+        ),
+        (
+            json.dumps({"encode_pool": {"tf32x3": []}}),
+            r"X1\.json has no encode_pool for any number of tokens, of .*tf32x3",
+        ),
+        (
+            json.dumps({"encode_pool": {"tf32x3": [ENTRY | {"up_to_tokens": 2}]}}),
+            r"X1\.json has no encode_pool for any number of tokens, of kind 'tf32x3'",
+        ),
+        (
+            json.dumps({"encode_pool": {"tf32x3": [{k: v for k, v in ENTRY.items() if k not in ("BT", "num_warps")}]}}),
+            r"X1\.json lacks BT, num_warps in encode_pool for products of kind 'tf32x3'",
+        ),
+    ],
+    ids=["not JSON", "empty", "another kind", "an empty list", "few tokens", "an entry without blocks"],
+)
+def test_a_file_that_lacks_a_configuration_is_named_with_the_kernel_and_the_kind(monkeypatch, tmp_path, text, message):
+    from corrsteer.kernels import launch
+
+    (tmp_path / "X1.json").write_text(text)
+    monkeypatch.setattr(launch, "CONFIGS", tmp_path)
+    monkeypatch.setattr(launch, "file_for", lambda device: "X1")
+    for name in ("read", "entries"):
+        monkeypatch.setattr(launch, name, getattr(launch, name).__wrapped__)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, cu = torch.ones(5, 3, device=device), torch.tensor([0, 5], dtype=torch.int32, device=device)
+    encoder, moments = make_encoder("relu", d_in=3, device=device), Moments(67, device=device)
+    with pytest.raises(CorrSteerError, match=message):
+        encode_update(x, cu, torch.ones(1, device=device), encoder, moments, backend="triton")
+
+
+def test_what_is_remembered_of_launches_does_not_grow_with_the_number_of_batches():
+    from corrsteer.kernels import launch
+
+    names = ("corrsteer.kernels", "corrsteer.ops")
+    modules = [sys.modules[name] for name in sys.modules if name.startswith(names)]
+    caches = {value for module in modules for value in vars(module).values() if hasattr(value, "cache_info")}
+    assert {launch.entries, launch.tiles_per_chunk} <= caches
+    for tokens in range(1, 4000):
+        launch.config(torch.device("cpu"), "encode_pool", "native", tokens)
+        launch.tiles_per_chunk(tokens, 8, 16, 132)
+    assert max(cache.cache_info().currsize for cache in caches) <= 1024
 
 
 @pytest.mark.parametrize("tiles, blocks, most", [(1, 1, 4), (2, 128, 4), (16, 128, 4), (128, 512, 4), (7, 3, 8)])

@@ -451,6 +451,12 @@ def test_a_feature_that_the_sae_does_not_have_is_refused(any_encoder, feature):
         any_encoder.decoder_rows([2, feature])
 
 
+@pytest.mark.parametrize("features", (None, 3, "gpt2", [None]), ids=str)
+def test_features_that_are_no_sequence_of_numbers_are_refused(any_encoder, features):
+    with pytest.raises(CorrSteerError, match="features must be a sequence of whole numbers, got"):
+        any_encoder.decoder_rows(features)
+
+
 def test_the_decoder_of_an_sae_in_memory_cannot_be_found_again_later():
     source = SparseEncoder.from_sae_lens(make_sae("standard")).decoder.source
     with pytest.raises(CorrSteerError, match="decoder rows cannot be read.*SparseEncoder.load or from_pretrained"):

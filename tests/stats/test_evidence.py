@@ -205,7 +205,7 @@ def test_files_that_are_no_evidence_are_refused(tmp_path):
     with pytest.raises(CorrSteerError, match="is damaged .sums has another shape"):
         Evidence.load(tmp_path / "e")
     save_file({"sums": torch.zeros(1)}, tmp_path / "other", metadata={"format": "corrsteer.moments/1"})
-    with pytest.raises(CorrSteerError, match=r"other is not an evidence file of this version .corrsteer.evidence/1"):
+    with pytest.raises(CorrSteerError, match=r"other is not an evidence file of this version .corrsteer.evidence/2"):
         Evidence.load(tmp_path / "other")
     (tmp_path / "e").write_bytes((tmp_path / "e").read_bytes()[:-4])
     with pytest.raises(CorrSteerError, match="is damaged"):
@@ -215,7 +215,10 @@ def test_files_that_are_no_evidence_are_refused(tmp_path):
 Z, Y = torch.rand(4, 3), torch.tensor([0.0, 1, 0, 1])
 REFUSED = {
     "no features": (lambda: Evidence(0), "d_sae must be a whole number of at least 1, got 0"),
-    "a negative number of permutations": (lambda: Evidence(3, permutations=-1), "permutations must be a whole number"),
+    "a negative number of permutations": (
+        lambda: Evidence(3, permutations=-1),
+        "permutations must be a whole number of at least 0, got -1",
+    ),
     "an unknown score": (lambda: Evidence(3, scores=("kendall",)), "scores must be among pearson, .*got 'kendall'"),
     "activations of another SAE": (lambda: Evidence(4).update(Z, Y, 0), r"pooled must be \[N, d_sae=4\]"),
     "rewards of another number": (lambda: Evidence(3).update(Z, Y[:3], 0), r"got \[4, 3\] and \[3, 1\]"),
@@ -246,6 +249,24 @@ def test_what_cannot_be_right_is_refused_by_name(name):
     act, message = REFUSED[name]
     with pytest.raises(CorrSteerError, match=message):
         act()
+
+
+SOUND = {"d_sae": 3, "n_labels": 1, "permutations": 0, "bootstrap": 0, "scores": ("pearson",), "bins": 3, "seed": 0}
+
+
+@pytest.mark.parametrize(
+    "wrong", (None, 2.5, "kendall", {1: 2}, [1.0], object(), torch.ones(3, 3, 3)), ids=lambda w: type(w).__name__
+)
+@pytest.mark.parametrize("name", (*SOUND, "pooled", "y", "block", "other"))
+def test_an_argument_of_another_type_is_refused_by_its_name(name, wrong):
+    block = {"pooled": Z, "y": Y, "block": 0}
+    with pytest.raises(CorrSteerError, match=name):
+        if name in SOUND:
+            Evidence(**SOUND | {name: wrong})
+        elif name == "other":
+            Evidence(3).merge(wrong)
+        else:
+            Evidence(3).update(**block | {name: wrong})
 
 
 def test_a_refused_block_leaves_the_evidence_as_it_was():

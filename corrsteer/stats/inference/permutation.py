@@ -71,7 +71,9 @@ def significance(evidences: Mapping[int, Evidence], name: str = "pearson", label
     tie = scores.TIE * top
     everyone, layers = StepDownMaxT(P), [StepDownMaxT(P) for _ in evidences]
     pooled = PooledNull(top)
-    as_large = torch.zeros(3, len(observed), dtype=torch.float64)  # permutations: own, of the layer, of all
+    as_large = torch.zeros(
+        3, len(observed), dtype=torch.float64, device="cpu"
+    )  # permutations: own, of the layer, of all
     for here, null in family.ascending():
         bound = observed[here][:, None] - tie
         as_large[0, here] = (null >= bound).sum(1).double()
@@ -97,7 +99,7 @@ class StepDownMaxT:
     """
 
     def __init__(self, permutations: int):
-        self._largest = torch.zeros(permutations, dtype=torch.float64)
+        self._largest = torch.zeros(permutations, dtype=torch.float64, device="cpu")
 
     def count(self, null: Tensor, bound: Tensor) -> Tensor:
         """Permutations in which that largest reaches `bound: [features, 1]`; `null: [features, P]` are their scores."""
@@ -111,7 +113,7 @@ class PooledNull:
 
     def __init__(self, top: float):
         self._scale = LEVELS / top
-        self._counts = torch.zeros(LEVELS + 1, dtype=torch.float64)
+        self._counts = torch.zeros(LEVELS + 1, dtype=torch.float64, device="cpu")
 
     def add(self, null: Tensor) -> None:
         """Take in permuted scores of any shape, each rounded up."""
@@ -140,17 +142,20 @@ class _Family:
         observed = [scores.score(evidence, name, slice(None), label).abs().cpu() for evidence in self._evidences]
         self.sizes = [len(values) for values in observed]
         self.observed = torch.cat(observed)
-        self.home = torch.cat([torch.full((size,), at) for at, size in enumerate(self.sizes)])
+        sizes = torch.tensor(self.sizes, dtype=torch.int64, device="cpu")
+        layers = torch.arange(len(sizes), dtype=torch.int64, device="cpu")
+        self.home = layers.repeat_interleave(sizes)
         self.order = self.observed.argsort(stable=True)
         self.permutations = self._evidences[0].permutations
-        self._index = torch.cat([torch.arange(size) for size in self.sizes])
+        everyone = torch.arange(len(self.observed), dtype=torch.int64, device="cpu")
+        self._index = everyone - (sizes.cumsum(0) - sizes)[self.home]
 
     def ascending(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Some features at a time, in `order`: which they are, and |score| of every permutation, `[features, P]`."""
         bins = self._evidences[0].bins if self._name in BINNED else 1
         together = max(1, FEATURES_AT_A_TIME // bins)
         for here in self.order.split(together):
-            null = torch.empty(len(here), self.permutations, dtype=torch.float64)
+            null = torch.empty(len(here), self.permutations, dtype=torch.float64, device="cpu")
             for number, evidence in enumerate(self._evidences):
                 mine = self.home[here] == number
                 if bool(mine.any()):
@@ -194,7 +199,7 @@ def benjamini_hochberg(p: Tensor) -> Tensor:
     """Adjusted p-values: the false discovery rate at which each would be let pass (Benjamini & Hochberg 1995)."""
     falling = p.argsort(descending=True, stable=True)
     m = len(p)
-    scaled = p[falling] * m / torch.arange(m, 0, -1, dtype=p.dtype)
+    scaled = p[falling] * m / torch.arange(m, 0, -1, dtype=p.dtype, device=p.device)
     out = torch.empty_like(p)
     out[falling] = scaled.cummin(0).values.clamp(max=1)
     return out
