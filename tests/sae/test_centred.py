@@ -1,6 +1,7 @@
 """SAEs that were trained on TransformerLens models with `center_writing_weights`, on the same model of Hugging Face."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -149,6 +150,16 @@ def test_what_does_not_read_a_centred_stream_is_read_as_it_is(settings):
     sae = make_sae("standard", metadata=metadata)
     weight = SparseEncoder.from_sae_lens(plain).weight
     assert torch.equal(SparseEncoder.from_sae_lens(sae).weight, weight)
+
+
+@torch.no_grad()
+def test_a_directory_from_before_sae_lens_6_that_says_so_is_read_centred(tmp_path):
+    sae = made(HOOKS[0], apply_b_dec_to_input=True)
+    sae.save_model(tmp_path)
+    old = {"d_in": D_MODEL, "d_sae": sae.cfg.d_sae, "dtype": "float32", "device": "cpu", "hook_point": HOOKS[0]}
+    (tmp_path / "cfg.json").write_text(json.dumps(old | KWARGS))
+    x = torch.randn(40, D_MODEL, generator=torch.Generator().manual_seed(2)) + 0.5
+    assert_as_exact_as_sae_lens(SparseEncoder.load(tmp_path), CentredFirst(sae), x)
 
 
 def test_layer_norm_takes_the_mean_off_by_itself_and_a_norm_that_needs_it_is_refused():
