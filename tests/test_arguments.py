@@ -26,7 +26,8 @@ from corrsteer import (
     select,
     stability,
 )
-from corrsteer.arguments import number, share, whole, wholes
+from corrsteer.arguments import LARGEST_SEED, number, share, whole, wholes
+from corrsteer.experiments.evaluation import mcnemar
 
 NO_NUMBERS = (math.nan, math.inf, -math.inf, True, False, None, "1", [1], 1j, np.float32("nan"), np.bool_(True),
               torch.tensor(True), torch.tensor(math.inf), np.array([1]))  # fmt: skip
@@ -111,11 +112,14 @@ WHOLE = {
     "label": lambda value: inference.interval(EVIDENCE, label=value),
     "patience": lambda value: stability.stable([], value, []),
     "d_in": lambda value: SparseEncoder.identity(value),
+    "k": lambda value: SparseEncoder(3, 4, "topk", torch.ones(4, 3), bias=torch.ones(4), k=value),
+    "improved": lambda value: mcnemar(value, 3),
     "each of features": lambda value: SparseEncoder.identity(4).decoder_rows([value]),
     "n": lambda value: TASK.take(value),
     "seed of a split": lambda value: TASK.split(seed=value),
     "seed of the demo": lambda value: demo.tasks(value),
     "features": lambda value: planning.chance_correlation(100, value),
+    "batch_size": lambda value: Decoding(batch_size=value),
     "k (activations)": lambda value: planning.samples_exact(value, 0.1, 0.1),
 }  # fmt: skip
 NUMBERS = {
@@ -176,6 +180,12 @@ def test_numpys_and_torchs_numbers_are_taken_and_end_in_json(tmp_path):
         made_steering.save(tmp_path / "s")
         assert Steering.load(tmp_path / "s").features == made_steering.features
     assert TASK.take(np.int64(2)) == TASK.take(2) and TASK.split(seed=np.int64(1)) == TASK.split(seed=1)
+
+
+def test_a_seed_may_be_as_large_as_every_generator_takes():
+    assert Decoding(seed=LARGEST_SEED).seed == 4294967295
+    with pytest.raises(CorrSteerError, match="seed must be a whole number from 0 to 4294967295, got 4294967296"):
+        Decoding(seed=LARGEST_SEED + 1)
 
 
 def test_a_single_layer_that_is_not_in_a_list_is_told_to_be():

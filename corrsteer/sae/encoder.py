@@ -114,6 +114,8 @@ class SparseEncoder:
     metadata: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        for name, least in (("d_in", 1), ("d_sae", 1), ("k", 0)):
+            object.__setattr__(self, name, whole(name, getattr(self, name), least))
         # Now, as it goes into every file that is made with the encoder.
         object.__setattr__(self, "metadata", plain(self.metadata))
         missing = [name for name in NEEDED.get(self.activation, ()) if getattr(self, name) is None]
@@ -195,7 +197,7 @@ class SparseEncoder:
     @classmethod
     def identity(cls, d_in: int, hook_name: str | None = None) -> SparseEncoder:
         """Residual dimensions themselves as features: the paper's "raw" ablation."""
-        d_in = whole("d_in", d_in, 1)
+        d_in = whole("d_in", d_in, 1)  # before it is the decoder's as well
         return cls(d_in, d_in, "identity", hook_name=hook_name, decoder=sources.decoder_of_identity(d_in))
 
     @property
