@@ -179,6 +179,8 @@ def test_numpys_and_torchs_numbers_are_taken_and_end_in_json(tmp_path):
     for made_steering in (steering, own):
         made_steering.save(tmp_path / "s")
         assert Steering.load(tmp_path / "s").features == made_steering.features
+    planned = planning.samples_to_see(np.int64(10), np.float32(0.25), np.float64(0.05))
+    assert planned == planning.samples_to_see(10, 0.25, 0.05) and {type(n) for n in vars(planned).values()} == {int}
     assert TASK.take(np.int64(2)) == TASK.take(2) and TASK.split(seed=np.int64(1)) == TASK.split(seed=1)
 
 

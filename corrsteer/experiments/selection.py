@@ -336,4 +336,8 @@ def _directions(run: Run, features: list[Feature], encoders: Mapping[int, Sparse
     decoders = run.decoders if encoders is None else {layer: e.decoder for layer, e in encoders.items()}
     if not features:
         return torch.zeros(0, 0)
+    if missing := sorted({cast(int, f.layer) for f in features} - set(decoders)):
+        raise CorrSteerError(
+            f"encoders must hold layers {missing}, of which features were selected, got {sorted(decoders)}"
+        )
     return torch.cat([decoders[cast(int, f.layer)].rows([cast(int, f.index)]) for f in features])
