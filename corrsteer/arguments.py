@@ -17,11 +17,11 @@ LARGEST_SEED = 2**32 - 1  # what every generator of random numbers takes
 
 def whole(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
     """The value as an int, which `least` and `most` bound; 3.0 is whole, 2.5 and True are not."""
-    number = _real(value)
-    if isinstance(number, Integral):
-        found: int | None = int(number)
+    real = _real(value)
+    if isinstance(real, Integral):
+        found: int | None = int(real)
     else:
-        found = int(number) if number is not None and math.isfinite(number) and number == int(number) else None
+        found = int(real) if real is not None and math.isfinite(real) and real == int(real) else None
     if found is None or (least is not None and found < least) or (most is not None and found > most):
         raise CorrSteerError(f"{name} must be a whole number{_bounds(least, most)}, got {_shown(value)}")
     return found
@@ -67,9 +67,9 @@ def _real(value: Any) -> Any:
 
 
 def _finite(value: Any) -> float | None:
-    number = _real(value)
+    real = _real(value)
     try:
-        return float(number) if number is not None and math.isfinite(number) else None
+        return float(real) if real is not None and math.isfinite(real) else None
     except OverflowError:  # an int beyond the floats
         return None
 
@@ -81,5 +81,5 @@ def _bounds(least: float | None, most: float | None) -> str:
 
 
 def _shown(value: Any) -> str:
-    number = _real(value)
-    return f"{value!r:.80}" if number is None else f"{number!r:.80}"
+    real = _real(value)
+    return f"{value!r:.80}" if real is None else f"{real!r:.80}"
