@@ -334,7 +334,7 @@ def _known(column: Tensor) -> list[float | None]:
 def _directions(run: Run, features: list[Feature], encoders: Mapping[int, SparseEncoder] | None) -> Tensor:
     decoders = run.decoders if encoders is None else {layer: e.decoder for layer, e in encoders.items()}
     if not features:
-        return torch.zeros(0, 0)
+        return torch.zeros(0, 0, dtype=torch.float32, device="cpu")
     if missing := sorted({cast(int, f.layer) for f in features} - set(decoders)):
         raise CorrSteerError(
             f"encoders must hold layers {missing}, of which features were selected, got {sorted(decoders)}"

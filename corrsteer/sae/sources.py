@@ -44,7 +44,8 @@ class Decoder:
         """`[len(features), d_out]` float32 on the CPU, divided by their norms where the SAE rescales by them."""
         kind = self.source["kind"]
         if kind == "identity":
-            return torch.nn.functional.one_hot(torch.tensor(features, dtype=torch.long), self.source["d_in"]).float()
+            numbers = torch.tensor(features, dtype=torch.int64, device="cpu")
+            return torch.nn.functional.one_hot(numbers, self.source["d_in"]).float()
         if self.W_dec is not None:
             rows = self.W_dec[features]
         elif kind == "directory":
@@ -128,7 +129,7 @@ def _open(directory: Path) -> safe_open:
 
 
 def _rows_on_disk(directory: Path, features: list[int]) -> Tensor:
-    with _open(directory) as file:
+    with _open(directory) as file, torch.device("cpu"):  # slices come on the default device, whatever that is
         W_dec = file.get_slice("W_dec")
         return torch.cat([W_dec[:0], *(W_dec[f : f + 1] for f in features)])
 

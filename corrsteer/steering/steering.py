@@ -193,7 +193,7 @@ def apply_rows(
         numbers = wholes("rows", rows)
         if not all(-1 <= row < len(steerings) for row in numbers):
             raise CorrSteerError(f"rows must lie in -1..{len(steerings) - 1}, got {numbers}")
-        chosen = torch.tensor(numbers, dtype=torch.int32)
+        chosen = torch.tensor(numbers, dtype=torch.int32, device="cpu")
     vectors: dict[HookPoint, Tensor] = {}
     for at, steering in enumerate(steerings):
         steering.check(model)
