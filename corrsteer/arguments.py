@@ -6,11 +6,13 @@ NumPy's and torch's scalars become Python's numbers, which JSON can hold. A bool
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 from corrsteer.errors import CorrSteerError
+
+T = TypeVar("T")
 
 LARGEST_SEED = 2**32 - 1  # what every generator of random numbers takes
 
@@ -43,18 +45,23 @@ def share(name: str, value: Any) -> float:
     return found
 
 
-def wholes(name: str, values: Iterable[Any], least: int | None = None) -> list[int]:
-    """Several whole numbers, as a list."""
-    return [whole(f"each of {name}", value, least) for value in several(name, values)]
+def wholes(name: str, values: Iterable[Any], least: int | None = None, *, empty: bool = False) -> list[int]:
+    """Each value as an int, see `whole`; none at all only where that may be."""
+    return _each(name, values, f"whole numbers{_bounds(least, None)}", empty, lambda value: whole(name, value, least))
 
 
-def several(name: str, values: Iterable[Any]) -> list[Any]:
-    """Anything that holds one number or more, as a list."""
+def numbers(name: str, values: Iterable[Any], *, empty: bool = False) -> list[float]:
+    """Each value as a finite float, see `number`; none at all only where that may be."""
+    return _each(name, values, "finite numbers", empty, lambda value: number(name, value))
+
+
+def _each(name: str, values: Iterable[Any], kind: str, empty: bool, take: Callable[[Any], T]) -> list[T]:
     try:
-        listed = list(values)
-    except TypeError:
-        raise CorrSteerError(f"{name} must be a list, such as [{_shown(values)}], got {_shown(values)}") from None
-    if not listed:
+        listed = [take(value) for value in values]
+    except (TypeError, CorrSteerError):
+        alone = "" if _real(values) is None else f", such as [{_shown(values)}]"
+        raise CorrSteerError(f"{name} must be a sequence of {kind}{alone}, got {_shown(values)}") from None
+    if not listed and not empty:
         raise CorrSteerError(f"{name} must hold at least one number, got none")
     return listed
 
@@ -82,4 +89,4 @@ def _bounds(least: float | None, most: float | None) -> str:
 
 def _shown(value: Any) -> str:
     real = _real(value)
-    return f"{value!r:.80}" if real is None else f"{real!r:.80}"
+    return f"{' '.join(repr(value if real is None else real).split()):.80}"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from corrsteer.arguments import whole
+from corrsteer.arguments import whole, wholes
 from corrsteer.errors import CorrSteerError
 from corrsteer.files import plain
 from corrsteer.sae import sources
@@ -216,7 +216,7 @@ class SparseEncoder:
         They are divided by their norm where the SAE rescales activations by decoder norm, so that activation times
         direction is the feature's contribution in either case.
         """
-        features = [whole("each of features", f) for f in features]
+        features = wholes("features", features, empty=True)
         outside = [f for f in features if not 0 <= f < self.d_sae]
         if outside:
             raise CorrSteerError(f"features must lie in 0..{self.d_sae - 1}, got {outside[:5]}")

@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,9 @@ BINNED = ("mutual_information", "auroc", "spearman")  # what is read from histog
 
 def known_scores(scores: Sequence[str]) -> tuple[str, ...]:
     """Scores, or the one named, in the order of `SCORES`; raises for an unknown one."""
-    scores = (scores,) if isinstance(scores, str) else tuple(scores)
+    scores = (scores,) if isinstance(scores, str) else scores
+    if not isinstance(scores, Collection):
+        raise CorrSteerError(f"scores must be a list of {', '.join(SCORES)}, got {scores!r:.80}")
     for name in scores:
         if name not in SCORES:
             raise CorrSteerError(f"scores must be among {', '.join(SCORES)}, got {name!r}")

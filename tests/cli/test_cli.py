@@ -299,7 +299,7 @@ TOO_EARLY = {
     "a scale is infinite": ([*EVALUATE, "--scale", "inf"], "scale: Input should be a finite number, got inf"),
     "a scale to generate by": (["generate", *EVALUATE[1:], "--prompt", "1", "--scale", "nan"], "a finite number"),
     "a scale to prune by": (["select", "{world}/run", "--strategy", "pruned", "--scale=-inf"], "a finite number"),
-    "a scale to try": ([*CALIBRATE, "--try-scale", "nan"], "each of scales must be a finite number, got nan"),
+    "a scale to try": ([*CALIBRATE, "--try-scale", "nan"], "scales must be a sequence of finite numbers, got [nan]"),
     "a temperature": ([*EVALUATE, "--temperature", "nan"], "temperature: Input should be"),
     "top_p": ([*COLLECT, "--top-p", "nan"], "top_p: Input should be"),
     "a negative seed": ([*EVALUATE, "--seed", "-1"], "seed: Input should be greater than or equal to 0, got -1"),
