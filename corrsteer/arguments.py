@@ -6,11 +6,13 @@ NumPy's and torch's scalars become Python's numbers, which JSON can hold. A bool
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 from corrsteer.errors import CorrSteerError
+
+T = TypeVar("T")
 
 LARGEST_SEED = 2**32 - 1  # what every generator of random numbers takes
 
@@ -23,13 +25,13 @@ def check_type(name: str, value: object, kind: type, what: str, fix: str = "") -
 
 def whole(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
     """The value as an int, which `least` and `most` bound; 3.0 is whole, 2.5 and True are not."""
-    number = _real(value)
-    if isinstance(number, Integral):
-        found: int | None = int(number)
+    real = _real(value)
+    if isinstance(real, Integral):
+        found: int | None = int(real)
     else:
-        found = int(number) if number is not None and math.isfinite(number) and number == int(number) else None
+        found = int(real) if real is not None and math.isfinite(real) and real == int(real) else None
     if found is None or (least is not None and found < least) or (most is not None and found > most):
-        raise CorrSteerError(f"{name} must be a whole number{_bounds(least, most)}, got {shown(value)}")
+        raise CorrSteerError(f"{name} must be a whole number{_bounds(least, most)}, got {_shown(value)}")
     return found
 
 
@@ -37,7 +39,7 @@ def number(name: str, value: Any, least: float | None = None, most: float | None
     """The value as a finite float, which `least` and `most` bound."""
     found = _finite(value)
     if found is None or (least is not None and found < least) or (most is not None and found > most):
-        raise CorrSteerError(f"{name} must be a finite number{_bounds(least, most)}, got {shown(value)}")
+        raise CorrSteerError(f"{name} must be a finite number{_bounds(least, most)}, got {_shown(value)}")
     return found
 
 
@@ -49,18 +51,23 @@ def share(name: str, value: Any) -> float:
     return found
 
 
-def wholes(name: str, values: Iterable[Any], least: int | None = None) -> list[int]:
-    """Several whole numbers, as a list."""
-    return [whole(f"each of {name}", value, least) for value in several(name, values)]
+def wholes(name: str, values: Iterable[Any], least: int | None = None, *, empty: bool = False) -> list[int]:
+    """Each value as an int, see `whole`; none at all only where that may be."""
+    return _each(name, values, f"whole numbers{_bounds(least, None)}", empty, lambda value: whole(name, value, least))
 
 
-def several(name: str, values: Iterable[Any]) -> list[Any]:
-    """Anything that holds one number or more, as a list."""
+def numbers(name: str, values: Iterable[Any], *, empty: bool = False) -> list[float]:
+    """Each value as a finite float, see `number`; none at all only where that may be."""
+    return _each(name, values, "finite numbers", empty, lambda value: number(name, value))
+
+
+def _each(name: str, values: Iterable[Any], kind: str, empty: bool, take: Callable[[Any], T]) -> list[T]:
     try:
-        listed = list(values)
-    except TypeError:
-        raise CorrSteerError(f"{name} must be a list, such as [{shown(values)}], got {shown(values)}") from None
-    if not listed:
+        listed = [take(value) for value in values]
+    except (TypeError, CorrSteerError):
+        alone = "" if _real(values) is None else f", such as [{_shown(values)}]"
+        raise CorrSteerError(f"{name} must be a sequence of {kind}{alone}, got {_shown(values)}") from None
+    if not listed and not empty:
         raise CorrSteerError(f"{name} must hold at least one number, got none")
     return listed
 
@@ -73,9 +80,9 @@ def _real(value: Any) -> Any:
 
 
 def _finite(value: Any) -> float | None:
-    number = _real(value)
+    real = _real(value)
     try:
-        return float(number) if number is not None and math.isfinite(number) else None
+        return float(real) if real is not None and math.isfinite(real) else None
     except OverflowError:  # an int beyond the floats
         return None
 
@@ -88,7 +95,11 @@ def _bounds(least: float | None, most: float | None) -> str:
 
 def shown(value: Any) -> str:
     """What an argument was: numbers, strings and None themselves, of anything else the type."""
-    number = _real(value)
-    if number is not None:
-        return f"{number!r:.80}"
-    return f"{value!r:.80}" if value is None or isinstance(value, (bool, str)) else type(value).__name__
+    if value is None or isinstance(value, (bool, str)) or _real(value) is not None:
+        return _shown(value)
+    return type(value).__name__
+
+
+def _shown(value: Any) -> str:
+    real = _real(value)
+    return f"{' '.join(repr(value if real is None else real).split()):.80}"

@@ -26,7 +26,8 @@ from corrsteer import (
     select,
     stability,
 )
-from corrsteer.arguments import number, share, whole, wholes
+from corrsteer.arguments import LARGEST_SEED, number, numbers, share, whole, wholes
+from corrsteer.experiments.evaluation import mcnemar
 
 NO_NUMBERS = (math.nan, math.inf, -math.inf, True, False, None, "1", [1], 1j, np.float32("nan"), np.bool_(True),
               torch.tensor(True), torch.tensor(math.inf), np.array([1]))  # fmt: skip
@@ -62,10 +63,13 @@ def test_what_is_no_number_is_refused_by_name(value):
         (lambda: whole("seed", 999, 0, 99), "seed must be a whole number from 0 to 99, got 999"),
         (lambda: number("top_p", np.float64(1.5), 0, 1), "top_p must be a finite number from 0 to 1, got 1.5"),
         (lambda: number("scale", 10**400), "scale must be a finite number, got 1000000"),
-        (lambda: wholes("layers", 1), r"layers must be a list, such as \[1\], got 1"),
+        (lambda: wholes("layers", 1), r"layers must be a sequence of whole numbers, such as \[1\], got 1"),
+        (lambda: wholes("layers", None), "layers must be a sequence of whole numbers, got None"),
         (lambda: wholes("layers", []), "layers must hold at least one number, got none"),
-        (lambda: wholes("layers", "12"), "each of layers must be a whole number, got '1'"),
-        (lambda: wholes("layers", np.array([1.5])), "each of layers must be a whole number, got 1.5"),
+        (lambda: wholes("layers", "12"), "layers must be a sequence of whole numbers, got '12'"),
+        (lambda: wholes("layers", [0, -1], 0), r"layers must be .* whole numbers of at least 0, got \[0, -1\]"),
+        (lambda: wholes("layers", np.array([1.5])), r"layers must be .* whole numbers, got array\(\[1.5\]\)"),
+        (lambda: numbers("scales", (1, math.nan)), r"scales must be a sequence of finite numbers, got \(1, nan\)"),
     ),
 )
 def test_a_number_outside_its_bounds_is_refused_with_them(call, message):
@@ -100,10 +104,10 @@ WHOLE = {
     **{name: lambda value, name=name: Decoding(**{name: value}) for name in ("max_new_tokens", "batch_tokens", "seed")},
     **{name: lambda value, name=name: gather(**{name: value}) for name in (
         "permutations", "bootstrap", "block_size", "shuffle_seed", "buffer_bytes", "statistics_bytes", "hook_offset")},
-    "each of patience_layers": lambda value: gather(patience_layers=[value]),
+    "patience_layers": lambda value: gather(patience_layers=[value]),
     "top_k": lambda value: choose(top_k=value),
-    "each of layers": lambda value: choose(layers=[value]),
-    "each of rows": lambda value: apply_rows(None, [STEERING], [value]).__enter__(),
+    "layers": lambda value: choose(layers=[value]),
+    "rows": lambda value: apply_rows(None, [STEERING], [value]).__enter__(),
     "d_sae": lambda value: Moments(value),
     "n_labels": lambda value: Moments(3, value),
     "bins": lambda value: Evidence(3, bins=value),
@@ -111,11 +115,14 @@ WHOLE = {
     "label": lambda value: inference.interval(EVIDENCE, label=value),
     "patience": lambda value: stability.stable([], value, []),
     "d_in": lambda value: SparseEncoder.identity(value),
-    "each of features": lambda value: SparseEncoder.identity(4).decoder_rows([value]),
+    "k": lambda value: SparseEncoder(3, 4, "topk", torch.ones(4, 3), bias=torch.ones(4), k=value),
+    "improved": lambda value: mcnemar(value, 3),
+    "features of an encoder": lambda value: SparseEncoder.identity(4).decoder_rows([value]),
     "n": lambda value: TASK.take(value),
     "seed of a split": lambda value: TASK.split(seed=value),
     "seed of the demo": lambda value: demo.tasks(value),
-    "features": lambda value: planning.chance_correlation(100, value),
+    "features of planning": lambda value: planning.chance_correlation(100, value),
+    "batch_size": lambda value: Decoding(batch_size=value),
     "k (activations)": lambda value: planning.samples_exact(value, 0.1, 0.1),
 }  # fmt: skip
 NUMBERS = {
@@ -126,7 +133,7 @@ NUMBERS = {
     "scale": lambda value: STEERING.apply(None, scale=value).__enter__(),
     "scale of evaluate": lambda value: evaluate(None, None, TASK, STEERING, scale=value),
     "scale of select": lambda value: pruned(scale=value),
-    "each of scales": lambda value: calibrate_scale(None, None, STEERING, TASK, scales=[value]),
+    "scales": lambda value: calibrate_scale(None, None, STEERING, TASK, scales=[value]),
     "train": lambda value: TASK.split(train=value),
     "r (correlation)": lambda value: planning.interval_width(value, 50),
 }
@@ -143,7 +150,7 @@ def refused(call, name, value):
     with pytest.raises(CorrSteerError) as caught:
         call(value)
     message = str(caught.value)
-    assert message.startswith(f"{name.split(' of ')[0] if not name.startswith('each') else name} must be "), message
+    assert message.startswith(f"{name.split(' of ')[0]} must be "), message
     assert message.count("\n") == 0 and ", got " in message, message
 
 
@@ -175,11 +182,19 @@ def test_numpys_and_torchs_numbers_are_taken_and_end_in_json(tmp_path):
     for made_steering in (steering, own):
         made_steering.save(tmp_path / "s")
         assert Steering.load(tmp_path / "s").features == made_steering.features
+    planned = planning.samples_to_see(np.int64(10), np.float32(0.25), np.float64(0.05))
+    assert planned == planning.samples_to_see(10, 0.25, 0.05) and {type(n) for n in vars(planned).values()} == {int}
     assert TASK.take(np.int64(2)) == TASK.take(2) and TASK.split(seed=np.int64(1)) == TASK.split(seed=1)
 
 
+def test_a_seed_may_be_as_large_as_every_generator_takes():
+    assert Decoding(seed=LARGEST_SEED).seed == 4294967295
+    with pytest.raises(CorrSteerError, match="seed must be a whole number from 0 to 4294967295, got 4294967296"):
+        Decoding(seed=LARGEST_SEED + 1)
+
+
 def test_a_single_layer_that_is_not_in_a_list_is_told_to_be():
-    with pytest.raises(CorrSteerError, match=r"^layers must be a list, such as \[1\], got 1$"):
+    with pytest.raises(CorrSteerError, match=r"^layers must be a sequence of whole numbers, such as \[1\], got 1$"):
         choose(layers=1)
     with pytest.raises(CorrSteerError, match="layers must hold at least one number, got none"):
         choose(layers=())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -120,4 +121,9 @@ def _save(run: Run, settings: CollectSettings) -> None:
         if Path(recorded[name]).exists():
             recorded[name] = str(Path(recorded[name]).resolve())
     run.provenance["settings"] = recorded
-    run.save(settings.out)
+    try:
+        run.save(settings.out)
+    except CorrSteerError as error:  # what took hours is not lost to a full disk
+        elsewhere = Path(tempfile.mkdtemp(prefix="corrsteer-run-"))
+        run.save(elsewhere)
+        raise CorrSteerError(f"{error}; the run was saved to {elsewhere} instead") from None

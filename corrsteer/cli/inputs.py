@@ -61,6 +61,11 @@ def check_saes(sources: dict[int, str]) -> None:
         if _is_release(source):
             check_names(*source.split(":", 1))
         elif source != "identity":
+            if not Path(source).is_dir():
+                raise CorrSteerError(
+                    f"sae must come from a directory that SAELens wrote, RELEASE:SAE_ID or identity, got {source!r}; "
+                    f"there is no such directory"
+                )
             read_config(source)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from corrsteer.arguments import whole
 from corrsteer.experiments.seen_samples import overlap_notes
 from corrsteer.lm.generation import Decoding
 from corrsteer.rollouts.grading import Graded, grade
@@ -112,5 +113,6 @@ def evaluate(
 
 def mcnemar(improved: int, worsened: int) -> float:
     """Exact two-sided p-value of McNemar's test: a fair coin's chance of a split at least as uneven."""
+    improved, worsened = whole("improved", improved, 0), whole("worsened", worsened, 0)
     n, least = improved + worsened, min(improved, worsened)
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(least + 1)) / 2**n)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from corrsteer.arguments import number, several
+from corrsteer.arguments import numbers
 from corrsteer.errors import CorrSteerError
 from corrsteer.experiments.evaluation import evaluate
 from corrsteer.experiments.seen_samples import SELECTED, overlap_notes, validated
@@ -100,7 +100,7 @@ def calibrate_scale(
 
 def check_scaling(steering: Steering, scales: Sequence[float]) -> list[float]:
     """Raise unless a steering can be scaled by these, which are given back in the order in which they are tried."""
-    tried = {number("each of scales", scale) for scale in several("scales", scales)}
+    tried = set(numbers("scales", scales))
     if 0 in tried:
         raise CorrSteerError("scales must not be 0, which is unsteered and always tried; leave it out")
     if not steering.features:

@@ -43,7 +43,7 @@ def select(
     interval: str = "delta",
     coefficient: str = "mean_positive",
     direction: str = "positive",
-    layers: Sequence[int] | None = None,
+    layers: Iterable[int] | None = None,
     top_k: int = 10,
     encoders: Mapping[int, SparseEncoder] | None = None,
     model: nn.Module | None = None,
@@ -145,12 +145,11 @@ class Choices:
     interval: str
     coefficient: str
     direction: str
-    layers: Sequence[int] | None
+    layers: Iterable[int] | None
     top_k: int
 
     def checked(self, run: Run) -> Choices:
-        """The same, with the layers that are meant; raises for unknown choices, and where the run lacks what they need.
-        """
+        """The same with the layers that are meant; raises for unknown choices and for what the run lacks."""
         for name, known in (
             ("strategy", STRATEGIES),
             ("score", SCORES),
@@ -169,7 +168,7 @@ class Choices:
                 f"score {self.score!r} and interval {self.interval!r} need evidence, which this run does not hold; "
                 f"collect again"
             )
-        layers = selectable(run.moments) if self.layers is None else sorted(wholes("layers", self.layers))
+        layers = selectable(run.moments) if self.layers is None else sorted(set(wholes("layers", self.layers)))
         if unknown := sorted(set(layers) - set(run.moments)):
             raise CorrSteerError(f"layers must be among those collected, {sorted(run.moments)}, got {unknown}")
         return replace(self, alpha=alpha, layers=layers, top_k=whole("top_k", self.top_k, 1))
@@ -205,13 +204,13 @@ class _Ranked:
 
 
 def _rank(run: Run, choices: Choices) -> _Ranked:
-    described = _Describer(run, choices)
+    described, layers = _Describer(run, choices), set(choices.layers or ())
     ranked = _Ranked({}, [], [])
     for layer in sorted(run.moments):
         value = described.value(layer)
         rank = {"positive": value, "negative": -value, "both": value.abs()}[choices.direction]
         ranked.table[layer] = best = described.best(layer, value, rank, choices.top_k)
-        if layer not in (choices.layers or ()):
+        if layer not in layers:
             continue
         if best and choices.alpha is not None:
             p = getattr(run.significance(choices.score)[layer], CORRECTIONS[choices.correction]).to(rank.device)
@@ -336,4 +335,8 @@ def _directions(run: Run, features: list[Feature], encoders: Mapping[int, Sparse
     decoders = run.decoders if encoders is None else {layer: e.decoder for layer, e in encoders.items()}
     if not features:
         return torch.zeros(0, 0, dtype=torch.float32, device="cpu")
+    if missing := sorted({cast(int, f.layer) for f in features} - set(decoders)):
+        raise CorrSteerError(
+            f"encoders must hold layers {missing}, of which features were selected, got {sorted(decoders)}"
+        )
     return torch.cat([decoders[cast(int, f.layer)].rows([cast(int, f.index)]) for f in features])

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corrsteer.arguments import whole
+from corrsteer.arguments import whole, wholes
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm import hook_points
 from corrsteer.lm.hook_points import HookPoint
@@ -78,11 +78,11 @@ class Capture:
         self.points: dict[Any, HookPoint] = dict(points)
         self.positions: str = positions
         self.max_new_tokens: int = max_new_tokens
-        self.exclude_tokens: list[int] = sorted({whole("each of exclude_tokens", token, 0) for token in exclude_tokens})
+        self.exclude_tokens: list[int] = sorted(set(wholes("exclude_tokens", exclude_tokens, 0, empty=True)))
         self.budget_bytes: int = budget_bytes
         self.sink: Sink | None = sink
         self.flushed: bool = False
-        self._stop = sorted(set(stop_tokens))
+        self._stop = sorted(set(wholes("stop_tokens", stop_tokens, 0, empty=True)))
 
     def __enter__(self) -> Capture:
         self._buffer: dict[object, Tensor] = {}  # key -> [B, capacity, d], on the device of its layer

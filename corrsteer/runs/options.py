@@ -54,7 +54,7 @@ class Options:
         if self.patience_layers is not None:
             checked["patience_layers"] = wholes("patience_layers", self.patience_layers, 0)
         checked["scores"] = known_scores(self.scores)
-        checked["exclude_tokens"] = [whole("each of exclude_tokens", token, 0) for token in self.exclude_tokens]
+        checked["exclude_tokens"] = wholes("exclude_tokens", self.exclude_tokens, 0, empty=True)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if self.backend is not None:

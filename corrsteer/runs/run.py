@@ -128,8 +128,10 @@ class Run:
                     state.save(directory / names[layer, pool, type(state)])
             write_tensors(directory / names["rewards"], {"rewards": self.rewards}, {})
             os.replace(directory / NEXT, directory / INDEX)
-        except BaseException:
+        except BaseException as error:
             _remove(directory, {NEXT, *names.values()})
+            if isinstance(error, OSError):
+                raise CorrSteerError(f"{directory} cannot be written to ({error}); give another directory") from None
             raise
         sync_folder(directory)
         _remove(directory, old)

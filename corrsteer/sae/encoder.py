@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from corrsteer.arguments import check_type, shown, whole
+from corrsteer.arguments import check_type, shown, whole, wholes
 from corrsteer.errors import CorrSteerError
 from corrsteer.files import plain
 from corrsteer.sae import sources
@@ -145,12 +145,12 @@ class SparseEncoder:
 
     def _check(self) -> None:
         """Raise for parts that do not fit each other; kernels, which take pointers, would read past their ends."""
-        for name in ("d_in", "d_sae"):
-            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
         for name, known in (("activation", ACTIVATIONS), ("input_norm", NORMS)):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in known:
                 raise CorrSteerError(f"{name} must be one of {', '.join(known)}, got {shown(value)}")
+        for name, least in (("d_in", 1), ("d_sae", 1), ("k", int("topk" in self.activation))):
+            object.__setattr__(self, name, whole(name, getattr(self, name), least))
         missing = [name for name in NEEDED.get(self.activation, ()) if getattr(self, name) is None]
         if missing:
             raise CorrSteerError(f"{', '.join(missing)} must be given for activation {self.activation!r}, got None")
@@ -165,10 +165,8 @@ class SparseEncoder:
                     f"{name} must be {list(shape)} float32, bfloat16 or float16 for d_sae={self.d_sae} and "
                     f"d_in={self.d_in}, got {list(part.shape)} {part.dtype}"
                 )
-        if "topk" in self.activation:
-            object.__setattr__(self, "k", whole("k", self.k, 1))
-            if self.k > self.d_sae:
-                raise CorrSteerError(f"k must lie in 1..d_sae={self.d_sae}, got {self.k}")
+        if self.k > self.d_sae:
+            raise CorrSteerError(f"k must lie in 1..d_sae={self.d_sae}, got {self.k}")
 
     @classmethod
     def from_sae_lens(
@@ -228,7 +226,7 @@ class SparseEncoder:
     @classmethod
     def identity(cls, d_in: int, hook_name: str | None = None) -> SparseEncoder:
         """Residual dimensions themselves as features: the paper's "raw" ablation."""
-        d_in = whole("d_in", d_in, 1)
+        d_in = whole("d_in", d_in, 1)  # before it is the decoder's as well
         return cls(d_in, d_in, "identity", hook_name=hook_name, decoder=sources.decoder_of_identity(d_in))
 
     @property
@@ -247,7 +245,7 @@ class SparseEncoder:
         They are divided by their norm where the SAE rescales activations by decoder norm, so that activation times
         direction is the feature's contribution in either case.
         """
-        features = [whole("each of features", f) for f in features]
+        features = wholes("features", features, empty=True)
         outside = [f for f in features if not 0 <= f < self.d_sae]
         if outside:
             raise CorrSteerError(f"features must lie in 0..{self.d_sae - 1}, got {outside[:5]}")

@@ -79,7 +79,7 @@ def samples_exact(k: int, s: float, delta: float) -> int:
     is found by bisection, as the chance of a miss falls with N, which keeps small δ exact where 1 - δ rounds to 1.
     """
     enough = samples_chernoff(k, s, delta)
-    short = k - 1  # too few: k activations take k samples
+    short = int(k) - 1  # too few: k activations take k samples
     accepted = delta * (1 + 1e-12)  # a probability that is δ up to rounding counts as δ
     while enough - short > 1:
         middle = (enough + short) // 2
@@ -238,7 +238,7 @@ def _log_inverse(k: int, s: float, delta: float) -> float:
 
 
 def _up(samples: float, least: int) -> int:
-    return max(math.ceil(samples), least)
+    return max(math.ceil(samples), int(least))
 
 
 def _seeing(k: int, s: float) -> None:

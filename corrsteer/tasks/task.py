@@ -277,13 +277,13 @@ def _answer(row: Mapping[str, Any], key: str | None, needed: bool) -> str | tupl
 
 
 def _check_characters(what: str, key: str | None, text: str) -> None:
-    """Raise for half of a surrogate pair, which JSON and Python's strings can hold and UTF-8 cannot."""
+    """Raise for a lone surrogate, which JSON and Python's strings can hold and no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise TaskError(
-            f"the {what}, field {key!r}, holds half of a surrogate pair, {text[error.start]!r} at position "
-            f"{error.start}; write the character whole"
+            f"the {what}, field {key!r}, holds {text[error.start]!r} at position {error.start}, which is half of a "
+            f"surrogate pair or a byte that was not UTF-8; write the character whole"
         ) from None
 
 

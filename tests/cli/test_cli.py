@@ -299,7 +299,7 @@ TOO_EARLY = {
     "a scale is infinite": ([*EVALUATE, "--scale", "inf"], "scale: Input should be a finite number, got inf"),
     "a scale to generate by": (["generate", *EVALUATE[1:], "--prompt", "1", "--scale", "nan"], "a finite number"),
     "a scale to prune by": (["select", "{world}/run", "--strategy", "pruned", "--scale=-inf"], "a finite number"),
-    "a scale to try": ([*CALIBRATE, "--try-scale", "nan"], "each of scales must be a finite number, got nan"),
+    "a scale to try": ([*CALIBRATE, "--try-scale", "nan"], "scales must be a sequence of finite numbers, got [nan]"),
     "a temperature": ([*EVALUATE, "--temperature", "nan"], "temperature: Input should be"),
     "top_p": ([*COLLECT, "--top-p", "nan"], "top_p: Input should be"),
     "a negative seed": ([*EVALUATE, "--seed", "-1"], "seed: Input should be greater than or equal to 0, got -1"),
@@ -313,7 +313,12 @@ TOO_EARLY = {
         [*COLLECT, "--sae", "8=google/gemma-scope-2b-pt-res:layer_8/width_16k/canonical"],
         "use gemma-scope-2b-pt-res-canonical",
     ),
-    "an sae that is not there": ([*COLLECT, "--sae", "1=nothing"], "nothing is not an SAE directory"),
+    "an sae that is not there": ([*COLLECT, "--sae", "1=nothing"], "got 'nothing'; there is no such directory"),
+    "a release without an id": ([*COLLECT, "--sae", "1=gpt2-small-res-jb"], "RELEASE:SAE_ID or identity, got 'gpt2"),
+    "an id with a slip of the pen": (
+        [*COLLECT, "--sae", "1=gpt2-small-res-jb:blocks.8.hook_resid_per"],
+        "did you mean blocks.8.hook_resid_pre",
+    ),
     "no prompt": (["generate", *EVALUATE[1:], "--prompt", " "], "must be a non-empty string"),
     "samples to plan": (["plan", "--alpha", "nan"], "alpha must be between 0 and 1, got nan"),
     "a frequency to plan": (["plan", "--frequency", "nan"], "s (frequency) must be a finite number, got nan"),
@@ -329,6 +334,25 @@ def test_an_option_that_cannot_be_right_ends_before_a_model_is_loaded(name, worl
     arguments, message = TOO_EARLY[name]
     result = run(*(a.format(world=world) for a in arguments), ok=False)
     assert result.exit_code == 1 and result.stderr.startswith("error: ") and message in result.stderr, result.stderr
+
+
+def test_a_run_that_cannot_be_saved_where_it_should_is_saved_elsewhere_and_the_command_says_where(
+    world, tmp_path, monkeypatch
+):
+    save = Run.save
+
+    def full(self, directory):
+        if directory == tmp_path / "run":
+            raise corrsteer.CorrSteerError(f"{directory} cannot be written (No space left on device)")
+        save(self, directory)
+
+    monkeypatch.setattr(Run, "save", full)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    result = run("collect", "--config", world / "collect.yaml", "--out", tmp_path / "run", "--limit", 20, ok=False)
+    (elsewhere,) = (tmp_path / "scratch").iterdir()
+    assert f"No space left on device); the run was saved to {elsewhere} instead" in result.stderr
+    assert result.exit_code == 1 and Run.load(elsewhere).n == 20
 
 
 def test_a_yes_in_yaml_is_no_number(world, tmp_path):

@@ -99,7 +99,7 @@ def test_scales_and_steerings_that_make_no_sense_are_refused(world):
     refused = {
         (): "scales must hold at least one number",
         (0.0,): "scales must not be 0",
-        (1, float("nan")): "each of scales must be a finite number, got nan",
+        (1, float("nan")): r"scales must be a sequence of finite numbers, got \(1, nan\)",
     }
     for scales, message in refused.items():
         with pytest.raises(CorrSteerError, match=message):

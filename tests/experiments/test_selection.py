@@ -342,6 +342,10 @@ def test_a_decoder_that_is_gone_is_named_with_what_to_do(tmp_path):
         ({"direction": "up"}, "direction must be one of"),
         ({"layers": [7]}, r"layers must be among those collected, \[0, 1, 2\], got \[7\]"),
         ({"top_k": 0}, "top_k must be a whole number of at least 1, got 0"),
+        (
+            {"encoders": tiny_pipeline.encoders((1,), d_sae=12), "layers": [0, 1, 2]},
+            r"encoders must hold layers \[0, 2\], of which features were selected, got \[1\]",
+        ),
         ({"strategy": "pruned"}, "give model, tokenizer and validation"),
     ),
 )

@@ -159,13 +159,25 @@ def test_an_error_at_any_step_leaves_one_run_whole_and_nothing_half_written(dire
             Steps(patched, at, happens)
             try:
                 new.save(directory)
-            except (CorrSteerError, OSError, KeyboardInterrupt, Cut):
+            except (CorrSteerError, KeyboardInterrupt, Cut):
                 pass
         run = Run.load(directory)
         assert same(run, old) or same(run, new), at
         if same(run, old):
             assert theirs(directory) == before, at
         assert untouched(directory), at
+
+
+def test_a_file_system_that_takes_no_more_leaves_the_old_run_and_says_why(directory, old, new):
+    resource = pytest.importorskip("resource")
+    before, (soft, hard) = theirs(directory), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # bytes, which the evidence alone is too large for
+    try:
+        with pytest.raises(CorrSteerError, match="cannot be written .*File too large"):
+            new.save(directory)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert same(Run.load(directory), old) and theirs(directory) == before and untouched(directory)
 
 
 def test_a_run_saved_through_a_link_or_onto_a_link_stays_where_the_links_lead(tmp_path, old, new):
