@@ -1190,7 +1190,7 @@ def well_called():
 
 WRONG = {
     "None": None, "a number": 2.5, "a negative number": -1, "a word": "gpt2", "a list": [1.0, 2.0], "a dictionary": {},
-    "an array": np.ones((5, 19), np.float32), "another object": object(), "a tensor of no dimension": torch.ones(()),
+    "an array": np.ones((5, 19), np.float32), "another object": object(), "a tensor of no dimension": torch.tensor(2.5),
     "a tensor of four": torch.ones(3, 3, 3, 3), "a longer tensor": torch.ones(8), "integers": torch.ones(9, 19).long(),
 }  # fmt: skip
 LEFT_OUT = {("update_sums", "powers"), ("steer_add", "positions")}  # where None stands for the default
