@@ -98,7 +98,7 @@ class Capture:
         self._call: Call | None = None
         self.flushed = False
         with contextlib.ExitStack() as stack:
-            passes = stack.enter_context(follow(self.model))
+            passes = stack.enter_context(follow(self.model, steers=False))
             for key, point in self.points.items():
                 stack.enter_context(passes.attached(point, functools.partial(self._store, key), shared=False))
             self._stack = stack.pop_all()

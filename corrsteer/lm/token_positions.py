@@ -27,6 +27,7 @@ class Call:
     width : padded width of its prompts, tokens in a filled cache included; None where the call was not given any.
     tokens : `[B, W]` ids of its prompts' tokens; None where it was given embeddings.
     continues : whether it was given a filled cache.
+    beams : of its search, 1 where it is none.
     virtual : columns before the prompt that stand for no token, such as PEFT's virtual tokens.
     end : tokens read so far.
     passes : forward passes so far.
@@ -36,6 +37,7 @@ class Call:
     width: int | None
     tokens: Tensor | None = None
     continues: bool = False
+    beams: int = 1
     virtual: int = 0
     end: int = 0
     passes: int = 0

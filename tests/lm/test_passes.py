@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import inspect
 import json
 import pickle
 import threading
@@ -129,6 +130,48 @@ def test_guidance_by_a_negative_prompt_is_refused():
     with STEERING.apply(tiny("llama")), pytest.raises(CorrSteerError, match="something other than what is generated"):
         ids = torch.tensor(prompts_of((9,)))
         generate(tiny("llama"), prompts_of((4,)), 3, guidance_scale=1.5, negative_prompt_ids=ids)
+
+
+def test_guidance_by_a_negative_prompt_longer_than_the_prompt_is_refused_without_a_cache_too():
+    with STEERING.apply(tiny("llama")), pytest.raises(CorrSteerError, match="something other than what is generated"):
+        options = {"negative_prompt_ids": torch.tensor(prompts_of((9,))), "use_cache": False}
+        generate(tiny("llama"), prompts_of((4,)), 3, guidance_scale=1.5, **options)
+
+
+def test_new_tokens_after_a_filled_cache_that_nothing_covers_are_refused():
+    model, ids = tiny("llama"), torch.tensor(prompts_of((10,)))
+    name = next(name for name in passes.CACHES if name in inspect.signature(model.forward).parameters)
+    with STEERING.apply(model):
+        for mask in (None, torch.ones_like(ids)):
+            filled = transformers.DynamicCache(config=model.config)
+            model(ids[:, :6], **{name: filled})
+            refused = pytest.raises(CorrSteerError, match="a cache of 6 tokens, but neither its prompts nor")
+            with refused if mask is None else contextlib.nullcontext():
+                model.generate(ids[:, 6:], attention_mask=mask, max_new_tokens=2, do_sample=False, **{name: filled})
+
+
+def test_a_model_with_an_encoder_is_refused():
+    sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=61, **sizes))
+    with pytest.raises(CorrSteerError, match="must be a decoder alone, got T5ForConditionalGeneration"):
+        with STEERING.apply(model):
+            pass
+
+
+def test_a_generate_of_the_models_own_that_takes_its_prompts_alone_is_steered():
+    class Own(transformers.LlamaForCausalLM):
+        def generate(self, input_ids):
+            for _ in range(N):
+                input_ids = torch.cat([input_ids, self(input_ids).logits[:, -1:].argmax(-1)], 1)
+            return input_ids
+
+    model = Own(tiny("llama").config).eval()
+    model.load_state_dict(tiny("llama").state_dict())
+    prompts = prompts_of((6,))
+    with STEERING.apply(model):
+        assert model.generate(torch.tensor(prompts))[:, 6:].tolist() == expected(
+            tiny("llama"), tiny("llama").model.layers[1], prompts
+        )
 
 
 def test_continuous_batching_is_refused():
@@ -328,6 +371,54 @@ def test_a_capture_sees_its_own_thread_alone():
     x, _ = in_threads(captured, other)
     inside.set(), done.set()
     assert torch.equal(x, captured())
+
+
+def test_a_context_may_be_left_in_another_thread():
+    model = build("llama")
+    before, context = traces(model), STEERING.apply(model)
+    context.__enter__()
+    in_threads(lambda: context.__exit__(None, None, None))
+    assert traces(model) == before and model not in passes._followed and "generate" not in vars(type(model))
+
+
+def test_a_pass_that_another_thread_had_begun_before_a_context_goes_on():
+    model, batch = build("llama"), batch_of(prompts_of(LENGTHS))
+    plain, inside, go = model(**batch).logits, threading.Event(), threading.Event()
+
+    def wait(*_):
+        inside.set()
+        go.wait(10)
+
+    def steer():
+        inside.wait(10)
+        with STEERING.apply(model):
+            go.set()
+            done.wait(10)
+
+    def run():
+        try:
+            return model(**batch).logits
+        finally:
+            done.set()
+
+    done = threading.Event()
+    model.model.layers[0].register_forward_hook(wait)
+    assert torch.equal(in_threads(run, steer)[0], plain)
+
+
+def test_whether_a_capture_is_steered_by_another_thread_is_not_guessed():
+    model = tiny("llama")
+
+    def captured(steering):
+        with Capture(model, {1: HookPoint(1)}, stop_tokens=[], max_new_tokens=2) as capture, steering:
+            generate(model, prompts_of(LENGTHS), 2, stopping_criteria=[capture.stopping_criterion])
+        return capture.packed(1)[0]
+
+    plain = captured(contextlib.nullcontext())
+    with STEERING.apply(model):
+        with pytest.raises(CorrSteerError, match="another thread steers the model"):
+            in_threads(lambda: captured(contextlib.nullcontext()))
+        assert torch.equal(in_threads(lambda: captured(STEERING.apply(model, scale=0.0)))[0], plain)
 
 
 # Copies and files
