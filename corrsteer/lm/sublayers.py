@@ -31,7 +31,8 @@ def of_layer(model: nn.Module, layers: nn.ModuleList, layer: int, device: torch.
 
     `device` is where the model takes its prompts.
     """
-    if model not in _known:
+    found = _known[model][layer] if model in _known else ()
+    if found is not None and not (found and set(found) <= set(layers[layer].modules())):  # never, or of parts replaced
         _known[model] = _probe(model, layers, device)
     return _known[model][layer]
 
@@ -115,7 +116,9 @@ def _pair(ends: list[Tensor], parts: dict[nn.Module, Tensor]) -> Pair | None:
         for second, other in outputs[at + 1 :]:
             room = rounding * (before.abs() + one.abs() + other.abs() + after.abs())
             if bool(((before + one + other - after).abs() <= room).all()):
-                return _outermost(first, parts), _outermost(second, parts)
+                pair = _outermost(first, parts), _outermost(second, parts)
+                if pair[0] is not pair[1]:  # as where nothing is added yet
+                    return pair
     return None
 
 

@@ -1,3 +1,4 @@
+import copy
 import threading
 from types import SimpleNamespace
 
@@ -145,6 +146,24 @@ def test_a_sublayer_is_found_in_training_as_it_is_otherwise_and_draws_no_random_
     before, modes = torch.get_rng_state(), [module.training for module in model.modules()]
     hook_points.attach(model, HookPoint(1, "mlp_out"), print).remove()
     assert torch.equal(torch.get_rng_state(), before) and [module.training for module in model.modules()] == modes
+
+
+def test_a_sublayer_that_is_replaced_is_found_anew(batch):
+    model, calls = build("llama"), []
+    for _ in range(2):
+        handle = hook_points.attach(model, HookPoint(1, "mlp_out"), lambda h: calls.append(h.clone()))
+        model(**batch)
+        handle.remove()
+        model.model.layers[1].mlp = copy.deepcopy(model.model.layers[1].mlp)
+    assert len(calls) == 2 and torch.equal(*calls)
+
+
+def test_sublayers_that_add_nothing_yet_are_told_apart():
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_(), layer.mlp.down_proj.weight.zero_()
+    for kind, part in (("attn_out", "self_attn"), ("mlp_out", "mlp")):
+        assert HookPoint.parse(f"model.layers.1.{part}", model) == HookPoint(1, kind)
 
 
 def test_a_sublayer_is_found_while_another_thread_runs_the_model(batch):
