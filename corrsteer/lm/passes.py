@@ -206,14 +206,16 @@ class Passes:
                 f"{mask.shape[1]}, so that which of them are prompt cannot be known; PEFT's virtual tokens come again "
                 f"at each step with a transformers that is newer than it"
             )
-        if self._local.calls:
+        if sublayers.probing():  # in whatever call it is, it is none of its passes
+            reading = Pass(rows, steps, self._d, 0, steps)
+        elif self._local.calls:
             call = self._local.calls[-1]
             reading = _of_call(call, (rows, steps, self._d), start, cache, mask, embedded=ids is None)
         else:
-            reading = self._outside((rows, steps, self._d), start, cache, mask)
+            reading = self._outside(module, (rows, steps, self._d), start, cache, mask)
         passes.append(_Running(depth, depth, self._attached.copy(), reading))
 
-    def _outside(self, shape: Shape, start: int | None, cache: Any, mask: Any) -> Pass:
+    def _outside(self, module: nn.Module, shape: Shape, start: int | None, cache: Any, mask: Any) -> Pass:
         """A pass outside of `generate`: what is read without a cache is a prompt, and what comes after it generated."""
         steps = shape[1]
         if start is None:
@@ -223,18 +225,18 @@ class Passes:
                     f"an attention_mask [B, all tokens], or call its generate"
                 )
             start = mask.shape[1] - steps
-        if cache is None:
-            self._refuse_generate()
+        if cache is None or (start and steps > 1):
+            self._refuse_generate(module)
         virtual = _virtual_tokens(self.wrapper())
         return Pass(*shape, start, start + steps if start <= virtual else start, virtual, mask)
 
-    def _refuse_generate(self) -> None:
-        """Raise where `generate` runs that was taken from the model before it was followed."""
-        model = self._model()
-        if any(frame.f_code.co_name == "generate" and frame.f_locals.get("self") is model for frame in _frames()):
+    def _refuse_generate(self, module: nn.Module) -> None:
+        """Raise where `generate` runs that was taken from the model before it was followed, or is a shallow copy's."""
+        running = [frame.f_locals.get("self") for frame in _frames() if frame.f_code.co_name == "generate"]
+        if any(one is self._model() or one is module for one in running):
             raise CorrSteerError(
-                "generate was taken from the model before the context was entered, and without a cache does not "
-                "say where its prompts end; call model.generate inside the context"
+                "generate was taken from the model before the context was entered, and without a cache, in chunks or "
+                "after a filled cache does not say where its prompts end; call model.generate inside the context"
             )
 
     def _runs(self) -> bool:

@@ -88,6 +88,20 @@ def test_a_logits_processor_that_generates_does_not_change_which_positions_are_s
     assert inner == [expected(model, model.model.layers[1], prompts_of((3, 2, 4), seed=4), 2, positions=positions)] * N
 
 
+def test_sublayers_may_be_looked_for_inside_a_generation():
+    model, found = build("llama"), []
+    steering = Steering.from_vectors({"blocks.1.hook_mlp_out": VECTOR})
+
+    def process(ids, scores):
+        with steering.apply(model):
+            found.append(ids)
+        return scores
+
+    with STEERING.apply(model):
+        assert generate(model, prompts_of(LENGTHS), N, logits_processor=[process]).tolist() == steered()
+    assert len(found) == N
+
+
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize(
     "options",
@@ -226,6 +240,22 @@ def test_a_generate_taken_from_the_model_before_is_steered_with_a_cache_and_refu
         assert bound(**batch, max_new_tokens=N, do_sample=False)[:, max(LENGTHS) :].tolist() == steered()
         with pytest.raises(CorrSteerError, match="generate was taken from the model before"):
             bound(**batch, max_new_tokens=N, do_sample=False, use_cache=False)
+
+
+def test_a_generate_taken_before_is_refused_where_it_reads_prompts_in_chunks():
+    model = tiny("llama")
+    bound, batch = model.generate, batch_of(prompts_of(LENGTHS))
+    with STEERING.apply(model), pytest.raises(CorrSteerError, match="generate was taken from the model before"):
+        bound(**batch, max_new_tokens=N, do_sample=False, prefill_chunk_size=3)
+
+
+def test_a_shallow_copy_is_steered_with_a_cache_and_refused_without():
+    model = build("llama")
+    twin = copy.copy(model)
+    with STEERING.apply(model):
+        assert generate(twin, prompts_of(LENGTHS), N).tolist() == steered()
+        with pytest.raises(CorrSteerError, match="generate was taken from the model before"):
+            generate(twin, prompts_of(LENGTHS), N, use_cache=False)
 
 
 # PEFT
