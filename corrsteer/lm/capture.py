@@ -130,6 +130,8 @@ class Capture:
 
     def packed(self, key: Hashable) -> tuple[Tensor, Tensor]:
         """What the buffer holds of a hook point: `x [T, d]` in the model's dtype and `cu_seqlens [B + 1]` int32."""
+        if key not in self.points:
+            raise CorrSteerError(f"key must be one of {', '.join(map(repr, self.points))}, got {key!r}")
         if not self._passes:
             raise CorrSteerError(
                 "nothing was captured; call model.generate inside the context, with the capture's stopping_criterion"

@@ -132,6 +132,7 @@ class Passes:
                     "another thread steers the model, and whether it is to steer what this one captures cannot be "
                     "known; enter the steering in the thread of the capture"
                 )
+            reading.check(h)
             return function(h, reading)
 
         handle = hook_points.attach(model, point, at)
@@ -174,16 +175,19 @@ class Passes:
     def _current(self) -> Pass:
         if not self._local.passes:
             raise CorrSteerError(
-                "the model's layers run outside a forward pass of the model; call the model, or its generate"
+                "the model's layers run outside a forward pass of the model, as gradient checkpointing runs them again "
+                "in the backward pass; call the model, or its generate, and train without it"
             )
         return self._local.passes[-1].reading
 
     def _begin(self, depth: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the pass of the model (depth 0), or of the module in it that is `depth` nearer to the layers."""
         passes = self._local.passes
-        if passes and passes[-1].reached < depth:  # the inside of a pass that has begun
-            passes[-1].reached = depth
-            return
+        if passes and passes[-1].reached < depth:
+            if self._local.calls or self._runs(passes[-1].begun):  # this is the inside of a pass that has begun
+                passes[-1].reached = depth
+                return
+            passes.pop()  # it was interrupted from the keyboard, which no hook hears of
         if len(args) > 1:  # what the second argument is depends on the model
             kwargs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
             args = ()
@@ -239,17 +243,19 @@ class Passes:
                 "after a filled cache does not say where its prompts end; call model.generate inside the context"
             )
 
-    def _runs(self) -> bool:
-        """Whether a pass of the model is under way in this thread, followed or not."""
+    def _runs(self, depth: int | None = None) -> bool:
+        """Whether a pass is under way in this thread, of the module at a depth or of any, followed or not."""
         model = self._model()
         owners = [] if model is None else hook_points.owners(model)
+        if depth is not None:
+            owners = owners[depth : depth + 1]
         return any(frame.f_locals.get("self") is owner for frame in _frames() for owner in owners)
 
     def _check(self, depth: int, module: nn.Module, *_: Any) -> None:
         """After a pass that went well: every hook point must have run."""
-        running = self._local.passes[-1]
+        running = self._local.passes[-1] if self._local.passes else None
         # a call in a call may leave layers out to draft tokens, and training drops some
-        if running.begun != depth or module.training or len(self._local.calls) > 1:
+        if running is None or running.begun != depth or module.training or len(self._local.calls) > 1:
             return
         reached = running.reading.reached  # other threads attach and remove theirs meanwhile
         missed = [p for key, p in running.attached.items() if key in self._attached and key not in reached]

@@ -82,11 +82,11 @@ class Pass:
         """
         key = (positions, h.device)
         if key not in self._selected:  # the same in every layer
-            self._check(h)
             self._selected[key] = self._select(positions, h.device)
         return self._selected[key]
 
-    def _check(self, h: Tensor) -> None:
+    def check(self, h: Tensor) -> None:
+        """Raise unless `h` is a residual stream of the tokens read."""
         if h.shape == (self.rows, self.steps, self.d):
             return
         raise CorrSteerError(
@@ -123,7 +123,8 @@ class Pass:
         mask: Any = self.mask
         if isinstance(mask, dict):  # one per kind of layer; that of full attention sees the furthest
             kinds = [m for m in mask.values() if m is not None]
-            mask = max(kinds, key=lambda m: m.shape[-1]) if all(isinstance(m, Tensor) for m in kinds) else kinds[0]
+            tensors = all(isinstance(m, Tensor) for m in kinds)
+            mask = max(kinds, key=lambda m: m.shape[-1], default=None) if tensors else kinds[0]
         if mask is None:
             return torch.ones(self.rows, self.steps, dtype=torch.bool, device=device)
         if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] in (self.steps, self.end):

@@ -3,6 +3,7 @@ import gc
 import threading
 import weakref
 
+import architectures
 import pytest
 import torch
 import transformers
@@ -333,6 +334,16 @@ def test_a_prompt_read_in_chunks_is_refused(positions):
         captured(tiny("llama"), prompts_of(LENGTHS), [], 4, positions=positions, prefill_chunk_size=3)
 
 
+@pytest.mark.parametrize("architecture", ["qwen4_exp_text", "deepseek_v4", "prophetnet"])
+@pytest.mark.parametrize("positions", ["generated", "all"])
+def test_a_stream_of_several_lanes_or_of_other_positions_is_refused(architecture, positions):
+    model, ids = architectures.build(architecture), torch.tensor(prompts_of((7,)))
+    with Capture(model, {1: HookPoint(1)}, stop_tokens=[], positions=positions, max_new_tokens=2) as capture:
+        with pytest.raises(CorrSteerError, match="the model's residual stream must be"):
+            criteria = [capture.stopping_criterion]
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, stopping_criteria=criteria)
+
+
 @pytest.mark.parametrize("told", ["as an argument", "by a configuration", "by the model's own"])
 def test_beam_search_is_refused(told):
     model = build("llama")
@@ -367,6 +378,12 @@ def test_asking_for_a_capture_before_anything_was_generated_is_refused():
     with Capture(tiny("llama"), POINTS, stop_tokens=[]) as capture:
         with pytest.raises(CorrSteerError, match="nothing was captured"):
             capture.packed(1)
+
+
+def test_asking_for_a_hook_point_that_was_not_captured_is_refused():
+    capture, _ = captured(tiny("llama"), prompts_of(LENGTHS), [], 2)
+    with pytest.raises(CorrSteerError, match="key must be one of 'embedding', 1, .* got 7"):
+        capture.packed(7)
 
 
 @pytest.mark.parametrize(

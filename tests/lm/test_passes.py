@@ -556,6 +556,12 @@ def test_a_mask_that_does_not_say_which_tokens_are_padding_is_refused(mask):
         reading.select(torch.zeros(3, 7, WIDTH), "all")
 
 
+def test_a_mask_of_each_kind_of_layer_that_is_none_is_no_padding():
+    reading = passes.Pass(2, 3, WIDTH, 0, 3, mask={"full_attention": None, "sliding_attention": None})
+    where = reading.select(torch.zeros(2, 3, WIDTH), "generated")
+    assert where is not None and where.tolist() == [[False, False, True]] * 2
+
+
 # Layers that do not run
 
 
@@ -598,6 +604,22 @@ def test_an_interrupt_leaves_nothing_behind():
         with pytest.raises(CorrSteerError, match="layers run outside a forward pass"):
             h = torch.zeros(1, 1, WIDTH)
             model.model.layers[1](h, position_embeddings=model.model.rotary_emb(h, torch.zeros(1, 1)))
+
+
+def test_a_pass_that_was_interrupted_says_nothing_of_the_next_one():
+    model, batch = build("llama"), batch_of(prompts_of((7, 7)))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with STEERING.apply(model, "all"):
+        plain = model.model(**batch).last_hidden_state
+        handle = model.model.register_forward_pre_hook(interrupt, prepend=True)
+        with pytest.raises(KeyboardInterrupt):
+            model(**batch_of(prompts_of((2, 7))))
+        handle.remove()
+        assert torch.equal(model.model(**batch).last_hidden_state, plain)
+        assert torch.equal(model.model(**batch).last_hidden_state, plain)
 
 
 # Weights that are elsewhere, or small
