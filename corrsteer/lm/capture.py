@@ -39,7 +39,7 @@ class Capture:
 
     Parameters
     ----------
-    model : a Hugging Face causal language model. Beam search is not supported: beams change rows between passes.
+    model : a Hugging Face causal language model. Beam search is refused: beams change rows between passes.
     points : what to call each hook point, and where it is.
     stop_tokens : token ids that end an answer.
     positions : `generated`, the kept passes; or `all`, every prompt token that is not padding as well.
@@ -98,7 +98,7 @@ class Capture:
         self._call: Call | None = None
         self.flushed = False
         with contextlib.ExitStack() as stack:
-            passes = stack.enter_context(follow(self.model))
+            passes = stack.enter_context(follow(self.model, steers=False))
             for key, point in self.points.items():
                 stack.enter_context(passes.attached(point, functools.partial(self._store, key), shared=False))
             self._stack = stack.pop_all()
@@ -109,6 +109,11 @@ class Capture:
 
     def stopping_criterion(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
         """Give this to `generate` among its stopping criteria: it stops nothing, but sees every token when sampled."""
+        if not self._allocated:
+            raise CorrSteerError(
+                "the capture saw no pass of this generation: it is of another model or runs in another thread than the "
+                "one that entered the capture; enter it where generate is called"
+            )
         token = input_ids[:, -1]
         if self._stop:
             if self._stop_ids is None:
@@ -125,6 +130,8 @@ class Capture:
 
     def packed(self, key: Hashable) -> tuple[Tensor, Tensor]:
         """What the buffer holds of a hook point: `x [T, d]` in the model's dtype and `cu_seqlens [B + 1]` int32."""
+        if key not in self.points:
+            raise CorrSteerError(f"key must be one of {', '.join(map(repr, self.points))}, got {key!r}")
         if not self._passes:
             raise CorrSteerError(
                 "nothing was captured; call model.generate inside the context, with the capture's stopping_criterion"
@@ -138,9 +145,9 @@ class Capture:
     def _store(self, key: Hashable, h: Tensor, reading: Pass) -> None:
         """Called by a hook point with `h: [B, S, d]` in every pass."""
         first = self._passes == 0
-        if first and (
-            reading.end < reading.width or (reading.start > reading.virtual and self.positions == "all")
-        ):
+        if reading.call is not None and reading.call.beams > 1:
+            raise CorrSteerError("beam search changes rows between passes and cannot be captured; use num_beams=1")
+        if first and (reading.end < reading.width or (reading.start > reading.virtual and self.positions == "all")):
             raise CorrSteerError(
                 "prompts must be read in one pass; call generate without prefill_chunk_size and without a filled cache"
             )
@@ -191,6 +198,8 @@ class Capture:
                 )
             excluded = torch.isin(tokens, torch.tensor(self.exclude_tokens, dtype=torch.int64, device=tokens.device))
             excluded[:, -1] = False  # the first pass is kept, whatever it reads last
+            excluded = excluded.repeat_interleave(len(kept) // len(tokens), 0)  # rows are, for several completions
+            kept = kept.clone()  # what was selected is the pass's, and steering selects by it too
             kept[:, -tokens.shape[1] :] &= ~excluded.to(h.device)
         return kept
 

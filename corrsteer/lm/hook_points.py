@@ -85,6 +85,11 @@ _found: weakref.WeakKeyDictionary[nn.Module, tuple[str, nn.ModuleList]] = weakre
 
 def _find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     config = text_config(model)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise CorrSteerError(
+            f"model must be a decoder alone, got {type(model).__name__}, in which what an encoder reads and what a "
+            f"decoder writes are two streams; it can be neither captured nor steered"
+        )
     named = (getattr(config, name, None) for name in ("num_hidden_layers", "num_layers"))
     counts = {count for count in named if isinstance(count, int)}
     lists: dict[str, nn.ModuleList] = {}

@@ -17,6 +17,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,24 +37,26 @@ _lock = threading.RLock()
 
 
 @contextlib.contextmanager
-def follow(model: nn.Module) -> Iterator[Passes]:
-    """The model's `Passes` for as long as the context lasts; contexts of one model share them."""
+def follow(model: nn.Module, *, steers: bool) -> Iterator[Passes]:
+    """The model's `Passes` for as long as the context lasts, which steers or only looks; contexts of one share them."""
     # a PEFT wrapper's generate runs the model inside and not its own forward
     inside: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
     base = model if inside is None else inside()
+    thread = threading.get_ident()
     with _lock:
         if base not in _followed:
             _followed[base] = Passes(base)
         passes = _followed[base]
-        passes.users[threading.get_ident()] += 1
+        passes.users[thread] += 1
+        passes.steering[thread] += steers
         if inside is not None:
             passes.wrapper = weakref.ref(model)
     try:
         yield passes
     finally:
         with _lock:
-            passes.users -= Counter([threading.get_ident()])
-            passes.users = +passes.users
+            passes.users -= Counter([thread])  # the one that entered: another may leave
+            passes.steering -= Counter([thread] * steers)
             if not passes.users:
                 passes.remove()
                 del _followed[base]
@@ -65,6 +68,7 @@ class Passes:
     Attributes
     ----------
     users : contexts that are open, by the thread that opened them.
+    steering : those of them that steer.
     wrapper : the PEFT model around this one, where it is known.
     """
 
@@ -75,12 +79,12 @@ class Passes:
                 f"model must be a Hugging Face causal language model with generate, got {type(model).__name__}"
             )
         self.users: Counter[int] = Counter()
+        self.steering: Counter[int] = Counter()
         self.wrapper: Callable[[], Any] = lambda: None
         self._model = weakref.ref(model)
         self._local = _Local()
         self._d = hook_points.width(model)
-        self._attached: dict[int, HookPoint] = {}  # by its number
-        self._serial = 0
+        self._attached: dict[object, HookPoint] = {}
         with contextlib.ExitStack() as stack:
             stack.enter_context(_intercepted(type(model)))
             # Whichever is called is followed: the model, or one inside that runs the layers.
@@ -101,14 +105,16 @@ class Passes:
         """Call `function(h, pass)` with the residual `h: [B, S, d]` at a hook point, in every pass of the context.
 
         What it returns replaces the residual; None leaves it. It is called in passes of this thread and, where
-        `shared`, in those of threads that have opened no context on this model themselves.
+        `shared`, in those of threads that have opened no context on this model themselves. What another thread captures
+        is not known to be meant, and refused.
         """
         model, owner = self._model(), threading.get_ident()
         assert model is not None, "whoever follows a model keeps it alive"
-        with _lock:
-            key, self._serial = self._serial, self._serial + 1
+        key = object()
 
         def at(h: Tensor) -> Tensor | None:
+            if threading.get_ident() != owner and not self._local.passes and self._runs():
+                return None  # a pass of another thread that had begun before the model was followed
             reading = self._current()
             if key in reading.reached:
                 raise CorrSteerError(
@@ -119,17 +125,23 @@ class Passes:
             if sublayers.probing():
                 return None
             thread = threading.get_ident()
-            if thread != owner and (not shared or self.users[thread]):
+            if thread != owner and (not shared or self.steering[thread]):
                 return None
+            if thread != owner and self.users[thread]:
+                raise CorrSteerError(
+                    "another thread steers the model, and whether it is to steer what this one captures cannot be "
+                    "known; enter the steering in the thread of the capture"
+                )
+            reading.check(h)
             return function(h, reading)
 
         handle = hook_points.attach(model, point, at)
-        self._attached[key] = point
+        self._attached[key] = point  # once the hook hangs there, and for no longer: passes of other threads check it
         try:
             yield
         finally:
-            handle.remove()
             del self._attached[key]
+            handle.remove()
 
     @contextlib.contextmanager
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
@@ -143,27 +155,39 @@ class Passes:
         ids = [prompts for prompts in given if prompts.dim() == 2 and prompts.numel()]
         calls, passes = self._local.calls, self._local.passes
         depth = len(passes)
-        continues = any(kwargs.get(name) is not None for name in CACHES)
-        calls.append(Call(max(widths, default=0) or None, ids[0] if ids else None, continues))
+        continues = any(_cached(kwargs.get(name)) != 0 for name in CACHES)
+        call = Call(max(widths, default=0) or None, ids[0] if ids else None, continues, self._beams(args, kwargs))
+        calls.append(call)
         try:
             yield
         finally:
             calls.pop()
+            call.cache = None  # a capture keeps the call for longer
             del passes[depth:]  # of a pass that was interrupted
+
+    def _beams(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """How many beams `generate` searches with: as it was told, or else as the model's own configuration says."""
+        given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+        own = getattr(self._model(), "generation_config", None)
+        told = (kwargs.get("num_beams"), getattr(given, "num_beams", None), getattr(own, "num_beams", None))
+        return next((beams for beams in told if beams is not None), 1)
 
     def _current(self) -> Pass:
         if not self._local.passes:
             raise CorrSteerError(
-                "the model's layers run outside a forward pass of the model; call the model, or its generate"
+                "the model's layers run outside a forward pass of the model, as gradient checkpointing runs them again "
+                "in the backward pass; call the model, or its generate, and train without it"
             )
         return self._local.passes[-1].reading
 
     def _begin(self, depth: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the pass of the model (depth 0), or of the module in it that is `depth` nearer to the layers."""
         passes = self._local.passes
-        if passes and passes[-1].reached < depth:  # the inside of a pass that has begun
-            passes[-1].reached = depth
-            return
+        if passes and passes[-1].reached < depth:
+            if self._local.calls or self._runs(passes[-1].begun):  # this is the inside of a pass that has begun
+                passes[-1].reached = depth
+                return
+            passes.pop()  # it was interrupted from the keyboard, which no hook hears of
         if len(args) > 1:  # what the second argument is depends on the model
             kwargs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
             args = ()
@@ -186,14 +210,16 @@ class Passes:
                 f"{mask.shape[1]}, so that which of them are prompt cannot be known; PEFT's virtual tokens come again "
                 f"at each step with a transformers that is newer than it"
             )
-        if self._local.calls:
+        if sublayers.probing():  # in whatever call it is, it is none of its passes
+            reading = Pass(rows, steps, self._d, 0, steps)
+        elif self._local.calls:
             call = self._local.calls[-1]
             reading = _of_call(call, (rows, steps, self._d), start, cache, mask, embedded=ids is None)
         else:
-            reading = self._outside((rows, steps, self._d), start, cache, mask)
-        passes.append(_Running(depth, depth, self._serial, reading))
+            reading = self._outside(module, (rows, steps, self._d), start, cache, mask)
+        passes.append(_Running(depth, depth, self._attached.copy(), reading))
 
-    def _outside(self, shape: Shape, start: int | None, cache: Any, mask: Any) -> Pass:
+    def _outside(self, module: nn.Module, shape: Shape, start: int | None, cache: Any, mask: Any) -> Pass:
         """A pass outside of `generate`: what is read without a cache is a prompt, and what comes after it generated."""
         steps = shape[1]
         if start is None:
@@ -203,31 +229,36 @@ class Passes:
                     f"an attention_mask [B, all tokens], or call its generate"
                 )
             start = mask.shape[1] - steps
-        if cache is None:
-            self._refuse_generate()
+        if cache is None or (start and steps > 1):
+            self._refuse_generate(module)
         virtual = _virtual_tokens(self.wrapper())
         return Pass(*shape, start, start + steps if start <= virtual else start, virtual, mask)
 
-    def _refuse_generate(self) -> None:
-        """Raise where `generate` runs that was taken from the model before it was followed."""
-        model, frame = self._model(), sys._getframe(1)
-        while frame is not None:
-            if frame.f_code.co_name == "generate" and frame.f_locals.get("self") is model:
-                raise CorrSteerError(
-                    "generate was taken from the model before the context was entered, and without a cache does not "
-                    "say where its prompts end; call model.generate inside the context"
-                )
-            frame = frame.f_back
+    def _refuse_generate(self, module: nn.Module) -> None:
+        """Raise where `generate` runs that was taken from the model before it was followed, or is a shallow copy's."""
+        running = [frame.f_locals.get("self") for frame in _frames() if frame.f_code.co_name == "generate"]
+        if any(one is self._model() or one is module for one in running):
+            raise CorrSteerError(
+                "generate was taken from the model before the context was entered, and without a cache, in chunks or "
+                "after a filled cache does not say where its prompts end; call model.generate inside the context"
+            )
+
+    def _runs(self, depth: int | None = None) -> bool:
+        """Whether a pass is under way in this thread, of the module at a depth or of any, followed or not."""
+        model = self._model()
+        owners = [] if model is None else hook_points.owners(model)
+        if depth is not None:
+            owners = owners[depth : depth + 1]
+        return any(frame.f_locals.get("self") is owner for frame in _frames() for owner in owners)
 
     def _check(self, depth: int, module: nn.Module, *_: Any) -> None:
         """After a pass that went well: every hook point must have run."""
-        running = self._local.passes[-1]
+        running = self._local.passes[-1] if self._local.passes else None
         # a call in a call may leave layers out to draft tokens, and training drops some
-        if running.begun != depth or module.training or len(self._local.calls) > 1:
+        if running is None or running.begun != depth or module.training or len(self._local.calls) > 1:
             return
-        # as a list at once, since other threads attach and remove theirs meanwhile
-        there = [(key, point) for key, point in list(self._attached.items()) if key < running.attached]
-        missed = [point for key, point in there if key not in running.reading.reached]
+        reached = running.reading.reached  # other threads attach and remove theirs meanwhile
+        missed = [p for key, p in running.attached.items() if key in self._attached and key not in reached]
         if missed:
             raise CorrSteerError(
                 f"{', '.join(map(str, missed))} did not run in the model's forward pass, so nothing was captured or "
@@ -255,7 +286,7 @@ class _Running:
 
     begun: int
     reached: int
-    attached: int  # of what hangs at hook points, how much was there when it began
+    attached: dict[object, HookPoint]  # what hung at hook points when it began
     reading: Pass
 
 
@@ -277,10 +308,14 @@ def _of_call(call: Call, shape: Shape, start: int | None, cache: Any, mask: Any,
             call.virtual = max(0, end - call.width)
         call.width = call.virtual + (call.width or end)
     width = call.width or 0
+    if call.continues and not call.passes and start >= width:
+        raise CorrSteerError(
+            f"generate was given a cache of {start} tokens, but neither its prompts nor their attention_mask go on "
+            f"after them, so that which tokens are prompt cannot be known; give it an attention_mask [B, all tokens]"
+        )
     prompt = call.end < width  # is being read, in chunks
-    if call.passes and (
-        (call.cache is not None and cache is not call.cache) or (start != call.end if prompt else end <= width)
-    ):
+    elsewhere = start != call.end if prompt else end <= width if cache is not None else end != call.end + 1
+    if call.passes and ((call.cache is not None and cache is not call.cache) or elsewhere):
         raise CorrSteerError(
             "a pass inside generate reads something other than what is generated, as guidance does, and which of its "
             "tokens are prompt cannot be known; generate without it"
@@ -298,6 +333,14 @@ def _cached(cache: Any) -> int | None:
         return int(cache.get_seq_length())
     except (AttributeError, ValueError):  # transformers' own caches raise the latter
         return None
+
+
+def _frames() -> Iterator[FrameType]:
+    """What this thread is in the midst of, innermost first."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def _virtual_tokens(wrapper: Any) -> int:
@@ -334,13 +377,16 @@ def _intercepted(model_class: type) -> Iterator[None]:
 
 def _intercept(model_class: Any) -> Callable[[], None]:
     inner = model_class.generate
+    takes = inspect.signature(inner).parameters.values()
+    open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes)
 
     @functools.wraps(inner)
     def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         passes = _followed.get(self)
         if passes is None:
             return inner(self, *args, **kwargs)
-        args, kwargs = _uncompiled(args, kwargs)
+        if open_ended:  # one of the model's own may be asked for nothing else
+            args, kwargs = _uncompiled(args, kwargs)
         with passes.call(args, kwargs):
             return inner(self, *args, **kwargs)
 

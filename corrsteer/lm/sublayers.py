@@ -31,7 +31,8 @@ def of_layer(model: nn.Module, layers: nn.ModuleList, layer: int, device: torch.
 
     `device` is where the model takes its prompts.
     """
-    if model not in _known:
+    found = _known[model][layer] if model in _known else ()
+    if found is not None and not (found and set(found) <= set(layers[layer].modules())):  # never, or of parts replaced
         _known[model] = _probe(model, layers, device)
     return _known[model][layer]
 
@@ -45,6 +46,7 @@ def _probe(model: nn.Module, layers: nn.ModuleList, device: torch.device) -> lis
     ids = torch.arange(PROBE, dtype=torch.int64, device=device)[None]
     with contextlib.ExitStack() as stack:
         watched = [stack.enter_context(_watched(layer)) for layer in layers]
+        stack.enter_context(_evaluated(model))
         _probing.now = True
         stack.callback(lambda: setattr(_probing, "now", False))
         try:
@@ -59,21 +61,41 @@ def _probe(model: nn.Module, layers: nn.ModuleList, device: torch.device) -> lis
 
 
 @contextlib.contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """The model without dropout, which draws random numbers and is part of what a layer adds; then as it was."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
 def _watched(layer: nn.Module) -> Iterator[tuple[list[Tensor], dict[nn.Module, Tensor]]]:
-    """A layer's input and output, before any hook changes the latter, and the outputs of its parts, after theirs."""
+    """A layer's input and output, before any hook changes the latter, and the outputs of its parts, after theirs.
+
+    Of this thread's pass: others may run the model meanwhile.
+    """
     ends: list[Tensor] = []
     parts: dict[nn.Module, Tensor] = {}
 
     def keep(module: nn.Module, _args: Any, output: Any) -> None:
+        if not probing():
+            return
         output = output[0] if isinstance(output, (tuple, list)) else output
         if isinstance(output, Tensor) and output.is_floating_point():
             parts.setdefault(module, output.detach().clone())
 
     def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ends.append((args[0] if args else next(iter(kwargs.values()))).detach().clone())
+        if probing():
+            ends.append((args[0] if args else next(iter(kwargs.values()))).detach().clone())
 
     def end(_module: nn.Module, _args: Any, output: Any) -> None:
-        ends.append((output[0] if isinstance(output, (tuple, list)) else output).detach().clone())
+        if probing():
+            ends.append((output[0] if isinstance(output, (tuple, list)) else output).detach().clone())
 
     handles = [layer.register_forward_pre_hook(begin, with_kwargs=True), layer.register_forward_hook(end, prepend=True)]
     handles += [part.register_forward_hook(keep) for part in layer.modules() if part is not layer]
@@ -94,7 +116,9 @@ def _pair(ends: list[Tensor], parts: dict[nn.Module, Tensor]) -> Pair | None:
         for second, other in outputs[at + 1 :]:
             room = rounding * (before.abs() + one.abs() + other.abs() + after.abs())
             if bool(((before + one + other - after).abs() <= room).all()):
-                return _outermost(first, parts), _outermost(second, parts)
+                pair = _outermost(first, parts), _outermost(second, parts)
+                if pair[0] is not pair[1]:  # as where nothing is added yet
+                    return pair
     return None
 
 

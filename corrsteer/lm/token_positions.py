@@ -27,6 +27,7 @@ class Call:
     width : padded width of its prompts, tokens in a filled cache included; None where the call was not given any.
     tokens : `[B, W]` ids of its prompts' tokens; None where it was given embeddings.
     continues : whether it was given a filled cache.
+    beams : of its search, 1 where it is none.
     virtual : columns before the prompt that stand for no token, such as PEFT's virtual tokens.
     end : tokens read so far.
     passes : forward passes so far.
@@ -36,6 +37,7 @@ class Call:
     width: int | None
     tokens: Tensor | None = None
     continues: bool = False
+    beams: int = 1
     virtual: int = 0
     end: int = 0
     passes: int = 0
@@ -80,11 +82,11 @@ class Pass:
         """
         key = (positions, h.device)
         if key not in self._selected:  # the same in every layer
-            self._check(h)
             self._selected[key] = self._select(positions, h.device)
         return self._selected[key]
 
-    def _check(self, h: Tensor) -> None:
+    def check(self, h: Tensor) -> None:
+        """Raise unless `h` is a residual stream of the tokens read."""
         if h.shape == (self.rows, self.steps, self.d):
             return
         raise CorrSteerError(
@@ -121,7 +123,8 @@ class Pass:
         mask: Any = self.mask
         if isinstance(mask, dict):  # one per kind of layer; that of full attention sees the furthest
             kinds = [m for m in mask.values() if m is not None]
-            mask = max(kinds, key=lambda m: m.shape[-1]) if all(isinstance(m, Tensor) for m in kinds) else kinds[0]
+            tensors = all(isinstance(m, Tensor) for m in kinds)
+            mask = max(kinds, key=lambda m: m.shape[-1], default=None) if tensors else kinds[0]
         if mask is None:
             return torch.ones(self.rows, self.steps, dtype=torch.bool, device=device)
         if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] in (self.steps, self.end):

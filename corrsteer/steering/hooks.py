@@ -28,7 +28,7 @@ def add_vectors(
     positions : which tokens are steered, as for `Steering.apply`.
     """
     with contextlib.ExitStack() as stack:
-        passes = stack.enter_context(follow(model))
+        passes = stack.enter_context(follow(model, steers=True))
         for point, table in vectors.items():
             add = _Add(table, rows, positions, copies=point == HookPoint(0, "resid_pre"))
             stack.enter_context(passes.attached(point, add))

@@ -1,7 +1,12 @@
 import functools
+import gc
+import threading
+import weakref
 
+import architectures
 import pytest
 import torch
+import transformers
 from tiny_models import (
     ARCHITECTURES,
     LAYERS,
@@ -187,6 +192,30 @@ def test_tokens_that_are_excluded_are_left_out_of_prompts_by_their_id_but_for_th
     assert_captured(capture, rows)
 
 
+def test_excluding_tokens_from_a_capture_leaves_the_steering_of_the_same_pass_alone():
+    model, prompts = tiny("llama"), prompts_of(LENGTHS)
+    steering, seen = Steering.from_vectors({"blocks.2.hook_resid_post": 5 * torch.ones(WIDTH)}), []
+    for excluded in ((), tuple({token for prompt in prompts for token in prompt})):
+        options = {"positions": "all", "exclude_tokens": excluded, "max_new_tokens": 2}
+        with Capture(model, {1: HookPoint(1)}, stop_tokens=[], **options) as capture, steering.apply(model, "all"):
+            handle = model.model.layers[2].register_forward_hook(lambda m, a, h: seen.append(h.clone()))
+            generate(model, prompts, 2, stopping_criteria=[capture.stopping_criterion])
+            handle.remove()
+    assert all(torch.equal(one, other) for one, other in zip(seen[:2], seen[2:], strict=True))
+
+
+def test_tokens_are_excluded_from_each_of_several_completions_of_a_prompt():
+    prompts, options = prompts_of(LENGTHS), {"num_return_sequences": 2, "do_sample": True}
+    excluded = [prompts[1][0]]
+    with Capture(
+        tiny("llama"), {1: HookPoint(1)}, stop_tokens=[], positions="all", exclude_tokens=excluded, max_new_tokens=2
+    ) as capture:
+        batch = batch_of(prompts)
+        tiny("llama").generate(**batch, max_new_tokens=2, stopping_criteria=[capture.stopping_criterion], **options)
+    kept = [sum(token not in excluded for token in prompt[:-1]) + 2 for prompt in prompts for _ in range(2)]
+    assert capture.packed(1)[1].diff().tolist() == kept
+
+
 def test_excluding_tokens_of_prompts_given_as_embeddings_is_refused():
     model, batch = tiny("llama"), batch_of(prompts_of(LENGTHS))
     embeddings = model.get_input_embeddings()(batch["input_ids"])
@@ -305,10 +334,56 @@ def test_a_prompt_read_in_chunks_is_refused(positions):
         captured(tiny("llama"), prompts_of(LENGTHS), [], 4, positions=positions, prefill_chunk_size=3)
 
 
+@pytest.mark.parametrize("architecture", ["qwen4_exp_text", "deepseek_v4", "prophetnet"])
+@pytest.mark.parametrize("positions", ["generated", "all"])
+def test_a_stream_of_several_lanes_or_of_other_positions_is_refused(architecture, positions):
+    model, ids = architectures.build(architecture), torch.tensor(prompts_of((7,)))
+    with Capture(model, {1: HookPoint(1)}, stop_tokens=[], positions=positions, max_new_tokens=2) as capture:
+        with pytest.raises(CorrSteerError, match="the model's residual stream must be"):
+            criteria = [capture.stopping_criterion]
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, stopping_criteria=criteria)
+
+
+@pytest.mark.parametrize("told", ["as an argument", "by a configuration", "by the model's own"])
+def test_beam_search_is_refused(told):
+    model = build("llama")
+    options = {"num_beams": 3} if told == "as an argument" else {}
+    if told == "by a configuration":
+        options["generation_config"] = transformers.GenerationConfig(num_beams=3, pad_token_id=0)
+    if told == "by the model's own":
+        model.generation_config.num_beams = 3
+    with pytest.raises(CorrSteerError, match="beam search changes rows between passes"):
+        captured(model, prompts_of(LENGTHS), [], 3, **options)
+
+
+@pytest.mark.parametrize("stop_tokens", [[], [3]])
+def test_generating_by_another_model_or_in_another_thread_is_refused(stop_tokens):
+    model, errors = tiny("llama"), []
+
+    def run(of):
+        try:
+            generate(of, prompts_of(LENGTHS), 3, stopping_criteria=[capture.stopping_criterion])
+        except CorrSteerError as error:
+            errors.append(str(error))
+
+    with Capture(model, POINTS, stop_tokens=stop_tokens) as capture:
+        run(tiny("qwen3"))
+        thread = threading.Thread(target=run, args=(model,))
+        thread.start()
+        thread.join()
+    assert len(errors) == 2 and all("the capture saw no pass of this generation" in error for error in errors)
+
+
 def test_asking_for_a_capture_before_anything_was_generated_is_refused():
     with Capture(tiny("llama"), POINTS, stop_tokens=[]) as capture:
         with pytest.raises(CorrSteerError, match="nothing was captured"):
             capture.packed(1)
+
+
+def test_asking_for_a_hook_point_that_was_not_captured_is_refused():
+    capture, _ = captured(tiny("llama"), prompts_of(LENGTHS), [], 2)
+    with pytest.raises(CorrSteerError, match="key must be one of 'embedding', 1, .* got 7"):
+        capture.packed(7)
 
 
 @pytest.mark.parametrize(
@@ -353,6 +428,19 @@ def test_the_model_is_left_as_it_was_whether_or_not_something_is_raised(where):
         assert where == "nowhere"
     assert traces(model) == before
     assert model not in passes._followed and "generate" not in vars(type(model))
+
+
+def test_a_capture_that_is_kept_does_not_keep_the_cache_of_its_generation():
+    model, caches = tiny("llama"), []
+
+    def look(module, args, kwargs):
+        caches.extend(weakref.ref(kwargs[name]) for name in passes.CACHES if kwargs.get(name) is not None)
+
+    handle = model.register_forward_pre_hook(look, with_kwargs=True)
+    capture, _ = captured(model, prompts_of(LENGTHS), [], 3)
+    handle.remove()
+    gc.collect()
+    assert caches and all(cache() is None for cache in caches) and len(capture.packed(1)[0])
 
 
 def test_what_was_captured_outlives_the_context_and_the_next_generation():

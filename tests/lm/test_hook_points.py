@@ -1,3 +1,5 @@
+import copy
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,7 @@ from tiny_models import ARCHITECTURES, COMMON, LAYERS, PLACES, batch_of, build, 
 from torch import nn
 
 from corrsteer.errors import CorrSteerError
-from corrsteer.lm import hook_points
+from corrsteer.lm import hook_points, sublayers
 from corrsteer.lm.hook_points import KINDS, HookPoint
 
 POINTS = [HookPoint(layer, kind) for layer in range(LAYERS) for kind in KINDS]
@@ -135,6 +137,53 @@ def test_a_sublayer_is_refused_where_no_part_puts_out_what_the_layer_adds(kind):
     with pytest.raises(CorrSteerError, match=f"blocks.1.hook_{kind} does not exist: no two parts of GraniteDecoder"):
         hook_points.attach(model, HookPoint(1, kind), print)
     hook_points.attach(model, HookPoint(1), print).remove()
+
+
+def test_a_sublayer_is_found_in_training_as_it_is_otherwise_and_draws_no_random_numbers():
+    model = build_any("biogpt")  # whose dropout is between a part and the residual stream
+    model.train()
+    model.biogpt.layers[0].eval()
+    before, modes = torch.get_rng_state(), [module.training for module in model.modules()]
+    hook_points.attach(model, HookPoint(1, "mlp_out"), print).remove()
+    assert torch.equal(torch.get_rng_state(), before) and [module.training for module in model.modules()] == modes
+
+
+def test_a_sublayer_that_is_replaced_is_found_anew(batch):
+    model, calls = build("llama"), []
+    for _ in range(2):
+        handle = hook_points.attach(model, HookPoint(1, "mlp_out"), lambda h: calls.append(h.clone()))
+        model(**batch)
+        handle.remove()
+        model.model.layers[1].mlp = copy.deepcopy(model.model.layers[1].mlp)
+    assert len(calls) == 2 and torch.equal(*calls)
+
+
+def test_sublayers_that_add_nothing_yet_are_told_apart():
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_(), layer.mlp.down_proj.weight.zero_()
+    for kind, part in (("attn_out", "self_attn"), ("mlp_out", "mlp")):
+        assert HookPoint.parse(f"model.layers.1.{part}", model) == HookPoint(1, kind)
+
+
+def test_a_sublayer_is_found_while_another_thread_runs_the_model(batch):
+    model, done = build("llama"), threading.Event()
+
+    def run():
+        while not done.is_set():
+            model(**batch)
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(20):
+            sublayers._known.pop(model, None)
+            hook_points.attach(model, HookPoint(1, "mlp_out"), lambda h: None).remove()
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
 
 
 def test_a_sublayer_of_a_model_that_cannot_run_is_refused():

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import inspect
 import json
 import pickle
 import threading
@@ -87,6 +88,20 @@ def test_a_logits_processor_that_generates_does_not_change_which_positions_are_s
     assert inner == [expected(model, model.model.layers[1], prompts_of((3, 2, 4), seed=4), 2, positions=positions)] * N
 
 
+def test_sublayers_may_be_looked_for_inside_a_generation():
+    model, found = build("llama"), []
+    steering = Steering.from_vectors({"blocks.1.hook_mlp_out": VECTOR})
+
+    def process(ids, scores):
+        with steering.apply(model):
+            found.append(ids)
+        return scores
+
+    with STEERING.apply(model):
+        assert generate(model, prompts_of(LENGTHS), N, logits_processor=[process]).tolist() == steered()
+    assert len(found) == N
+
+
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize(
     "options",
@@ -129,6 +144,48 @@ def test_guidance_by_a_negative_prompt_is_refused():
     with STEERING.apply(tiny("llama")), pytest.raises(CorrSteerError, match="something other than what is generated"):
         ids = torch.tensor(prompts_of((9,)))
         generate(tiny("llama"), prompts_of((4,)), 3, guidance_scale=1.5, negative_prompt_ids=ids)
+
+
+def test_guidance_by_a_negative_prompt_longer_than_the_prompt_is_refused_without_a_cache_too():
+    with STEERING.apply(tiny("llama")), pytest.raises(CorrSteerError, match="something other than what is generated"):
+        options = {"negative_prompt_ids": torch.tensor(prompts_of((9,))), "use_cache": False}
+        generate(tiny("llama"), prompts_of((4,)), 3, guidance_scale=1.5, **options)
+
+
+def test_new_tokens_after_a_filled_cache_that_nothing_covers_are_refused():
+    model, ids = tiny("llama"), torch.tensor(prompts_of((10,)))
+    name = next(name for name in passes.CACHES if name in inspect.signature(model.forward).parameters)
+    with STEERING.apply(model):
+        for mask in (None, torch.ones_like(ids)):
+            filled = transformers.DynamicCache(config=model.config)
+            model(ids[:, :6], **{name: filled})
+            refused = pytest.raises(CorrSteerError, match="a cache of 6 tokens, but neither its prompts nor")
+            with refused if mask is None else contextlib.nullcontext():
+                model.generate(ids[:, 6:], attention_mask=mask, max_new_tokens=2, do_sample=False, **{name: filled})
+
+
+def test_a_model_with_an_encoder_is_refused():
+    sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=61, **sizes))
+    with pytest.raises(CorrSteerError, match="must be a decoder alone, got T5ForConditionalGeneration"):
+        with STEERING.apply(model):
+            pass
+
+
+def test_a_generate_of_the_models_own_that_takes_its_prompts_alone_is_steered():
+    class Own(transformers.LlamaForCausalLM):
+        def generate(self, input_ids):
+            for _ in range(N):
+                input_ids = torch.cat([input_ids, self(input_ids).logits[:, -1:].argmax(-1)], 1)
+            return input_ids
+
+    model = Own(tiny("llama").config).eval()
+    model.load_state_dict(tiny("llama").state_dict())
+    prompts = prompts_of((6,))
+    with STEERING.apply(model):
+        assert model.generate(torch.tensor(prompts))[:, 6:].tolist() == expected(
+            tiny("llama"), tiny("llama").model.layers[1], prompts
+        )
 
 
 def test_continuous_batching_is_refused():
@@ -183,6 +240,22 @@ def test_a_generate_taken_from_the_model_before_is_steered_with_a_cache_and_refu
         assert bound(**batch, max_new_tokens=N, do_sample=False)[:, max(LENGTHS) :].tolist() == steered()
         with pytest.raises(CorrSteerError, match="generate was taken from the model before"):
             bound(**batch, max_new_tokens=N, do_sample=False, use_cache=False)
+
+
+def test_a_generate_taken_before_is_refused_where_it_reads_prompts_in_chunks():
+    model = tiny("llama")
+    bound, batch = model.generate, batch_of(prompts_of(LENGTHS))
+    with STEERING.apply(model), pytest.raises(CorrSteerError, match="generate was taken from the model before"):
+        bound(**batch, max_new_tokens=N, do_sample=False, prefill_chunk_size=3)
+
+
+def test_a_shallow_copy_is_steered_with_a_cache_and_refused_without():
+    model = build("llama")
+    twin = copy.copy(model)
+    with STEERING.apply(model):
+        assert generate(twin, prompts_of(LENGTHS), N).tolist() == steered()
+        with pytest.raises(CorrSteerError, match="generate was taken from the model before"):
+            generate(twin, prompts_of(LENGTHS), N, use_cache=False)
 
 
 # PEFT
@@ -330,6 +403,54 @@ def test_a_capture_sees_its_own_thread_alone():
     assert torch.equal(x, captured())
 
 
+def test_a_context_may_be_left_in_another_thread():
+    model = build("llama")
+    before, context = traces(model), STEERING.apply(model)
+    context.__enter__()
+    in_threads(lambda: context.__exit__(None, None, None))
+    assert traces(model) == before and model not in passes._followed and "generate" not in vars(type(model))
+
+
+def test_a_pass_that_another_thread_had_begun_before_a_context_goes_on():
+    model, batch = build("llama"), batch_of(prompts_of(LENGTHS))
+    plain, inside, go = model(**batch).logits, threading.Event(), threading.Event()
+
+    def wait(*_):
+        inside.set()
+        go.wait(10)
+
+    def steer():
+        inside.wait(10)
+        with STEERING.apply(model):
+            go.set()
+            done.wait(10)
+
+    def run():
+        try:
+            return model(**batch).logits
+        finally:
+            done.set()
+
+    done = threading.Event()
+    model.model.layers[0].register_forward_hook(wait)
+    assert torch.equal(in_threads(run, steer)[0], plain)
+
+
+def test_whether_a_capture_is_steered_by_another_thread_is_not_guessed():
+    model = tiny("llama")
+
+    def captured(steering):
+        with Capture(model, {1: HookPoint(1)}, stop_tokens=[], max_new_tokens=2) as capture, steering:
+            generate(model, prompts_of(LENGTHS), 2, stopping_criteria=[capture.stopping_criterion])
+        return capture.packed(1)[0]
+
+    plain = captured(contextlib.nullcontext())
+    with STEERING.apply(model):
+        with pytest.raises(CorrSteerError, match="another thread steers the model"):
+            in_threads(lambda: captured(contextlib.nullcontext()))
+        assert torch.equal(in_threads(lambda: captured(STEERING.apply(model, scale=0.0)))[0], plain)
+
+
 # Copies and files
 
 
@@ -435,6 +556,12 @@ def test_a_mask_that_does_not_say_which_tokens_are_padding_is_refused(mask):
         reading.select(torch.zeros(3, 7, WIDTH), "all")
 
 
+def test_a_mask_of_each_kind_of_layer_that_is_none_is_no_padding():
+    reading = passes.Pass(2, 3, WIDTH, 0, 3, mask={"full_attention": None, "sliding_attention": None})
+    where = reading.select(torch.zeros(2, 3, WIDTH), "generated")
+    assert where is not None and where.tolist() == [[False, False, True]] * 2
+
+
 # Layers that do not run
 
 
@@ -477,6 +604,22 @@ def test_an_interrupt_leaves_nothing_behind():
         with pytest.raises(CorrSteerError, match="layers run outside a forward pass"):
             h = torch.zeros(1, 1, WIDTH)
             model.model.layers[1](h, position_embeddings=model.model.rotary_emb(h, torch.zeros(1, 1)))
+
+
+def test_a_pass_that_was_interrupted_says_nothing_of_the_next_one():
+    model, batch = build("llama"), batch_of(prompts_of((7, 7)))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with STEERING.apply(model, "all"):
+        plain = model.model(**batch).last_hidden_state
+        handle = model.model.register_forward_pre_hook(interrupt, prepend=True)
+        with pytest.raises(KeyboardInterrupt):
+            model(**batch_of(prompts_of((2, 7))))
+        handle.remove()
+        assert torch.equal(model.model(**batch).last_hidden_state, plain)
+        assert torch.equal(model.model(**batch).last_hidden_state, plain)
 
 
 # Weights that are elsewhere, or small
