@@ -24,6 +24,7 @@ Pair = tuple[nn.Module, nn.Module]  # the part that runs first, and the other
 
 _known: weakref.WeakKeyDictionary[nn.Module, list[Pair | None]] = weakref.WeakKeyDictionary()
 _probing = threading.local()
+_one_at_a_time = threading.RLock()  # or each would watch the other's pass
 
 
 def of_layer(model: nn.Module, layers: nn.ModuleList, layer: int, device: torch.device) -> Pair | None:
@@ -31,10 +32,11 @@ def of_layer(model: nn.Module, layers: nn.ModuleList, layer: int, device: torch.
 
     `device` is where the model takes its prompts.
     """
-    found = _known[model][layer] if model in _known else ()
-    if found is not None and not (found and set(found) <= set(layers[layer].modules())):  # never, or of parts replaced
-        _known[model] = _probe(model, layers, device)
-    return _known[model][layer]
+    with _one_at_a_time:
+        found = _known[model][layer] if model in _known else ()
+        if found is not None and not (found and set(found) <= set(layers[layer].modules())):  # never, or parts replaced
+            _known[model] = _probe(model, layers, device)
+        return _known[model][layer]
 
 
 def probing() -> bool:
@@ -77,7 +79,7 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
 def _watched(layer: nn.Module) -> Iterator[tuple[list[Tensor], dict[nn.Module, Tensor]]]:
     """A layer's input and output, before any hook changes the latter, and the outputs of its parts, after theirs.
 
-    Of this thread's pass: others may run the model meanwhile.
+    Of the probing pass alone: other threads may run the model meanwhile.
     """
     ends: list[Tensor] = []
     parts: dict[nn.Module, Tensor] = {}

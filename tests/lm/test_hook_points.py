@@ -166,24 +166,30 @@ def test_sublayers_that_add_nothing_yet_are_told_apart():
         assert HookPoint.parse(f"model.layers.1.{part}", model) == HookPoint(1, kind)
 
 
-def test_a_sublayer_is_found_while_another_thread_runs_the_model(batch):
-    model, done = build("llama"), threading.Event()
+def test_a_sublayer_is_found_while_other_threads_run_the_model_and_look_for_it_too(batch):
+    model, done, errors = build("llama"), threading.Event(), []
 
     def run():
         while not done.is_set():
             model(**batch)
 
-    threads = [threading.Thread(target=run) for _ in range(3)]
-    for thread in threads:
+    def look():
+        try:
+            for _ in range(20):
+                sublayers._known.pop(model, None)
+                hook_points.attach(model, HookPoint(1, "mlp_out"), lambda h: None).remove()
+        except CorrSteerError as error:
+            errors.append(error)
+
+    running, looking = ([threading.Thread(target=function) for _ in range(2)] for function in (run, look))
+    for thread in running + looking:
         thread.start()
-    try:
-        for _ in range(20):
-            sublayers._known.pop(model, None)
-            hook_points.attach(model, HookPoint(1, "mlp_out"), lambda h: None).remove()
-    finally:
-        done.set()
-        for thread in threads:
-            thread.join()
+    for thread in looking:
+        thread.join()
+    done.set()
+    for thread in running:
+        thread.join()
+    assert not errors
 
 
 def test_a_sublayer_of_a_model_that_cannot_run_is_refused():
