@@ -8,7 +8,6 @@ intercepted while passes are followed, for that class and for as long; nothing i
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
 import sys
@@ -25,12 +24,10 @@ from torch import Tensor, nn
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm import hook_points, module_hooks, sublayers
 from corrsteer.lm.hook_points import HookPoint
-from corrsteer.lm.token_positions import Call, Pass
+from corrsteer.lm.interception import Context, intercepted
+from corrsteer.lm.token_positions import Call, Pass, Shape
 
 CACHES = ("past_key_values", "cache", "cache_params", "state", "past_buckets_states", "mems")  # what models call it
-CONTINUOUS = "init_continuous_batching"
-
-Shape = tuple[int, int, int]  # rows, tokens and width of a pass's residual stream
 
 _followed: weakref.WeakKeyDictionary[nn.Module, Passes] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
@@ -86,7 +83,7 @@ class Passes:
         self._d = hook_points.width(model)
         self._attached: dict[object, HookPoint] = {}
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_intercepted(type(model)))
+            stack.enter_context(intercepted(type(model), _call_of))
             # Whichever is called is followed: the model, or one inside that runs the layers.
             for depth, module in enumerate(hook_points.owners(model)):
                 hook_points.refuse_compiled(module)
@@ -214,7 +211,7 @@ class Passes:
             reading = Pass(rows, steps, self._d, 0, steps)
         elif self._local.calls:
             call = self._local.calls[-1]
-            reading = _of_call(call, (rows, steps, self._d), start, cache, mask, embedded=ids is None)
+            reading = call.read((rows, steps, self._d), start, cache, mask, embedded=ids is None)
         else:
             reading = self._outside(module, (rows, steps, self._d), start, cache, mask)
         passes.append(_Running(depth, depth, self._attached.copy(), reading))
@@ -254,8 +251,8 @@ class Passes:
     def _check(self, depth: int, module: nn.Module, *_: Any) -> None:
         """After a pass that went well: every hook point must have run."""
         running = self._local.passes[-1] if self._local.passes else None
-        # a call in a call may leave layers out to draft tokens, and training drops some
-        if running is None or running.begun != depth or module.training or len(self._local.calls) > 1:
+        # a call in a call may leave layers out to draft tokens
+        if running is None or running.begun != depth or len(self._local.calls) > 1 or _drops_layers(module):
             return
         reached = running.reading.reached  # other threads attach and remove theirs meanwhile
         missed = [p for key, p in running.attached.items() if key in self._attached and key not in reached]
@@ -270,6 +267,12 @@ class Passes:
         passes = self._local.passes
         if passes and passes[-1].begun == depth:
             passes.pop()
+
+
+def _call_of(model: nn.Module) -> Context | None:
+    """What calls of `generate` of a model run in; None where the model is not followed."""
+    passes = _followed.get(model)
+    return None if passes is None else passes.call
 
 
 class _Local(threading.local):
@@ -290,41 +293,6 @@ class _Running:
     reading: Pass
 
 
-def _of_call(call: Call, shape: Shape, start: int | None, cache: Any, mask: Any, embedded: bool) -> Pass:
-    """A pass of a call of `generate`.
-
-    Raises
-    ------
-    CorrSteerError : if it does not go on where the last one ended, as a pass for something else does.
-    """
-    steps = shape[1]
-    if start is None:  # a cache that is a state: what was read is counted
-        start = call.end if call.passes and steps <= call.end else 0
-    end = start + steps
-    if not call.passes:
-        call.cache = cache if hasattr(cache, "get_seq_length") else None
-        # Embeddings where ids were given, or a cache where none was, are PEFT's, which puts virtual tokens first.
-        if not call.continues and call.width and (start or embedded and call.tokens is not None):
-            call.virtual = max(0, end - call.width)
-        call.width = call.virtual + (call.width or end)
-    width = call.width or 0
-    if call.continues and not call.passes and start >= width:
-        raise CorrSteerError(
-            f"generate was given a cache of {start} tokens, but neither its prompts nor their attention_mask go on "
-            f"after them, so that which tokens are prompt cannot be known; give it an attention_mask [B, all tokens]"
-        )
-    prompt = call.end < width  # is being read, in chunks
-    elsewhere = start != call.end if prompt else end <= width if cache is not None else end != call.end + 1
-    if call.passes and ((call.cache is not None and cache is not call.cache) or elsewhere):
-        raise CorrSteerError(
-            "a pass inside generate reads something other than what is generated, as guidance does, and which of its "
-            "tokens are prompt cannot be known; generate without it"
-        )
-    call.passes += 1
-    call.end = end
-    return Pass(*shape, start, width, call.virtual, mask, call=call)
-
-
 def _cached(cache: Any) -> int | None:
     """How many tokens a cache holds; None where it does not say, as it is a state."""
     if cache is None:
@@ -343,92 +311,14 @@ def _frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
+def _drops_layers(module: nn.Module) -> bool:
+    """Whether a model leaves layers out at random, as some do in training."""
+    config = getattr(module, "config", None)
+    shares = (getattr(config, name, 0) for name in ("layerdrop", "decoder_layerdrop"))
+    return module.training and any(shares)
+
+
 def _virtual_tokens(wrapper: Any) -> int:
     """How many tokens a PEFT model puts before each prompt."""
     config: Any = getattr(wrapper, "active_peft_config", None)
     return config.num_virtual_tokens if getattr(config, "is_prompt_learning", False) else 0
-
-
-class _Intercepted:
-    """How often a class is intercepted, and what undoes it."""
-
-    def __init__(self, undo: Callable[[], None]):
-        self.users, self.undo = 0, undo
-
-
-_classes: dict[type, _Intercepted] = {}
-
-
-@contextlib.contextmanager
-def _intercepted(model_class: type) -> Iterator[None]:
-    """Have `generate` of a class say so while it runs for a model that is followed; other models do not notice."""
-    with _lock:
-        if model_class not in _classes:
-            _classes[model_class] = _Intercepted(_intercept(model_class))
-        _classes[model_class].users += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _classes[model_class].users -= 1
-            if not _classes[model_class].users:
-                _classes.pop(model_class).undo()
-
-
-def _intercept(model_class: Any) -> Callable[[], None]:
-    inner = model_class.generate
-    takes = inspect.signature(inner).parameters.values()
-    open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes)
-
-    @functools.wraps(inner)
-    def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        passes = _followed.get(self)
-        if passes is None:
-            return inner(self, *args, **kwargs)
-        if open_ended:  # one of the model's own may be asked for nothing else
-            args, kwargs = _uncompiled(args, kwargs)
-        with passes.call(args, kwargs):
-            return inner(self, *args, **kwargs)
-
-    def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self in _followed:
-            raise CorrSteerError(
-                "generate_batch packs the tokens of many prompts into one row, and which of them are whose cannot be "
-                "known; use model.generate"
-            )
-        return batching(self, *args, **kwargs)
-
-    batching: Any = getattr(model_class, CONTINUOUS, None)
-    with contextlib.ExitStack() as stack:
-        stack.callback(_replace(model_class, "generate", generate))
-        if batching is not None:
-            stack.callback(_replace(model_class, CONTINUOUS, functools.wraps(batching)(refuse)))
-        return stack.pop_all().close
-
-
-def _replace(model_class: type, name: str, value: Any) -> Callable[[], None]:
-    """Set an attribute of a class, and return what puts back the one that was there."""
-    if name not in vars(model_class):  # it is inherited
-        setattr(model_class, name, value)
-        return lambda: delattr(model_class, name)
-    before = vars(model_class)[name]
-    setattr(model_class, name, value)
-    return lambda: setattr(model_class, name, before)
-
-
-def _uncompiled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of `generate`, with which it does not compile the model.
-
-    With a static cache on a GPU it does so by itself, and what it compiled would go on without the hooks, or with them.
-    """
-    if kwargs.get("disable_compile") is False:
-        raise CorrSteerError("disable_compile must not be False, as a compiled model ignores hooks added afterwards")
-    at_second = len(args) > 1
-    config = args[1] if at_second else kwargs.get("generation_config")
-    if config is None:
-        return args, kwargs | {"disable_compile": True}
-    config = copy.copy(config)
-    config.disable_compile = True
-    if at_second:
-        return (args[0], config, *args[2:]), kwargs
-    return args, kwargs | {"generation_config": config}

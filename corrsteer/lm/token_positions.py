@@ -17,6 +17,8 @@ from corrsteer.errors import CorrSteerError
 
 POSITIONS = ("generated", "all", "prompt")
 
+Shape = tuple[int, int, int]  # rows, tokens and width of a pass's residual stream
+
 
 @dataclass(eq=False)
 class Call:
@@ -42,6 +44,56 @@ class Call:
     end: int = 0
     passes: int = 0
     cache: Any = None
+
+    def read(self, shape: Shape, start: int | None, cache: Any, mask: Any, embedded: bool) -> Pass:
+        """Its next pass.
+
+        Parameters
+        ----------
+        start : how many tokens the cache holds; None for a cache that is a state and does not say.
+        cache, mask : what the pass is given.
+        embedded : whether it is given embeddings and not token ids.
+
+        Raises
+        ------
+        CorrSteerError : if it does not go on where the last one ended, as a pass for something else does.
+        """
+        steps = shape[1]
+        if start is None:  # what was read is counted
+            start = self.end if self.passes and steps <= self.end else 0
+        if self.passes:
+            self._check_next(start, start + steps, cache)
+        else:
+            self._begin(start, start + steps, cache, embedded)
+        self.passes += 1
+        self.end = start + steps
+        return Pass(*shape, start, self.width or 0, self.virtual, mask, call=self)
+
+    def _begin(self, start: int, end: int, cache: Any, embedded: bool) -> None:
+        """What the first pass says of the call."""
+        self.cache = cache if hasattr(cache, "get_seq_length") else None
+        # Embeddings where ids were given, or a cache where none was, are PEFT's, which puts virtual tokens first.
+        if not self.continues and self.width and (start or embedded and self.tokens is not None):
+            self.virtual = max(0, end - self.width)
+        self.width = self.virtual + (self.width or end)
+        if self.continues and start >= self.width:
+            raise CorrSteerError(
+                f"generate was given a cache of {start} tokens, but neither its prompts nor their attention_mask go on "
+                f"after them, so that which tokens are prompt cannot be known; give it an attention_mask "
+                f"[B, all tokens]"
+            )
+
+    def _check_next(self, start: int, end: int, cache: Any) -> None:
+        width = self.width or 0
+        if self.end < width:  # the prompt is being read, in chunks
+            follows = start == self.end
+        else:
+            follows = end > width if cache is not None else end == self.end + 1
+        if not follows or (self.cache is not None and cache is not self.cache):
+            raise CorrSteerError(
+                "a pass inside generate reads something other than what is generated, as guidance does, and which of "
+                "its tokens are prompt cannot be known; generate without it"
+            )
 
 
 @dataclass(eq=False)

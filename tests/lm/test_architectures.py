@@ -123,13 +123,17 @@ def outcome(architecture: str, multimodal: bool = False) -> Outcome:
     except Exception:  # it cannot do without a cache
         uncached = None
     same = uncached is not None and torch.allclose(cached, uncached, **CLOSE)
-    try:
-        for positions in POSITIONS:
-            check_steering(model, prompts, positions, cached, same, uncached is not None)
-        for positions in ("generated", "all"):
-            check_capture(model, prompts, positions, same)
-    except CorrSteerError as error:
-        return Outcome("refused", str(error))
+    reasons = [
+        refusal(check, model, prompts, positions, *given)
+        for check, where, given in (
+            (check_steering, POSITIONS, (cached, same, uncached is not None)),
+            (check_capture, ("generated", "all"), (same,)),
+        )
+        for positions in where
+    ]
+    if any(reasons):
+        assert all(reasons), "what is refused for one is refused for all"
+        return Outcome("refused", reasons[0])
     try:
         hook_points.check_point(model, HookPoint(POINT.layer, "mlp_out"))
         hook_points.attach(model, HookPoint(POINT.layer, "mlp_out"), print).remove()
@@ -137,6 +141,15 @@ def outcome(architecture: str, multimodal: bool = False) -> Outcome:
     except CorrSteerError:
         sublayers = False
     return Outcome("supported", "", sublayers, len(prompts.ids))
+
+
+def refusal(check, *given) -> str:
+    """Why a check was refused; nothing where it was not."""
+    try:
+        check(*given)
+    except CorrSteerError as error:
+        return str(error)
+    return ""
 
 
 def check_steering(model, prompts, positions, plain, same, can_uncached):

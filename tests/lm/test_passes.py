@@ -566,8 +566,11 @@ def test_a_mask_of_each_kind_of_layer_that_is_none_is_no_padding():
 
 
 def frozen(model):
-    """A layer whose computation is a recorded graph, as a captured CUDA graph is."""
-    layer = model.model.layers[1]
+    freeze(model.model.layers[1])
+
+
+def freeze(layer):
+    """Make a layer's computation a recorded graph, as a captured CUDA graph is."""
     recorded = copy.deepcopy(layer).forward
     layer.__class__ = type("Frozen", (type(layer),), {"__call__": lambda self, *a, **k: recorded(*a, **k)})
 
@@ -587,6 +590,19 @@ def test_a_layer_that_does_not_run_in_a_pass_is_refused(broken, what):
     context = STEERING.apply(model) if what == "steered" else Capture(model, {1: point}, stop_tokens=[])
     with context, pytest.raises(CorrSteerError, match="blocks.1.hook_resid_post did not run"):
         generate(model, prompts_of(LENGTHS), 2)
+
+
+def test_a_layer_that_does_not_run_is_refused_in_training_too_unless_the_model_drops_layers():
+    model = architectures.build("opt").train()
+    steering = Steering.from_vectors({"blocks.1.hook_resid_post": VECTOR})
+    with steering.apply(model):
+        model(torch.ones(1, 3, dtype=torch.int64))
+    freeze(model.model.decoder.layers[1])
+    with steering.apply(model):
+        with pytest.raises(CorrSteerError, match="blocks.1.hook_resid_post did not run"):
+            model(torch.ones(1, 3, dtype=torch.int64))
+        model.config.layerdrop = 0.5
+        model(torch.ones(1, 3, dtype=torch.int64))
 
 
 def test_an_interrupt_leaves_nothing_behind():
