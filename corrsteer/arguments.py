@@ -6,8 +6,10 @@ NumPy's and torch's scalars become Python's numbers, which JSON can hold. A bool
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, TypeVar
 
 from corrsteer.errors import CorrSteerError
@@ -21,6 +23,13 @@ def check_type(name: str, value: object, kind: type, what: str, fix: str = "") -
     """Raise unless an argument is of a type, `what` in words."""
     if not isinstance(value, kind):
         raise CorrSteerError(f"{name} must be {what}, got {shown(value)}{fix and '; ' + fix}")
+
+
+def as_path(name: str, value: Any) -> Path:
+    """A path that was given as one or as text."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise CorrSteerError(f"{name} must be a path, got {shown(value)}")
+    return Path(value)
 
 
 def whole(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:

@@ -1,5 +1,6 @@
-"""Numeric arguments: what is a number, and how each public function refuses what is none."""
+"""Arguments: what is a number, and how each public function refuses what is of another kind."""
 
+import dataclasses
 import functools
 import math
 
@@ -14,6 +15,7 @@ from corrsteer import (
     Decoding,
     Evidence,
     Moments,
+    Run,
     SparseEncoder,
     Steering,
     apply_rows,
@@ -28,6 +30,7 @@ from corrsteer import (
 )
 from corrsteer.arguments import LARGEST_SEED, number, numbers, share, whole, wholes
 from corrsteer.experiments.evaluation import mcnemar
+from corrsteer.lm.hook_points import HookPoint
 
 NO_NUMBERS = (math.nan, math.inf, -math.inf, True, False, None, "1", [1], 1j, np.float32("nan"), np.bool_(True),
               torch.tensor(True), torch.tensor(math.inf), np.array([1]))  # fmt: skip
@@ -198,3 +201,53 @@ def test_a_single_layer_that_is_not_in_a_list_is_told_to_be():
         choose(layers=1)
     with pytest.raises(CorrSteerError, match="layers must hold at least one number, got none"):
         choose(layers=())
+
+
+ENCODERS = tiny_pipeline.encoders()
+OTHER_TYPES = {
+    "a list of encoders": (lambda: collect(None, None, [ENCODERS[1]], TASK), "encoders must be a mapping of layers"),
+    "an encoder that is none": (lambda: collect(MODEL, TOKENS, {1: "dir"}, TASK), r"encoders\[1\] must be a Sparse"),
+    "no model": (lambda: collect(None, TOKENS, ENCODERS, TASK), "model must be a Hugging Face causal language model"),
+    "a model without a head": (lambda: collect(MODEL.model, TOKENS, ENCODERS, TASK), "with generate, got LlamaModel"),
+    "no tokenizer": (lambda: collect(MODEL, None, ENCODERS, TASK), "tokenizer must be a Hugging Face tokenizer"),
+    "no task": (lambda: collect(MODEL, TOKENS, ENCODERS, None), "task must be a Task, got None"),
+    "a decoding that is none": (lambda: collect(MODEL, TOKENS, ENCODERS, TASK, decoding=4), "decoding must be a Decod"),
+    "no run": (lambda: select(None), "run must be a Run, as collect returns, got None"),
+    "a list of steerings": (lambda: evaluate(MODEL, TOKENS, TASK, [STEERING]), "steering must be a Steering, got list"),
+    "no steering": (lambda: calibrate_scale(MODEL, TOKENS, None, TASK), "steering must be a Steering, got None"),
+    "no vectors": (lambda: Steering.from_vectors(None), "vectors must be a mapping of hook points to tensors"),
+    "a vector that is a list": (lambda: Steering.from_vectors({"a": [1.0]}), r"vectors\['a'\] must be a tensor"),
+    "a hook point that is a number": (lambda: Steering.from_vectors({2: torch.ones(3)}), "each key of vectors must be"),
+    "a vector of NaN": (lambda: Steering.from_vectors({"a": torch.full((3,), torch.nan)}), "must hold finite numbers"),
+    "a vector of nothing": (lambda: Steering.from_vectors({"a": torch.ones(0)}), "must hold finite numbers, one or mo"),
+    "a scale beyond float32": (lambda: steered(1e39), "scale must leave what is added finite in float32, got 1e.39"),
+    "a name that is a number": (lambda: HookPoint.parse(3), "hook point must be its name, got 3"),
+    "a path that is a number": (lambda: Steering.load(3), "path must be a path, got 3"),
+    "a run's path that is none": (lambda: Run.load(None), "directory must be a path, got None"),
+    "a decoder that is a tensor": (lambda: with_decoder(torch.ones(48, 128)), "decoder must be a Decoder, got Tensor"),
+}
+MODEL, TOKENS = tiny_pipeline.model(), tiny_pipeline.tokenizer()
+
+
+def steered(scale):
+    vectors = {"blocks.1.hook_resid_post": torch.ones(128)}
+    with Steering.from_vectors(vectors).apply(MODEL, scale=scale):
+        raise AssertionError("it was entered")
+
+
+def with_decoder(decoder):
+    dataclasses.replace(ENCODERS[1], decoder=decoder)
+
+
+@pytest.mark.parametrize("call", OTHER_TYPES)
+def test_what_is_of_another_type_is_refused_by_its_name(call):
+    wrong, message = OTHER_TYPES[call]
+    with pytest.raises(CorrSteerError, match=message):
+        wrong()
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    model = tiny_pipeline.model()
+    model.resize_token_embeddings(8)
+    with pytest.raises(CorrSteerError, match="the tokenizer gives token .*, but the model knows 8"):
+        collect(model, TOKENS, ENCODERS, TASK, progress=False)

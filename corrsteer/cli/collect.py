@@ -62,7 +62,9 @@ def collect(
         if stopped.run.n == 0:
             raise
         _save(stopped.run, settings)
-        raise CorrSteerError(f"{stopped}, in {settings.out}") from None
+        raise CorrSteerError(
+            f"{stopped.message}; the {stopped.run.n} samples before are in {settings.out}, which select takes as it is"
+        ) from None
     _save(run, settings)
     _print(run, settings.out, json)
 

@@ -90,6 +90,8 @@ def load_model(given: ModelSettings) -> tuple[nn.Module, Any]:
     """A model and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if given.model.startswith((".", "/", "~")) and not Path(given.model).is_dir():
+        raise CorrSteerError(f"there is no model directory {given.model}; was it moved?")
     placement: dict[str, Any] = {}
     if given.device != "auto":
         placement["device_map"] = given.device

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from corrsteer.arguments import whole
+from corrsteer.arguments import check_type, whole
 from corrsteer.experiments.seen_samples import overlap_notes
 from corrsteer.lm.generation import Decoding
 from corrsteer.rollouts.grading import Graded, grade
@@ -82,6 +82,8 @@ def evaluate(
     """
     scale = check_application(positions, scale)
     decoding = decoding or Decoding()
+    if steering is not None:
+        check_type("steering", steering, Steering, "a Steering")
     if unsteered is not None:
         unsteered.check(task, decoding)
     before = unsteered or grade(model, tokenizer, task, decoding, progress=progress)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from corrsteer.arguments import numbers
+from corrsteer.arguments import check_type, numbers
 from corrsteer.errors import CorrSteerError
 from corrsteer.experiments.evaluation import evaluate
 from corrsteer.experiments.seen_samples import SELECTED, overlap_notes, validated
@@ -103,6 +103,7 @@ def check_scaling(steering: Steering, scales: Sequence[float]) -> list[float]:
     tried = set(numbers("scales", scales))
     if 0 in tried:
         raise CorrSteerError("scales must not be 0, which is unsteered and always tried; leave it out")
+    check_type("steering", steering, Steering, "a Steering")
     if not steering.features:
         raise CorrSteerError("steering has no features to scale: " + ("; ".join(steering.notes) or "select some"))
     return sorted(tried, key=abs)

@@ -26,7 +26,7 @@ def overlap_notes(task: Task, provenance: dict[str, Any], uses: tuple[str, ...] 
     seen = {use: count_seen(prompts, provenance.get(use, [])) for use in uses}
     return [
         f"{n} of the {len(task)} samples of {task.identity} are among those that {USES[use]}, so the score flatters; "
-        f"take others, such as the {'validation or test' if uses == (SELECTED,) else 'test'} part"
+        f"take samples that were left out of those"
         for use, n in seen.items()
         if n
     ]

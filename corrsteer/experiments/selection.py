@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from corrsteer.arguments import share, whole, wholes
+from corrsteer.arguments import check_type, share, whole, wholes
 from corrsteer.errors import CorrSteerError
 from corrsteer.experiments.pruning import prune
 from corrsteer.experiments.seen_samples import SELECTED
@@ -83,6 +83,7 @@ def select(
     ------
     CorrSteerError : for unknown choices, and where the run does not hold what they need.
     """
+    check_type("run", run, Run, "a Run, as collect returns")
     choices = Choices(strategy, score, alpha, correction, interval, coefficient, direction, layers, top_k).checked(run)
     pruned = None
     if strategy == "pruned":

@@ -46,7 +46,7 @@ class Capture:
     max_new_tokens : the longest generation, which is what buffers are sized by.
     exclude_tokens : token ids that are not kept of prompts, such as that of the BOS token, with `all`. The last token
         of a prompt is kept, whatever it is.
-    budget_bytes : what the buffers of all points may take together. Past it, what was captured goes to `sink`.
+    buffer_bytes : what the buffers of all points may take together. Past it, what was captured goes to `sink`.
     sink : called with (key, x, cu_seqlens) for each part of the capture that had to leave the buffer, in order of
         time. Without one, running out of budget is an error.
 
@@ -64,14 +64,14 @@ class Capture:
         positions: str = "generated",
         max_new_tokens: int = 512,
         exclude_tokens: Iterable[int] = (),
-        budget_bytes: int = 1 << 30,
+        buffer_bytes: int = 1 << 30,
         sink: Sink | None = None,
     ):
         check_positions(positions, KEPT_POSITIONS)
         if not points:
             raise CorrSteerError("points must name at least one hook point, got none")
         max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
-        budget_bytes = whole("budget_bytes", budget_bytes, 0)
+        buffer_bytes = whole("buffer_bytes", buffer_bytes, 0)
         for point in points.values():
             hook_points.check_point(model, point)
         self.model: nn.Module = model
@@ -79,7 +79,7 @@ class Capture:
         self.positions: str = positions
         self.max_new_tokens: int = max_new_tokens
         self.exclude_tokens: list[int] = sorted(set(wholes("exclude_tokens", exclude_tokens, 0, empty=True)))
-        self.budget_bytes: int = budget_bytes
+        self.buffer_bytes: int = buffer_bytes
         self.sink: Sink | None = sink
         self.flushed: bool = False
         self._stop = sorted(set(wholes("stop_tokens", stop_tokens, 0, empty=True)))
@@ -206,12 +206,13 @@ class Capture:
     def _allocate(self, h: Tensor, steps: int) -> None:
         rows, d = len(h), h.shape[2]
         step_bytes = rows * d * h.element_size() * len(self.points)
-        self._capacity = min(steps, self.budget_bytes // step_bytes)
+        self._capacity = min(steps, self.buffer_bytes // step_bytes)
         if self._capacity < 1 or (self._capacity < steps and self.sink is None):
             needed = step_bytes if self.sink else steps * step_bytes
             raise CorrSteerError(
-                f"budget_bytes must be at least {needed} for {rows} rows, {len(self.points)} hook points and "
-                f"{steps} steps, got {self.budget_bytes}; raise it, lower the batch size, or give a sink"
+                f"buffer_bytes must be at least {needed} for {rows} rows, {len(self.points)} hook points and "
+                f"{steps} steps, got {self.buffer_bytes}; raise it or lower the batch size"
+                + ("" if self.sink else ", or give a sink")
             )
         self._allocated = True
         self._kept = torch.zeros(rows, self._capacity, dtype=torch.bool, device=h.device)

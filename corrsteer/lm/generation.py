@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from corrsteer.arguments import LARGEST_SEED, number, whole
+from corrsteer.arguments import LARGEST_SEED, check_type, number, shown, whole
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm import hook_points
 from corrsteer.lm.generation_settings import settings
@@ -61,14 +62,25 @@ def tokenize(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, d
     ------
     CorrSteerError : for an empty task, a prompt of no tokens, or one too long for the model's context.
     """
+    hook_points.check_generates(model)
+    check_type("task", task, Task, "a Task")
+    check_type("decoding", decoding, Decoding, "a Decoding")
+    if not callable(tokenizer):
+        raise CorrSteerError(f"tokenizer must be a Hugging Face tokenizer, got {shown(tokenizer)}")
     if len(task) == 0:
         raise CorrSteerError(f"task {task.name!r} is empty; it must have at least one example")
     # A chat template writes its own special tokens.
     ids = tokenizer(task.prompts(tokenizer), add_special_tokens=not task.chat)["input_ids"]
     limit = getattr(hook_points.text_config(model), "max_position_embeddings", None)
+    known = getattr(hook_points.embeddings(model), "num_embeddings", math.inf)
     for example, tokens in zip(task.examples, ids):
         if not tokens:
             raise CorrSteerError(f"{example.source}: the prompt has no tokens; give it some text")
+        if max(tokens) >= known:
+            raise CorrSteerError(
+                f"{example.source}: the tokenizer gives token {max(tokens)}, but the model knows {known}; use the "
+                f"tokenizer that belongs to the model"
+            )
         if limit and len(tokens) + decoding.max_new_tokens > limit:
             raise CorrSteerError(
                 f"{example.source}: the prompt has {len(tokens)} tokens, which with max_new_tokens="

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from corrsteer.arguments import check_type
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm import module_hooks, sublayers
 
@@ -46,6 +47,7 @@ class HookPoint:
         ------
         CorrSteerError : if the name is none of these.
         """
+        check_type("hook point", name, str, "its name")
         found = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", name)
         if found:
             if found[2] in KINDS:
@@ -119,9 +121,17 @@ def owners(model: nn.Module) -> list[nn.Module]:
 def text_config(model: nn.Module) -> Any:
     """The configuration of the language model, also inside a multi-modal one."""
     config: Any = getattr(model, "config", None)
-    if not hasattr(config, "get_text_config"):
+    if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
         raise CorrSteerError(f"model must be a Hugging Face causal language model, got {type(model).__name__}")
     return config.get_text_config(decoder=True)
+
+
+def check_generates(model: nn.Module) -> None:
+    """Raise for what is no language model, or is one without its head."""
+    if not isinstance(model, nn.Module) or not hasattr(model, "generate"):
+        raise CorrSteerError(
+            f"model must be a Hugging Face causal language model with generate, got {type(model).__name__}"
+        )
 
 
 def width(model: nn.Module) -> int:
@@ -187,8 +197,13 @@ def device_of(model: nn.Module, point: HookPoint) -> torch.device:
 
 def input_device(model: nn.Module) -> torch.device:
     """Device that a model takes its prompts on: that of its embeddings."""
+    return _runs_on(embeddings(model))
+
+
+def embeddings(model: nn.Module) -> nn.Module:
+    """The module that makes vectors of token ids."""
     anyone: Any = model
-    return _runs_on(anyone.get_input_embeddings())
+    return anyone.get_input_embeddings()
 
 
 def _runs_on(module: nn.Module) -> torch.device:
@@ -217,7 +232,9 @@ def _locate(model: nn.Module, point: HookPoint) -> tuple[nn.Module, bool]:
 
 def _from_module_path(name: str, model: nn.Module) -> HookPoint | None:
     path, layers = decoder_layers(model)
-    found = re.fullmatch(rf"{re.escape(path)}\.(\d+)(?:\.([\w.]+))?", name)
+    inside: Any = getattr(model, "get_base_model", None)  # of PEFT, whose paths begin elsewhere
+    paths = {path, path if inside is None else decoder_layers(inside())[0]}
+    found = re.fullmatch(rf"(?:{'|'.join(map(re.escape, sorted(paths)))})\.(\d+)(?:\.([\w.]+))?", name)
     if not found:
         return None
     layer, part = int(found[1]), found[2]

@@ -71,10 +71,7 @@ class Passes:
 
     def __init__(self, model: nn.Module):
         hook_points.refuse_compiled(model)
-        if not hasattr(model, "generate"):
-            raise CorrSteerError(
-                f"model must be a Hugging Face causal language model with generate, got {type(model).__name__}"
-            )
+        hook_points.check_generates(model)
         self.users: Counter[int] = Counter()
         self.steering: Counter[int] = Counter()
         self.wrapper: Callable[[], Any] = lambda: None

@@ -98,7 +98,7 @@ class BlockCollector:
             positions=self.options.positions,
             max_new_tokens=self.decoding.max_new_tokens,
             exclude_tokens=self.options.exclude_tokens,
-            budget_bytes=self.options.buffer_bytes,
+            buffer_bytes=self.options.buffer_bytes,
             sink=take,
         ) as capture:
             prompts = [self.prompts[i] for i in batch]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from corrsteer.arguments import whole
+from corrsteer.arguments import check_type, whole
 from corrsteer.compatibility import warn_once
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm import hook_points
@@ -110,6 +110,7 @@ def collect(
     """
     warn_once()
     decoding = decoding or Decoding()
+    check_type("encoders", encoders, Mapping, "a mapping of layers to encoders, such as {20: encoder}")
     encoders = {whole("each layer of encoders", layer, 0): encoder for layer, encoder in encoders.items()}
     if positions != "all":
         exclude_tokens = ()
@@ -122,6 +123,7 @@ def collect(
         statistics_bytes=statistics_bytes, backend=backend, exclude_tokens=exclude_tokens,
     )  # fmt: skip
     hook_offset = whole("hook_offset", hook_offset)
+    hook_points.check_generates(model)
     points = place(model, encoders, hook_offset)
     prompts = tokenize(model, tokenizer, task, decoding)
     devices = {layer: hook_points.device_of(model, point) for layer, point in points.items()}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from corrsteer.arguments import check_type
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm import hook_points
 from corrsteer.lm.hook_points import HookPoint
@@ -14,6 +15,8 @@ from corrsteer.sae.encoder import SparseEncoder
 
 def place(model: nn.Module, encoders: Mapping[int, SparseEncoder], hook_offset: int = 0) -> dict[int, HookPoint]:
     """The hook point of every encoder, after checking that each fits the model there."""
+    for layer, encoder in encoders.items():
+        check_type(f"encoders[{layer!r}]", encoder, SparseEncoder, "a SparseEncoder")
     if not encoders:
         raise CorrSteerError("encoders must map at least one layer to a SparseEncoder, got none")
     points = {}

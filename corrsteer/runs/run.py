@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from corrsteer.arguments import as_path
 from corrsteer.errors import CorrSteerError
 from corrsteer.files import sync_folder, to_json, write_tensors, write_utf8
 from corrsteer.lm.hook_points import HookPoint
@@ -111,7 +112,7 @@ class Run:
         ------
         CorrSteerError : where it cannot be written.
         """
-        directory = Path(directory)
+        directory = as_path("directory", directory)
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -182,7 +183,7 @@ class Run:
         ------
         CorrSteerError : if there is no run of this version, or it is damaged.
         """
-        directory = Path(directory)
+        directory = as_path("directory", directory)
         try:
             described = json.loads((directory / INDEX).read_bytes())
             if described.get("format") != FORMAT:
@@ -193,7 +194,7 @@ class Run:
             if strange := {name for name in _named(described) if not OWN.fullmatch(name)}:
                 raise ValueError(f"it names files that are not a run's, {sorted(strange)}")
             layers = {int(layer): entry for layer, entry in described["layers"].items()}
-            return cls(
+            run = cls(
                 moments={
                     layer: {pool: Moments.load(directory / name) for pool, name in entry["moments"].items()}
                     for layer, entry in layers.items()
@@ -209,12 +210,25 @@ class Run:
                 snapshots=[_snapshot(entry) for entry in described["snapshots"]],
                 **{key: described[key] for key in ("pool", "coefficient_pool", "notes", "provenance")},
             )
+            run._check()
+            return run
         except CorrSteerError:
             raise
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise CorrSteerError(f"{directory} is not a saved run: it has no {Path(error.filename).name}") from None
+            if (directory / INDEX).is_file():
+                raise CorrSteerError(f"the run in {directory} is damaged ({error}); collect again") from None
+            raise CorrSteerError(f"{directory} is not a saved run: it has no {INDEX}") from None
         except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise CorrSteerError(f"the run in {directory} is damaged ({error}); collect again") from None
+
+    def _check(self) -> None:
+        """Raise where a description does not fit its parts."""
+        for name in ("pool", "coefficient_pool"):
+            if not all(getattr(self, name) in pools for pools in self.moments.values()):
+                raise ValueError(f"{name} {getattr(self, name)!r} is none that it holds")
+        for name, kind in (("notes", list), ("provenance", dict)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} is no {kind.__name__}")
 
 
 def _named(described: dict[str, Any]) -> set[str]:

@@ -154,6 +154,8 @@ class SparseEncoder:
         missing = [name for name in NEEDED.get(self.activation, ()) if getattr(self, name) is None]
         if missing:
             raise CorrSteerError(f"{', '.join(missing)} must be given for activation {self.activation!r}, got None")
+        fix = "make one with corrsteer.sae.sources.decoder_in_memory"
+        check_type("decoder", self.decoder, Decoder, "a Decoder", fix)
         for name in TENSORS:
             part = getattr(self, name)
             if part is None:

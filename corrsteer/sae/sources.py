@@ -97,6 +97,7 @@ def read_config(directory: PathLike) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())  # in UTF-8, whatever the locale
     except (FileNotFoundError, NotADirectoryError):
+        _check_there(directory)
         raise CorrSteerError(
             f"{directory} is not an SAE directory: it has no {CONFIG}. It must hold {CONFIG} and {WEIGHTS}, "
             f"as SAELens' save_model writes them"
@@ -118,11 +119,17 @@ def read_config(directory: PathLike) -> dict[str, Any]:
     return config
 
 
+def _check_there(directory: Path) -> None:
+    if not directory.exists():
+        raise CorrSteerError(f"there is no SAE directory at {directory}; was it moved?")
+
+
 def _open(directory: Path) -> safe_open:
     path = directory / WEIGHTS
     try:
         return safe_open(str(path), framework="pt")
     except FileNotFoundError:
+        _check_there(directory)
         raise CorrSteerError(f"{directory} is not an SAE directory: it has no {WEIGHTS}") from None
     except (SafetensorError, OSError) as error:
         raise CorrSteerError(f"{path} is damaged ({error}); fetch or save it again") from None

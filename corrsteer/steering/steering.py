@@ -12,14 +12,13 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from corrsteer.arguments import number, wholes
+from corrsteer.arguments import as_path, check_type, number, wholes
 from corrsteer.compatibility import warn_once
 from corrsteer.errors import CorrSteerError
 from corrsteer.files import to_json, write_tensors
@@ -71,6 +70,12 @@ class Steering:
         coefficient : what each is multiplied by.
         """
         coefficient = number("coefficient", coefficient)
+        check_type("vectors", vectors, Mapping, "a mapping of hook points to tensors [d]")
+        for name, vector in vectors.items():
+            check_type("each key of vectors", name, str, "the name of a hook point")
+            check_type(f"vectors[{name!r}]", vector, Tensor, "a tensor [d]", "use torch.as_tensor")
+            if not vector.numel() or not bool(torch.isfinite(vector).all()):
+                raise CorrSteerError(f"vectors[{name!r}] must hold finite numbers, one or more, got others or none")
         shapes = {name: list(vector.shape) for name, vector in vectors.items()}
         if len({tuple(shape) for shape in shapes.values()}) != 1 or any(len(shape) != 1 for shape in shapes.values()):
             raise CorrSteerError(f"vectors must map hook points to tensors [d], one or more of one d, got {shapes}")
@@ -125,7 +130,7 @@ class Steering:
         ------
         CorrSteerError : if the file is missing, truncated, not a steering file, or not for this model.
         """
-        if not Path(path).is_file():
+        if not as_path("path", path).is_file():
             raise CorrSteerError(f"there is no steering file at {path}")
         try:
             with safe_open(str(path), framework="pt") as file:
@@ -201,5 +206,7 @@ def apply_rows(
             if point not in vectors:
                 vectors[point] = torch.zeros(len(steerings), len(vector), dtype=vector.dtype, device=vector.device)
             vectors[point][at] = scale * vector
+    if not all(bool(torch.isfinite(table).all()) for table in vectors.values()):
+        raise CorrSteerError(f"scale must leave what is added finite in float32, got {scale:g}; take a smaller one")
     with add_vectors(model, vectors, chosen, positions):
         yield

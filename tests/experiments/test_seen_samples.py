@@ -66,7 +66,7 @@ def test_evaluating_on_samples_that_were_seen_says_so_and_on_others_says_nothing
     selected_on, validated_on = evaluate(*world, task, scaled, **QUIET).notes
     assert selected_on == (
         "40 of the 50 samples of 'doubles' (all) are among those that features were selected on, so the score "
-        "flatters; take others, such as the test part"
+        "flatters; take samples that were left out of those"
     )
     assert validated_on.startswith("5 of the 50 samples of 'doubles' (all) are among those that the steering was valid")
     other = task.split(seed=1)[2]

@@ -58,7 +58,7 @@ def first_stop(tokens, stops):
 
 def captured(model, prompts, stops, n, *, max_new_tokens=None, sink=None, points=POINTS, eos=False, **options):
     """The capture of a greedy generation, and its tokens."""
-    capture_options = {k: options.pop(k) for k in ("positions", "budget_bytes", "exclude_tokens") if k in options}
+    capture_options = {k: options.pop(k) for k in ("positions", "buffer_bytes", "exclude_tokens") if k in options}
     capture = Capture(
         model, points, stop_tokens=stops, max_new_tokens=max_new_tokens or n, sink=sink, **capture_options
     )
@@ -246,7 +246,7 @@ def test_parts_that_left_the_buffer_and_what_stayed_make_up_the_whole_capture(po
         stop_tokens=stops,
         max_new_tokens=LONGEST,
         positions=positions,
-        budget_bytes=budget,
+        buffer_bytes=budget,
         sink=sink,
     )
     with capture:
@@ -273,7 +273,7 @@ def test_a_prompt_longer_than_the_buffer_goes_to_the_sink_as_it_is_read(n):
         n,
         points={1: HookPoint(1)},
         positions="all",
-        budget_bytes=3 * len(LENGTHS) * WIDTH * 4,
+        buffer_bytes=3 * len(LENGTHS) * WIDTH * 4,
         sink=lambda key, x, cu_seqlens: parts.append(cu_seqlens.diff()),
     )
     kept = sum(parts, capture.packed(1)[1].diff())
@@ -287,12 +287,12 @@ def test_a_prompt_longer_than_the_buffer_goes_to_the_sink_as_it_is_read(n):
     ids=["no sink", "less than a step", "nothing"],
 )
 def test_a_budget_that_is_too_small_is_refused_with_what_is_needed(budget, sink, needed):
-    with pytest.raises(CorrSteerError, match=f"budget_bytes must be at least {needed or 4 * STEP_BYTES} "):
-        captured(tiny("llama"), prompts_of(LENGTHS), [], 4, budget_bytes=budget, sink=sink)
+    with pytest.raises(CorrSteerError, match=f"buffer_bytes must be at least {needed or 4 * STEP_BYTES} "):
+        captured(tiny("llama"), prompts_of(LENGTHS), [], 4, buffer_bytes=budget, sink=sink)
 
 
 def test_a_budget_that_is_just_enough_needs_no_sink():
-    capture, _ = captured(tiny("llama"), prompts_of(LENGTHS), [], 4, budget_bytes=4 * STEP_BYTES)
+    capture, _ = captured(tiny("llama"), prompts_of(LENGTHS), [], 4, buffer_bytes=4 * STEP_BYTES)
     assert not capture.flushed and len(capture.packed(1)[0]) == 4 * len(LENGTHS)
 
 

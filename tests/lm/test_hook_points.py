@@ -2,6 +2,7 @@ import copy
 import threading
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 import transformers
@@ -81,6 +82,13 @@ def test_an_unknown_name_is_refused_with_the_kinds_that_are_allowed(name):
         HookPoint.parse(name, tiny("llama"))
     assert repr(name) in str(error.value)
     assert all(kind in str(error.value) for kind in KINDS)
+
+
+def test_a_module_path_of_a_peft_model_is_that_of_the_model_inside_too():
+    adapted = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    for path in ("model.layers.1", "base_model.model.model.layers.1"):
+        assert HookPoint.parse(path, adapted) == HookPoint(1)
+        assert HookPoint.parse(f"{path}.mlp", adapted) == HookPoint(1, "mlp_out")
 
 
 def test_a_module_path_without_the_model_is_refused():

@@ -377,15 +377,23 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path):
         Run.load(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ("no pool", "rewards cut", "moments cut", "moments of another size", "not a dict"))
+EDITED = {
+    "not a dict": {"layers": [1]}, "another pool": {"pool": "x"}, "another coefficient pool": {"coefficient_pool": "x"},
+    "notes of one": {"notes": "one"}, "no provenance": {"provenance": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "damage", ("no pool", "no rewards", "rewards cut", "moments cut", "moments of another size", *EDITED)
+)
 def test_a_damaged_run_is_refused(model, tmp_path, damage):
     gather(model).save(tmp_path)
-    described = json.loads((tmp_path / "run.json").read_text())
+    described = json.loads((tmp_path / "run.json").read_text()) | EDITED.get(damage, {})
     if damage == "no pool":
         del described["pool"]
-    if damage == "not a dict":
-        described["layers"] = [1]
     (tmp_path / "run.json").write_text(json.dumps(described))
+    if damage == "no rewards":
+        (tmp_path / "rewards.safetensors").unlink()
     if damage == "rewards cut":
         (tmp_path / "rewards.safetensors").write_bytes((tmp_path / "rewards.safetensors").read_bytes()[:-4])
     if damage == "moments cut":
