@@ -425,7 +425,7 @@ def test_a_collection_that_must_stop_is_saved_as_far_as_it_came(world, tmp_path,
         "collect", "--config", world / "collect.yaml", "--grader", "moody:grade", "--batch-size", 8,
         "--out", tmp_path / "partial", ok=False,
     )  # fmt: skip
-    assert "24 samples collected before are kept" in result.stderr
+    assert "; the 24 samples before are in" in result.stderr and "which select takes as it is" in result.stderr
     selected = json.loads(run("select", tmp_path / "partial", "--out", tmp_path / "s", "--json").stdout)
     assert selected["features"]
 
