@@ -201,8 +201,8 @@ class Passes:
         if start and isinstance(mask, Tensor) and mask.dim() == 2 and steps < mask.shape[1] < start + steps:
             raise CorrSteerError(
                 f"a pass of the model reads {steps} tokens after {start} in the cache, but its attention_mask covers "
-                f"{mask.shape[1]}, so that which of them are prompt cannot be known; PEFT's virtual tokens come again "
-                f"at each step with a transformers that is newer than it"
+                f"{mask.shape[1]}, so that which tokens are prompt cannot be known; give it an attention_mask [B, all "
+                f"tokens]. PEFT's virtual tokens come again at each step with a transformers that is newer than it"
             )
         if sublayers.probing():  # in whatever call it is, it is none of its passes
             reading = Pass(rows, steps, self._d, 0, steps)
