@@ -159,7 +159,7 @@ def test_new_tokens_after_a_filled_cache_that_nothing_covers_are_refused():
         for mask in (None, torch.ones_like(ids)):
             filled = transformers.DynamicCache(config=model.config)
             model(ids[:, :6], **{name: filled})
-            refused = pytest.raises(CorrSteerError, match="which tokens are prompt cannot be known; give it an attention_mask")
+            refused = pytest.raises(CorrSteerError, match="which tokens are prompt cannot be known; give it an")
             with refused if mask is None else contextlib.nullcontext():
                 model.generate(ids[:, 6:], attention_mask=mask, max_new_tokens=2, do_sample=False, **{name: filled})
 
