@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
 # A GPU machine may have little more than torch, triton and pytest; these files run there, the others need all of it.
 RUN_ANYWHERE = ("ops/test_operations.py", "kernels/test_kernels.py", "ops/test_registry.py")
 NEEDED = ("transformers", "sae_lens", "hypothesis", "scipy", "sklearn", "pydantic", "typer", "yaml", "tqdm",
-          "pytest_benchmark", "matplotlib", "build", "pybind11", "mkdocs", "mkdocstrings")  # fmt: skip
+          "pytest_benchmark", "peft", "matplotlib", "build", "pybind11", "mkdocs", "mkdocstrings")  # fmt: skip
 if any(importlib.util.find_spec(package) is None for package in NEEDED):
     files = [path.relative_to(HERE).as_posix() for path in HERE.rglob("test_*.py")]
     collect_ignore = [path for path in files if path not in RUN_ANYWHERE]

@@ -9,6 +9,7 @@ import pickle
 import threading
 from types import SimpleNamespace
 
+import accelerate
 import architectures
 import peft
 import pytest
@@ -642,12 +643,10 @@ def test_a_pass_that_was_interrupted_says_nothing_of_the_next_one():
 
 
 def offloaded(tmp_path):
-    accelerate = pytest.importorskip("accelerate")
     return accelerate.cpu_offload(build("llama"))
 
 
 def on_disk(tmp_path):
-    accelerate = pytest.importorskip("accelerate")
     return accelerate.disk_offload(build("llama"), str(tmp_path))
 
 
