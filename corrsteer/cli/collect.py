@@ -38,6 +38,8 @@ def collect(
         "scores": tuple(dict.fromkeys(("pearson", *settings.score))),
     }
     Options(**asked, patience_layers=None)  # refuses what it must before a model is loaded
+    if settings.keep_bos and settings.positions != "all":
+        raise CorrSteerError("keep_bos is of prompts, which positions 'all' reads; give --positions all too")
     sources = inputs.parse_saes(settings.sae)
     inputs.check_saes(sources)
     _prepare(settings.out, force)

@@ -199,9 +199,21 @@ def read(kind: type[S], config: Path | None, flags: dict[str, Any], defaults: di
         raise CorrSteerError("; ".join(problems)) from None
 
 
+class _NoKeyTwice(yaml.SafeLoader):
+    """YAML as `safe_load` reads it, but for a key given twice, of which that would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        # "<<" takes another mapping in, whose keys may be given again
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if not key.tag.endswith(":merge")]
+        for at, key in enumerate(keys):
+            if key in keys[:at]:
+                raise yaml.constructor.ConstructorError(None, None, f"it has {key!r} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_bytes().decode("utf-8-sig"))
+        values = yaml.load(path.read_bytes().decode("utf-8-sig"), _NoKeyTwice)
     except OSError as error:
         raise CorrSteerError(f"config {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

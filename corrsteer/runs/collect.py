@@ -113,6 +113,11 @@ def collect(
     check_type("encoders", encoders, Mapping, "a mapping of layers to encoders, such as {20: encoder}")
     encoders = {whole("each layer of encoders", layer, 0): encoder for layer, encoder in encoders.items()}
     if positions != "all":
+        if exclude_tokens:
+            raise CorrSteerError(
+                f"exclude_tokens must be left out unless positions is 'all', as they are of prompts, got positions "
+                f"{positions!r}"
+            )
         exclude_tokens = ()
     elif exclude_tokens is None:
         exclude_tokens = excluded_tokens(tokenizer, encoders.values())

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import corrsteer
 from corrsteer import Run, Steering, Task
-from corrsteer.cli import app
+from corrsteer.cli import app, settings
 
 COMMANDS = ("demo", "collect", "select", "calibrate", "evaluate", "generate", "plan", "doctor")
 
@@ -377,6 +377,23 @@ def test_yaml_with_an_unknown_setting_or_no_mapping_is_refused(tmp_path):
     assert "must be a mapping of settings, got list" in run("collect", "--config", tmp_path / "b.yaml", ok=False).stderr
     (tmp_path / "c.yaml").write_text("a: [\n")
     assert "is not YAML" in run("collect", "--config", tmp_path / "c.yaml", ok=False).stderr
+
+
+def test_a_setting_given_twice_in_yaml_is_refused(world, tmp_path):
+    twice = (world / "collect.yaml").read_text() + "\npool: max\npool: mean\n"
+    (tmp_path / "twice.yaml").write_text(twice)
+    result = run("collect", "--config", tmp_path / "twice.yaml", "--out", tmp_path / "run", ok=False)
+    assert "is not YAML: it has 'pool' twice" in result.stderr
+
+
+def test_a_mapping_taken_into_another_in_yaml_may_be_overridden(tmp_path):
+    (tmp_path / "merged.yaml").write_text("sae: &one\n  1: identity\n  2: identity\ntask:\n  <<: *one\n  2: other\n")
+    assert settings._yaml(tmp_path / "merged.yaml")["task"] == {1: "identity", 2: "other"}
+
+
+def test_keeping_the_bos_token_of_prompts_that_are_not_read_is_refused(world, tmp_path):
+    result = run("collect", "--config", world / "collect.yaml", "--keep-bos", "--out", tmp_path / "run", ok=False)
+    assert "keep_bos is of prompts, which positions 'all' reads" in result.stderr
 
 
 def test_a_yaml_file_may_have_a_byte_order_mark_but_must_be_utf_8(world, tmp_path):

@@ -100,6 +100,11 @@ def test_tokens_that_an_sae_was_trained_without_are_excluded_with_the_bos_token(
     assert excluded_tokens(tiny_pipeline.tokenizer(), encoders.values()) == excluded
 
 
+def test_excluding_tokens_of_prompts_that_are_not_read_is_refused(model):
+    with pytest.raises(CorrSteerError, match="exclude_tokens must be left out unless positions is 'all'"):
+        gather(model, exclude_tokens=[1])
+
+
 def test_a_tokenizer_without_a_bos_token_excludes_nothing():
     tokenizer = copy.deepcopy(tiny_pipeline.tokenizer())
     tokenizer.bos_token = None
