@@ -87,6 +87,7 @@ class Capture:
     def __enter__(self) -> Capture:
         self._buffer: dict[object, Tensor] = {}  # key -> [B, capacity, d], on the device of its layer
         self._capacity = 0
+        self._prompt: Tensor  # [B, steps] bool, which of the first pass's tokens are kept
         self._kept: Tensor  # [B, capacity] bool, which of the buffered steps are kept
         self._filled = 0  # buffered steps whose token has been sampled
         self._pending = 0  # steps that the running pass has put behind them
@@ -155,7 +156,9 @@ class Capture:
             self._call = reading.call
         if self._call is None or reading.call is not self._call:
             raise CorrSteerError("a capture holds one call of model.generate; enter a new Capture for the next one")
-        kept = self._first_kept(h, reading) if first else None
+        if not self._allocated:  # for all hook points at once: it waits for a GPU
+            self._prompt = self._first_kept(h, reading)
+        kept = self._prompt.to(h.device) if first else None
         steps = 1 if kept is None else kept.shape[1]
         if not self._allocated:
             self._allocate(h, steps + self.max_new_tokens - 1)

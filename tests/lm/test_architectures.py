@@ -175,7 +175,6 @@ def check_capture(model, prompts, positions, same):
     with Capture(model, {"x": POINT}, stop_tokens=[], positions=positions, max_new_tokens=N) as capture:
         prompts.generate(model, stopping_criteria=[capture.stopping_criterion])
     x, cu_seqlens = capture.packed("x")
-    expected = []
     if same:  # the last pass without a cache is that over everything
         with by_hand(model, prompts) as hand:
             prompts.generate(model, use_cache=False)
