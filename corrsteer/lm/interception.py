@@ -10,6 +10,7 @@ import copy
 import functools
 import inspect
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,53 +28,64 @@ _lock = threading.RLock()  # a context that the garbage collector ends may end i
 
 
 class _Intercepted:
-    """How often a class is intercepted, and what undoes it."""
+    """By whom and how often a class is intercepted, whether models may be compiled for each, and what undoes it."""
 
-    def __init__(self, undo: Callable[[], None]):
-        self.users, self.undo = 0, undo
+    def __init__(self, model_class: type):
+        self.users: Counter[tuple[ContextOf, bool]] = Counter()
+        self.undo = _intercept(model_class, self.users)
 
 
 _classes: dict[type, _Intercepted] = {}
 
 
 @contextlib.contextmanager
-def intercepted(model_class: type, context_of: ContextOf) -> Iterator[None]:
+def intercepted(model_class: type, context_of: ContextOf, *, compiles: bool = False) -> Iterator[None]:
     """Have `generate` of a class run in a context for models that `context_of` has one for; others do not notice.
 
     Parameters
     ----------
     context_of : gives what calls of a model run in, or None.
+    compiles : whether `generate` may compile such a model, as hooks were on it before.
     """
+    user = context_of, compiles
     with _lock:
         if model_class not in _classes:
-            _classes[model_class] = _Intercepted(_intercept(model_class, context_of))
-        _classes[model_class].users += 1
+            _classes[model_class] = _Intercepted(model_class)
+        _classes[model_class].users[user] += 1
     try:
         yield
     finally:
         with _lock:
-            _classes[model_class].users -= 1
-            if not _classes[model_class].users:
+            users = _classes[model_class].users
+            users[user] -= 1
+            if not users[user]:
+                del users[user]
+            if not users:
                 _classes.pop(model_class).undo()
 
 
-def _intercept(model_class: Any, context_of: ContextOf) -> Callable[[], None]:
+def _intercept(model_class: Any, users: Counter[tuple[ContextOf, bool]]) -> Callable[[], None]:
     inner = model_class.generate
     takes = inspect.signature(inner).parameters.values()
     open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes)
 
+    def contexts_of(model: nn.Module) -> list[tuple[Context, bool]]:
+        found = [(context_of(model), compiles) for context_of, compiles in list(users)]
+        return [(context, compiles) for context, compiles in found if context is not None]
+
     @functools.wraps(inner)
     def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        context = context_of(self)
-        if context is None:
-            return inner(self, *args, **kwargs)
-        if open_ended:  # one of the model's own may be asked for nothing else
+        contexts = contexts_of(self)
+        # one of the model's own may be asked for nothing else
+        if open_ended and not all(compiles for _, compiles in contexts):
             args, kwargs = _uncompiled(args, kwargs)
-        with context(args, kwargs):
+        with contextlib.ExitStack() as stack:
+            for context, _ in contexts:
+                stack.enter_context(context(args, kwargs))
             return inner(self, *args, **kwargs)
 
     def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if context_of(self) is not None:
+        if contexts_of(self):
             raise CorrSteerError(
                 "generate_batch packs the tokens of many prompts into one row, and which of them are whose cannot be "
                 "known; use model.generate"
@@ -86,6 +98,14 @@ def _intercept(model_class: Any, context_of: ContextOf) -> Callable[[], None]:
         if batching is not None:
             stack.callback(_replace(model_class, CONTINUOUS, functools.wraps(batching)(refuse)))
         return stack.pop_all().close
+
+
+def told(name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call of `generate` with these arguments is told, or else the model's own configuration says; or None."""
+    given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    own = getattr(model, "generation_config", None)
+    values = (kwargs.get(name), getattr(given, name, None), getattr(own, name, None))
+    return next((value for value in values if value is not None), None)
 
 
 def _replace(model_class: type, name: str, value: Any) -> Callable[[], None]:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm import hook_points, module_hooks, sublayers
 from corrsteer.lm.hook_points import HookPoint
-from corrsteer.lm.interception import Context, intercepted
-from corrsteer.lm.token_positions import Call, Pass, Shape
+from corrsteer.lm.interception import Context, intercepted, told
+from corrsteer.lm.token_positions import Call, Pass, Shape, prompts_of
 
 CACHES = ("past_key_values", "cache", "cache_params", "state", "past_buckets_states", "mems")  # what models call it
 
@@ -140,17 +140,11 @@ class Passes:
     @contextlib.contextmanager
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """A call of `generate` with these arguments, while it runs."""
-        given = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))]
-        given = [prompts for prompts in given if isinstance(prompts, Tensor) and prompts.dim() > 1]
-        widths = [prompts.shape[1] for prompts in given]
-        mask = kwargs.get("attention_mask")
-        if widths and isinstance(mask, Tensor):  # which covers a filled cache, where the ids may not
-            widths.append(mask.shape[-1])
-        ids = [prompts for prompts in given if prompts.dim() == 2 and prompts.numel()]
+        width, ids = prompts_of(args, kwargs)
         calls, passes = self._local.calls, self._local.passes
         depth = len(passes)
         continues = any(_cached(kwargs.get(name)) != 0 for name in CACHES)
-        call = Call(max(widths, default=0) or None, ids[0] if ids else None, continues, self._beams(args, kwargs))
+        call = Call(width, ids, continues, self._beams(args, kwargs))
         calls.append(call)
         try:
             yield
@@ -161,10 +155,7 @@ class Passes:
 
     def _beams(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """How many beams `generate` searches with: as it was told, or else as the model's own configuration says."""
-        given = args[1] if len(args) > 1 else kwargs.get("generation_config")
-        own = getattr(self._model(), "generation_config", None)
-        told = (kwargs.get("num_beams"), getattr(given, "num_beams", None), getattr(own, "num_beams", None))
-        return next((beams for beams in told if beams is not None), 1)
+        return told("num_beams", self._model(), args, kwargs) or 1
 
     def _current(self) -> Pass:
         if not self._local.passes:

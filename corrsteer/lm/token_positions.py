@@ -172,29 +172,75 @@ class Pass:
 
     def real(self, device: torch.device) -> Tensor:
         """Which of the tokens are not padding, `[B, S]` bool."""
-        mask: Any = self.mask
-        if isinstance(mask, dict):  # one per kind of layer; that of full attention sees the furthest
-            kinds = [m for m in mask.values() if m is not None]
-            tensors = all(isinstance(m, Tensor) for m in kinds)
-            mask = max(kinds, key=lambda m: m.shape[-1], default=None) if tensors else kinds[0]
-        if mask is None:
-            return torch.ones(self.rows, self.steps, dtype=torch.bool, device=device)
-        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] in (self.steps, self.end):
-            return mask[:, -self.steps :].to(device).bool()
-        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > self.end:
-            return mask[:, self.start : self.end].to(device).bool()
-        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == self.steps:
-            # Prepared for a static cache: [B, 1, S, keys], boolean or added to the attention scores. A token that
-            # does not even attend to itself is padding. A sliding window's keys end in the tokens read.
-            keys = mask.shape[3]
-            offset = self.start if keys >= self.end else keys - self.steps
-            own = mask[:, 0].diagonal(offset=offset, dim1=1, dim2=2).to(device)
-            return (own if own.dtype == torch.bool else own >= 0).expand(self.rows, self.steps)
-        shape = f"{list(mask.shape)} " if isinstance(mask, Tensor) else ""
-        raise CorrSteerError(
-            f"attention_mask must be [B, S] or one that transformers prepares of it, got {shape}{type(mask).__name__}, "
-            f"which does not say which tokens are padding; load the model with attn_implementation='sdpa'"
-        )
+        mask = self.mask
+        if isinstance(mask, Tensor) and mask.dim() == 2 and self.steps < mask.shape[1] < self.end:
+            raise unknown_mask(mask)
+        return real_tokens(mask, self.rows, self.steps, self.start, device)
+
+
+def prompts_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, Tensor | None]:
+    """How wide the prompts of a call of `generate` are, tokens in a filled cache included, and their ids `[B, W]`.
+
+    None where the arguments hold no prompts; ids are None where they hold embeddings.
+    """
+    given = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))]
+    given = [prompts for prompts in given if isinstance(prompts, Tensor) and prompts.dim() > 1]
+    widths = [prompts.shape[1] for prompts in given]
+    mask = kwargs.get("attention_mask")
+    if widths and isinstance(mask, Tensor):  # which covers a filled cache, where the ids may not
+        widths.append(mask.shape[-1])
+    ids = [prompts for prompts in given if prompts.dim() == 2 and prompts.numel()]
+    return max(widths, default=0) or None, ids[0] if ids else None
+
+
+def real_tokens(mask: Any, rows: int, steps: int, start: int | Tensor, device: torch.device) -> Tensor:
+    """Which tokens of a pass are not padding: `[rows, steps]` bool.
+
+    Parameters
+    ----------
+    mask : the attention mask that the pass is given, whatever its kind.
+    rows, steps : B and S, of the tokens it reads.
+    start : absolute position of the first of them; a tensor `[]` where it is not known to Python, in a compiled graph.
+    """
+    if isinstance(mask, dict):
+        mask = _furthest([kind for kind in mask.values() if kind is not None])
+    if mask is None:
+        return torch.ones(rows, steps, dtype=torch.bool, device=device)
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4) or mask.shape[-1] < steps:
+        raise unknown_mask(mask)
+    mask, keys = mask.to(device), mask.shape[-1]
+    token = torch.arange(steps, dtype=torch.int64, device=device)
+    # What keys there are ends in the tokens read, but where room was left for more.
+    end = start + steps
+    column = token + (end.clamp(max=keys) if isinstance(end, Tensor) else min(end, keys)) - steps
+    if mask.dim() == 2:
+        return mask[:, column].bool()
+    if mask.shape[2] != steps:
+        raise unknown_mask(mask)
+    # Prepared for a static cache: [B, 1, S, keys], boolean or added to the attention scores. A token that does not even
+    # attend to itself is padding.
+    own = mask[:, 0][:, token, column]
+    return (own if own.dtype == torch.bool else own >= 0).expand(rows, steps)
+
+
+def _furthest(masks: list[Any]) -> Any:
+    """Of masks for each kind of layer that of full attention, which sees the furthest; or one that is no tensor."""
+    found = None
+    for mask in masks:  # max() of them is not what torch.compile traces
+        if not isinstance(mask, Tensor):
+            return mask
+        if found is None or mask.shape[-1] > found.shape[-1]:
+            found = mask
+    return found
+
+
+def unknown_mask(mask: Any) -> CorrSteerError:
+    """What to raise for a mask that does not say which tokens are padding."""
+    shape = f"{list(mask.shape)} " if isinstance(mask, Tensor) else ""
+    return CorrSteerError(
+        f"attention_mask must be [B, S] or one that transformers prepares of it, got {shape}{type(mask).__name__}, "
+        f"which does not say which tokens are padding; load the model with attn_implementation='sdpa'"
+    )
 
 
 def check_positions(positions: str, known: tuple[str, ...] = POSITIONS) -> None:
