@@ -186,7 +186,7 @@ def refuse_compiled(module: nn.Module) -> None:
     if compiled or hasattr(module.forward, "_torchdynamo_orig_callable"):
         raise CorrSteerError(
             "model is already compiled by torch.compile, which ignores hooks added afterwards; "
-            "pass the model as it was before compiling"
+            "pass the model as it was before compiling, or put hooks on it with Steering.install first"
         )
 
 

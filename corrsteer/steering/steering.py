@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from corrsteer.lm.hook_points import HookPoint
 from corrsteer.lm.token_positions import check_positions
 from corrsteer.steering.features import Feature
 from corrsteer.steering.hooks import add_vectors
+from corrsteer.steering.install import InstalledVectors
 from corrsteer.types import PathLike
 
 FORMAT = "corrsteer.steering/3"
@@ -111,6 +112,33 @@ class Steering:
         """
         return apply_rows(model, [self], None, positions=positions, scale=scale)
 
+    def install(
+        self, model: nn.Module, positions: str = "generated", scale: float = 1.0, points: Iterable[str] = ()
+    ) -> Installed:
+        """Steer by hooks that stay on the model, so that `torch.compile` and CUDA graphs keep them.
+
+        What they add is kept in tensors that are changed in place: another steering, another scale or none needs no
+        compilation.
+
+            with steering.install(model) as installed:
+                model.forward = torch.compile(model.forward)
+                model.generate(**inputs)
+                installed.set(other, scale=0.5)
+                model.generate(**inputs)
+
+        Parameters
+        ----------
+        model : a Hugging Face causal language model that is not compiled yet.
+        positions, scale : as for `apply`.
+        points : hook points beside those of this steering at which others may be set later.
+
+        Raises
+        ------
+        CorrSteerError : if the model has another width or no such layer, or is already compiled. And in a call of
+            `generate` for prompts padded on the right, guidance, and a prompt read in chunks of one token.
+        """
+        return Installed(model, self, positions, scale, points)
+
     def save(self, path: PathLike) -> None:
         """Write a safetensors file: the directions, and everything else as JSON in its metadata."""
         described = {
@@ -168,6 +196,58 @@ class Steering:
             hook_points.check_point(model, point)
 
 
+class Installed:
+    """Hooks that `Steering.install` put on a model, and what they add. As a context, it removes them at its end.
+
+    Contexts and other installations on the same model add up.
+
+    Attributes
+    ----------
+    steering, scale : what is added; None where nothing is.
+    """
+
+    def __init__(self, model: nn.Module, steering: Steering, positions: str, scale: float, points: Iterable[str]):
+        warn_once()
+        scale = check_application(positions, scale)
+        if isinstance(points, str):
+            raise CorrSteerError(f"points must be a sequence of hook points, such as [{points!r}], got {points!r}")
+        further = [HookPoint.parse(name, model) for name in points]
+        self._model = model
+        vectors = self._of(steering, scale)
+        self._vectors = InstalledVectors(model, dict.fromkeys([*vectors, *further]), positions)
+        self._vectors.set(vectors)
+        self.steering: Steering | None = steering
+        self.scale: float = scale
+
+    def set(self, steering: Steering | None, scale: float = 1.0) -> None:
+        """Steer by another steering, or by another scale, from now on; by None, steer by nothing.
+
+        Nothing is compiled anew.
+
+        Raises
+        ------
+        CorrSteerError : if the steering has another width, or a hook point at which no hook was installed.
+        """
+        scale = number("scale", scale)
+        self._vectors.set({} if steering is None else self._of(steering, scale))
+        self.steering, self.scale = steering, scale
+
+    def _of(self, steering: Steering, scale: float) -> dict[HookPoint, Tensor]:
+        check_type("steering", steering, Steering, "a Steering")
+        return {point: table[0] for point, table in _tables(self._model, [steering], scale).items()}
+
+    def remove(self) -> None:
+        """Take the hooks off the model, and undo the steering where a compiled graph keeps them."""
+        self.steering = None
+        self._vectors.remove()
+
+    def __enter__(self) -> Installed:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
 def check_application(positions: str, scale: float) -> float:
     """Raise unless steerings can be applied at these positions and by this scale, which is given back as a float."""
     check_positions(positions)
@@ -199,6 +279,12 @@ def apply_rows(
         if not all(-1 <= row < len(steerings) for row in numbers):
             raise CorrSteerError(f"rows must lie in -1..{len(steerings) - 1}, got {numbers}")
         chosen = torch.tensor(numbers, dtype=torch.int32, device="cpu")
+    with add_vectors(model, _tables(model, steerings, scale), chosen, positions):
+        yield
+
+
+def _tables(model: nn.Module, steerings: Sequence[Steering], scale: float) -> dict[HookPoint, Tensor]:
+    """What is added at each hook point by each of V steerings that fit the model, `[V, d]` float32."""
     vectors: dict[HookPoint, Tensor] = {}
     for at, steering in enumerate(steerings):
         steering.check(model)
@@ -208,5 +294,4 @@ def apply_rows(
             vectors[point][at] = scale * vector
     if not all(bool(torch.isfinite(table).all()) for table in vectors.values()):
         raise CorrSteerError(f"scale must leave what is added finite in float32, got {scale:g}; take a smaller one")
-    with add_vectors(model, vectors, chosen, positions):
-        yield
+    return vectors
