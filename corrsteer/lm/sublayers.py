@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -44,10 +44,28 @@ def probing() -> bool:
     return getattr(_probing, "now", False)
 
 
+def endings(model: nn.Module, parts: Iterable[nn.Module], device: torch.device) -> dict[nn.Module, list[nn.Module]]:
+    """Of each part of a model, itself and the modules in it that put out what it does; none that run more than once."""
+    with _one_at_a_time, contextlib.ExitStack() as stack:
+        outputs = {part: stack.enter_context(_outputs(part.modules(), once=True)) for part in parts}
+        _look(model, device)
+    return {
+        part: [module for module, out in found.items() if part in found and _equal(out, found[part])]
+        for part, found in outputs.items()
+    }
+
+
 def _probe(model: nn.Module, layers: nn.ModuleList, device: torch.device) -> list[Pair | None]:
-    ids = torch.arange(PROBE, dtype=torch.int64, device=device)[None]
     with contextlib.ExitStack() as stack:
         watched = [stack.enter_context(_watched(layer)) for layer in layers]
+        _look(model, device)
+    return [_pair(*one) for one in watched]
+
+
+def _look(model: nn.Module, device: torch.device) -> None:
+    """Run the pass in which the model is looked at."""
+    ids = torch.arange(PROBE, dtype=torch.int64, device=device)[None]
+    with contextlib.ExitStack() as stack:
         stack.enter_context(_evaluated(model))
         _probing.now = True
         stack.callback(lambda: setattr(_probing, "now", False))
@@ -59,7 +77,6 @@ def _probe(model: nn.Module, layers: nn.ModuleList, device: torch.device) -> lis
                 f"attn_out and mlp_out are found by a pass of the model, which failed with {type(error).__name__}: "
                 f"{error}; use resid_pre or resid_post"
             ) from error
-    return [_pair(*one) for one in watched]
 
 
 @contextlib.contextmanager
@@ -82,14 +99,6 @@ def _watched(layer: nn.Module) -> Iterator[tuple[list[Tensor], dict[nn.Module, T
     Of the probing pass alone: other threads may run the model meanwhile.
     """
     ends: list[Tensor] = []
-    parts: dict[nn.Module, Tensor] = {}
-
-    def keep(module: nn.Module, _args: Any, output: Any) -> None:
-        if not probing():
-            return
-        output = output[0] if isinstance(output, (tuple, list)) else output
-        if isinstance(output, Tensor) and output.is_floating_point():
-            parts.setdefault(module, output.detach().clone())
 
     def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if probing():
@@ -100,12 +109,42 @@ def _watched(layer: nn.Module) -> Iterator[tuple[list[Tensor], dict[nn.Module, T
             ends.append((output[0] if isinstance(output, (tuple, list)) else output).detach().clone())
 
     handles = [layer.register_forward_pre_hook(begin, with_kwargs=True), layer.register_forward_hook(end, prepend=True)]
-    handles += [part.register_forward_hook(keep) for part in layer.modules() if part is not layer]
     try:
-        yield ends, parts
+        with _outputs(part for part in layer.modules() if part is not layer) as parts:
+            yield ends, parts
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def _outputs(modules: Iterable[nn.Module], *, once: bool = False) -> Iterator[dict[nn.Module, Tensor]]:
+    """What modules put out when they first run in the probing pass; `once`, of those alone that run no second time."""
+    outputs: dict[nn.Module, Tensor] = {}
+    again: set[nn.Module] = set()
+
+    def keep(module: nn.Module, _args: Any, output: Any) -> None:
+        if not probing():
+            return
+        output = output[0] if isinstance(output, (tuple, list)) else output
+        if module in outputs:
+            again.add(module)
+        elif isinstance(output, Tensor) and output.is_floating_point():
+            outputs[module] = output.detach().clone()
+
+    handles = [module.register_forward_hook(keep) for module in modules]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in again if once else ():
+            del outputs[module]
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two outputs hold the same numbers, of tokens in rows or one after another."""
+    return one.numel() == other.numel() and torch.equal(one.reshape(other.shape), other)
 
 
 def _pair(ends: list[Tensor], parts: dict[nn.Module, Tensor]) -> Pair | None:

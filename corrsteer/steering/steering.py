@@ -12,7 +12,7 @@ import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,9 +26,12 @@ from corrsteer.lm import hook_points
 from corrsteer.lm.hook_points import HookPoint
 from corrsteer.lm.token_positions import check_positions
 from corrsteer.steering.features import Feature
+from corrsteer.steering.fold import fold_vectors
 from corrsteer.steering.hooks import add_vectors
 from corrsteer.steering.install import InstalledVectors
 from corrsteer.types import PathLike
+
+M = TypeVar("M", bound=nn.Module)
 
 FORMAT = "corrsteer.steering/3"
 
@@ -138,6 +141,33 @@ class Steering:
             `generate` for prompts padded on the right, guidance, and a prompt read in chunks of one token.
         """
         return Installed(model, self, positions, scale, points)
+
+    def fold_into(self, model: M, scale: float = 1.0) -> M:
+        """Make this steering, at all positions, a part of the model: of the biases that write to the residual stream.
+
+        The model is changed in place and can be saved; whatever reads its checkpoint needs no hook. It gives what
+        `apply(model, positions="all", scale=scale)` gives. Where a layer has no bias and the model's configuration has
+        an option that gives it one, such as Llama's `mlp_bias`, the option is set.
+
+        Parameters
+        ----------
+        model : a Hugging Face causal language model.
+        scale : multiplies the coefficients; -1 takes off what was folded in.
+
+        Returns
+        -------
+        The model itself.
+
+        Raises
+        ------
+        CorrSteerError : if the model has another width or no such layer, or no bias to add to: where layers normalise
+            what they add (Gemma 2), in models without such an option (Qwen 3), in mixtures of experts, and before the
+            first layer. The model is left as it was.
+        """
+        warn_once()
+        tables = _tables(model, [self], number("scale", scale))
+        fold_vectors(model, {point: table[0] for point, table in tables.items()})
+        return model
 
     def save(self, path: PathLike) -> None:
         """Write a safetensors file: the directions, and everything else as JSON in its metadata."""
