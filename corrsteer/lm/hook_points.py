@@ -180,10 +180,15 @@ def attach(model: nn.Module, point: HookPoint, function: Callable[[Tensor], Tens
     return module_hooks.after(module, after)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module was compiled by torch.compile, in whichever way."""
+    compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    return compiled or hasattr(module.forward, "_torchdynamo_orig_callable")
+
+
 def refuse_compiled(module: nn.Module) -> None:
     """Raise for a module that is compiled: hooks added afterwards would silently do nothing."""
-    compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-    if compiled or hasattr(module.forward, "_torchdynamo_orig_callable"):
+    if is_compiled(module):
         raise CorrSteerError(
             "model is already compiled by torch.compile, which ignores hooks added afterwards; "
             "pass the model as it was before compiling, or put hooks on it with Steering.install first"

@@ -28,7 +28,7 @@ from corrsteer.lm.token_positions import check_positions
 from corrsteer.steering.features import Feature
 from corrsteer.steering.fold import fold_vectors
 from corrsteer.steering.hooks import add_vectors
-from corrsteer.steering.install import InstalledVectors
+from corrsteer.steering.install import InstalledVectors, installed_on
 from corrsteer.types import PathLike
 
 M = TypeVar("M", bound=nn.Module)
@@ -100,7 +100,8 @@ class Steering:
     ) -> contextlib.AbstractContextManager[None]:
         """Steer every row of a model's passes for as long as the context lasts.
 
-        Contexts nest and repeat: each adds its own vector. The model is left as it was, also after an exception.
+        Contexts nest and repeat: each adds its own vector. The model is left as it was, also after an exception. A
+        model that was compiled is steered by the hooks that `install` had put on it before.
 
         Parameters
         ----------
@@ -111,7 +112,7 @@ class Steering:
 
         Raises
         ------
-        CorrSteerError : if the model has another width or no such layer, or is already compiled.
+        CorrSteerError : if the model has another width or no such layer, or was compiled without hooks for it.
         """
         return apply_rows(model, [self], None, positions=positions, scale=scale)
 
@@ -309,7 +310,10 @@ def apply_rows(
         if not all(-1 <= row < len(steerings) for row in numbers):
             raise CorrSteerError(f"rows must lie in -1..{len(steerings) - 1}, got {numbers}")
         chosen = torch.tensor(numbers, dtype=torch.int32, device="cpu")
-    with add_vectors(model, _tables(model, steerings, scale), chosen, positions):
+    tables = _tables(model, steerings, scale)
+    vectors = {point: table[0] for point, table in tables.items()}
+    installed = installed_on(model, vectors, positions) if chosen is None else None
+    with add_vectors(model, tables, chosen, positions) if installed is None else installed.applied(vectors):
         yield
 
 

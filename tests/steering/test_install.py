@@ -10,7 +10,7 @@ import torch
 import transformers
 from tiny_models import ARCHITECTURES, LAYERS, WIDTH, batch_of, build, generate, prompts_of, tiny, traces
 
-from corrsteer import Steering
+from corrsteer import Steering, apply_rows
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm import interception, traced_passes
 from corrsteer.lm.hook_points import KINDS, HookPoint
@@ -177,7 +177,7 @@ def test_installed_hooks_add_up_with_each_other_and_with_apply():
 @pytest.mark.parametrize(
     ("steering", "scale", "message"),
     [
-        (OTHER, 1.0, "at blocks.1.hook_resid_post, blocks.2.hook_mlp_out, got one for blocks.0.hook_attn_out"),
+        (OTHER, 1.0, "at blocks.1.hook_resid_post, blocks.2.hook_mlp_out, got one at blocks.0.hook_attn_out"),
         (steering_at(HookPoint(1), d=40), 1.0, "width 40, but the model's is 32"),
         (ONE, float("inf"), "scale must be a finite number, got inf"),
         (ONE, 1e300, "scale must leave what is added finite"),
@@ -379,6 +379,36 @@ def test_a_compiled_model_is_steered_and_its_steering_changed_without_compiling_
         installed.set(None)
         assert generate(model, PROMPTS, N, **options).tolist() == applied(architecture, "none")
         assert graphs() == before > 1
+
+
+def test_apply_steers_a_compiled_model_by_the_hooks_that_were_installed_on_it(graphs):
+    model = build("llama")
+    with ONE.install(model, points=FURTHER) as installed:
+        installed.set(None)
+        compiled_forward(model, "eager")
+        assert generate(model, PROMPTS, N).tolist() == applied("llama", "none")
+        before = graphs()
+        with ONE.apply(model, scale=2.0):
+            assert generate(model, PROMPTS, N).tolist() == applied("llama", "one", scale=2.0)
+            installed.set(OTHER)
+            with ONE.apply(model), ONE.apply(model, scale=-3.0):  # which comes to none of the one
+                assert generate(model, PROMPTS, N).tolist() == applied("llama", "other")
+        with pytest.raises(ZeroDivisionError), ONE.apply(model):
+            raise ZeroDivisionError
+        installed.set(None)
+        assert generate(model, PROMPTS, N).tolist() == applied("llama", "none") and graphs() == before
+        with pytest.raises(CorrSteerError, match="for positions generated and .*, got positions='all' and blocks"):
+            with ONE.apply(model, "all"):
+                pass
+        with pytest.raises(CorrSteerError, match="got positions='generated' and blocks.2.hook_attn_out"):
+            with steering_at(HookPoint(2, "attn_out")).apply(model):
+                pass
+        with pytest.raises(CorrSteerError, match="already compiled by torch.compile"):
+            with apply_rows(model, [ONE, OTHER], [0, 1, -1]):
+                pass
+    with pytest.raises(CorrSteerError, match="already compiled by torch.compile"):
+        with ONE.apply(model):
+            pass
 
 
 def test_inductor_steers_as_eager_does_and_a_swap_compiles_nothing(graphs):
