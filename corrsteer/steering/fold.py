@@ -26,11 +26,13 @@ def fold_vectors(model: nn.Module, vectors: Mapping[HookPoint, Tensor]) -> None:
     CorrSteerError : where there is no bias for one, and none to be had. The model is left as it was.
     """
     _check(model)
-    added: dict[Any, Tensor] = {}
+    added: dict[Any, Tensor] = {}  # to the bias of each linear layer
     for point, linear in _linears(model, vectors).items():
         vector = vectors[point].to(linear.weight.device)
         added[linear] = added[linear] + vector if linear in added else vector
     options, without = _options(model, [linear for linear in added if linear.bias is None])
+    if any(linear.weight.device.type == "meta" for linear in (*added, *without)):
+        raise CorrSteerError("model must be in memory, but weights of it are offloaded; load it without a device_map")
     for linear in without:
         added.setdefault(linear, torch.zeros(linear.out_features, dtype=torch.float32, device=linear.weight.device))
     biases: dict[Any, Tensor] = {}
@@ -79,8 +81,6 @@ def _linears(model: nn.Module, points: Iterable[HookPoint]) -> dict[HookPoint, A
             name = type(part).__name__
             raise _refusal(model, point, f"what is added there is put out by {name}, and by no linear layer in it")
         found[point] = linears[-1]
-        if found[point].weight.device.type == "meta":
-            raise _refusal(model, point, "the layer's weights are kept on the disk or the CPU")
     return found
 
 

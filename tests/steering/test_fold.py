@@ -205,8 +205,21 @@ def test_an_adapter_is_to_be_merged_first():
     assert got[1] == expected[1]
 
 
-def test_weights_that_are_kept_on_the_disk_are_refused(tmp_path):
+def on_the_disk(model, folder):
+    return pytest.importorskip("accelerate").disk_offload(model, folder)
+
+
+def with_a_layer_on_the_disk(model, folder):
+    places = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    places |= {"model.layers.0": "disk", "model.layers.1": "cpu", "model.layers.2": "cpu"}
     accelerate = pytest.importorskip("accelerate")
-    model = accelerate.disk_offload(build("gpt2"), tmp_path)
-    with pytest.raises(CorrSteerError, match="the layer's weights are kept on the disk or the CPU"):
+    return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=folder)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "offload"), [("gpt2", on_the_disk), ("llama", on_the_disk), ("llama", with_a_layer_on_the_disk)]
+)
+def test_weights_that_are_kept_on_the_disk_are_refused(architecture, offload, tmp_path):
+    model = offload(build(architecture), tmp_path)
+    with pytest.raises(CorrSteerError, match="model must be in memory, but weights of it are offloaded"):
         steering_at(HookPoint(1)).fold_into(model)
