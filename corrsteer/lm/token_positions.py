@@ -76,12 +76,8 @@ class Call:
         if not self.continues and self.width and (start or embedded and self.tokens is not None):
             self.virtual = max(0, end - self.width)
         self.width = self.virtual + (self.width or end)
-        if self.continues and start >= self.width:
-            raise CorrSteerError(
-                f"generate was given a cache of {start} tokens, but neither its prompts nor their attention_mask go on "
-                f"after them, so that which tokens are prompt cannot be known; give it an attention_mask "
-                f"[B, all tokens]"
-            )
+        if self.continues:
+            check_continues(start, self.width)
 
     def _check_next(self, start: int, end: int, cache: Any) -> None:
         width = self.width or 0
@@ -172,10 +168,7 @@ class Pass:
 
     def real(self, device: torch.device) -> Tensor:
         """Which of the tokens are not padding, `[B, S]` bool."""
-        mask = self.mask
-        if isinstance(mask, Tensor) and mask.dim() == 2 and self.steps < mask.shape[1] < self.end:
-            raise unknown_mask(mask)
-        return real_tokens(mask, self.rows, self.steps, self.start, device)
+        return real_tokens(self.mask, self.rows, self.steps, self.start, device)
 
 
 def prompts_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, Tensor | None]:
@@ -193,6 +186,15 @@ def prompts_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | Non
     return max(widths, default=0) or None, ids[0] if ids else None
 
 
+def check_continues(start: int, width: int) -> None:
+    """Raise unless prompts of a width, given to `generate` with a cache of `start` tokens, go on after them."""
+    if start >= width:
+        raise CorrSteerError(
+            f"generate was given a cache of {start} tokens, but neither its prompts nor their attention_mask go on "
+            f"after them, so that which tokens are prompt cannot be known; give it an attention_mask [B, all tokens]"
+        )
+
+
 def real_tokens(mask: Any, rows: int, steps: int, start: int | Tensor, device: torch.device) -> Tensor:
     """Which tokens of a pass are not padding: `[rows, steps]` bool.
 
@@ -208,10 +210,11 @@ def real_tokens(mask: Any, rows: int, steps: int, start: int | Tensor, device: t
         return torch.ones(rows, steps, dtype=torch.bool, device=device)
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4) or mask.shape[-1] < steps:
         raise unknown_mask(mask)
-    mask, keys = mask.to(device), mask.shape[-1]
+    mask, keys, end = mask.to(device), mask.shape[-1], start + steps
+    if not isinstance(end, Tensor) and mask.dim() == 2 and steps < keys < end:
+        raise unknown_mask(mask)
     token = torch.arange(steps, dtype=torch.int64, device=device)
     # What keys there are ends in the tokens read, but where room was left for more.
-    end = start + steps
     column = token + (end.clamp(max=keys) if isinstance(end, Tensor) else min(end, keys)) - steps
     if mask.dim() == 2:
         return mask[:, column].bool()

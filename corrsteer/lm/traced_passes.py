@@ -24,7 +24,7 @@ from corrsteer.lm import hook_points, module_hooks, sublayers
 from corrsteer.lm.hook_points import HookPoint
 from corrsteer.lm.interception import Context, intercepted, told
 from corrsteer.lm.passes import CACHES
-from corrsteer.lm.token_positions import check_positions, prompts_of, real_tokens
+from corrsteer.lm.token_positions import check_continues, check_positions, prompts_of, real_tokens
 
 OUTSIDE = -1  # where prompts end outside of `generate`: what is read without a cache is a prompt
 
@@ -215,6 +215,7 @@ def _checked(width: int | None, model: nn.Module, args: tuple[Any, ...], kwargs:
     if told("prefill_chunk_size", model, args, kwargs) == 1:
         raise CorrSteerError("prefill_chunk_size must be 2 or more, as a pass of one token is taken for a decode step")
     mask = kwargs.get("attention_mask")
+    check_continues(int(_length(kwargs, mask, 1)), width)
     if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, -1].all()):
         raise CorrSteerError("prompts must be padded on the left, got padding in the last column of attention_mask")
     return width

@@ -44,6 +44,11 @@ def test_padding_is_told_by_every_kind_of_mask_whether_or_not_python_knows_the_s
     assert torch.equal(got, REAL[:, start : start + steps] | every)
 
 
+def test_a_mask_that_covers_some_of_what_was_read_before_is_refused_where_that_is_known():
+    with pytest.raises(CorrSteerError, match="does not say which tokens are padding"):
+        real_tokens(REAL[:, :5], 3, 4, 2, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("mask", [torch.ones(3, 2), torch.ones(3, 4, 4), torch.ones(3, 1, 2, 4), {"full": "blocks"}])
 def test_a_mask_that_does_not_say_which_tokens_are_padding_is_refused(mask):
     with pytest.raises(CorrSteerError, match="does not say which tokens are padding"):

@@ -287,9 +287,15 @@ def in_another_thread(model):
     raise raised[0]
 
 
+def after_a_cache_that_holds_more(model):
+    cache = model(torch.tensor([PROMPTS[1]]), use_cache=True).past_key_values
+    model.generate(torch.tensor([PROMPTS[2]]), past_key_values=cache, max_new_tokens=1)
+
+
 @pytest.mark.parametrize(
     ("run", "message"),
     [
+        (after_a_cache_that_holds_more, "was given a cache of 7 tokens, but neither its prompts nor"),
         (with_negative_prompt, "guidance_scale must be 1, "),
         (padded_on_the_right, "prompts must be padded on the left"),
         (without_a_prompt, "generate must be given input_ids or inputs_embeds, got neither"),
