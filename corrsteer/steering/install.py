@@ -97,8 +97,8 @@ def installed_on(model: nn.Module, vectors: Vectors, positions: str) -> Installe
     ------
     CorrSteerError : for a compiled model, if what was installed on it is elsewhere or for other positions.
     """
-    listed = _installed.get(model)
-    if not listed or not any(hook_points.is_compiled(module) for module in hook_points.owners(model)):
+    listed = _installed.get(getattr(model, "_orig_mod", model))  # what torch.compile(model) is made of
+    if not listed or not any(hook_points.is_compiled(module) for module in (model, *hook_points.owners(model))):
         return None
     found = next((one for one in listed if one.fits(vectors, positions)), None)
     if found is None:

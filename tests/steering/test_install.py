@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import threading
+from collections import Counter
 
 import pytest
 import torch
@@ -387,6 +388,25 @@ def test_a_compiled_model_is_steered_and_its_steering_changed_without_compiling_
         assert graphs() == before > 1
 
 
+@pytest.mark.usefixtures("graphs")
+def test_a_compiled_decode_step_reads_tensors_and_no_number_of_pythons_which_a_cuda_graph_would_keep():
+    def inputs_of_a_decode_step(model):
+        seen = []
+
+        def backend(graph, inputs):
+            seen.append(Counter(isinstance(one, torch.Tensor) for one in inputs))
+            return graph.forward
+
+        torch._dynamo.reset()
+        generate(compiled_forward(model, backend), PROMPTS, 3, cache_implementation="static")
+        return seen[-1]
+
+    plain = inputs_of_a_decode_step(build("gemma2"))
+    model = build("gemma2")
+    with ONE.install(model, "prompt"):
+        assert inputs_of_a_decode_step(model) - plain == {True: 3}  # two vectors, and where prompts end
+
+
 def test_apply_steers_a_compiled_model_by_the_hooks_that_were_installed_on_it(graphs):
     model = build("llama")
     with ONE.install(model, points=FURTHER) as installed:
@@ -415,6 +435,19 @@ def test_apply_steers_a_compiled_model_by_the_hooks_that_were_installed_on_it(gr
     with pytest.raises(CorrSteerError, match="already compiled by torch.compile"):
         with ONE.apply(model):
             pass
+
+
+@pytest.mark.usefixtures("graphs")
+def test_apply_steers_what_torch_compile_made_of_a_model_with_installed_hooks():
+    model = build("llama")
+    with torch.no_grad(), ONE.install(model, points=FURTHER):
+        compiled = torch.compile(model, backend="eager")
+        compiled(**BATCH)
+        with OTHER.apply(compiled):
+            both = compiled(**BATCH).logits
+            assert torch.equal(model(**BATCH).logits, both)
+    with torch.no_grad(), ONE.apply(model), OTHER.apply(model):
+        torch.testing.assert_close(model(**BATCH).logits, both)
 
 
 def test_inductor_steers_as_eager_does_and_a_swap_compiles_nothing(graphs):
