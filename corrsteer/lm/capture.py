@@ -100,8 +100,8 @@ class Capture:
         self.flushed = False
         with contextlib.ExitStack() as stack:
             passes = stack.enter_context(follow(self.model, steers=False))
-            for key, point in self.points.items():
-                stack.enter_context(passes.attached(point, functools.partial(self._store, key), shared=False))
+            stores = [(point, functools.partial(self._store, key)) for key, point in self.points.items()]
+            stack.enter_context(passes.attached(stores, shared=False))
             self._stack = stack.pop_all()
         return self
 
