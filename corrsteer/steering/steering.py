@@ -88,10 +88,13 @@ class Steering:
 
     def vectors(self, model: nn.Module | None = None) -> dict[HookPoint, Tensor]:
         """The sum Σ c_i d_i of each hook point, `[d]` float32."""
+        directions = self.directions.float()
+        coefficients = torch.tensor(
+            [feature.coefficient for feature in self.features], dtype=directions.dtype, device=directions.device
+        )
         sums: dict[HookPoint, Tensor] = {}
-        for feature, direction in zip(self.features, self.directions):
+        for feature, part in zip(self.features, coefficients[:, None] * directions):
             point = HookPoint.parse(feature.hook_point, model)
-            part = feature.coefficient * direction.float()
             sums[point] = sums[point] + part if point in sums else part
         return sums
 
@@ -166,7 +169,7 @@ class Steering:
             first layer. The model is left as it was.
         """
         warn_once()
-        tables = _tables(model, [self], number("scale", scale))
+        tables = stack(model, [self], [number("scale", scale)])
         fold_vectors(model, {point: table[0] for point, table in tables.items()})
         return model
 
@@ -218,13 +221,19 @@ class Steering:
 
     def check(self, model: nn.Module) -> None:
         """Raise unless this steering fits the model."""
+        self._fitting(model)
+
+    def _fitting(self, model: nn.Module) -> dict[HookPoint, Tensor]:
+        """Its vectors, which fit the model."""
         if self.features and self.directions.shape[1] != hook_points.width(model):
             raise CorrSteerError(
                 f"this steering is for a residual stream of width {self.directions.shape[1]}, "
                 f"but the model's is {hook_points.width(model)}; use it with the model it was made on"
             )
-        for point in self.vectors(model):
+        vectors = self.vectors(model)
+        for point in vectors:
             hook_points.check_point(model, point)
+        return vectors
 
 
 class Installed:
@@ -265,7 +274,7 @@ class Installed:
 
     def _of(self, steering: Steering, scale: float) -> dict[HookPoint, Tensor]:
         check_type("steering", steering, Steering, "a Steering")
-        return {point: table[0] for point, table in _tables(self._model, [steering], scale).items()}
+        return {point: table[0] for point, table in stack(self._model, [steering], [scale]).items()}
 
     def remove(self) -> None:
         """Take the hooks off the model, and undo the steering where a compiled graph keeps them."""
@@ -310,22 +319,31 @@ def apply_rows(
         if not all(-1 <= row < len(steerings) for row in numbers):
             raise CorrSteerError(f"rows must lie in -1..{len(steerings) - 1}, got {numbers}")
         chosen = torch.tensor(numbers, dtype=torch.int32, device="cpu")
-    tables = _tables(model, steerings, scale)
+    tables = stack(model, steerings, [scale] * len(steerings))
     vectors = {point: table[0] for point, table in tables.items()}
     installed = installed_on(model, vectors, positions) if chosen is None else None
     with add_vectors(model, tables, chosen, positions) if installed is None else installed.applied(vectors):
         yield
 
 
-def _tables(model: nn.Module, steerings: Sequence[Steering], scale: float) -> dict[HookPoint, Tensor]:
-    """What is added at each hook point by each of V steerings that fit the model, `[V, d]` float32."""
-    vectors: dict[HookPoint, Tensor] = {}
-    for at, steering in enumerate(steerings):
-        steering.check(model)
-        for point, vector in steering.vectors(model).items():
-            if point not in vectors:
-                vectors[point] = torch.zeros(len(steerings), len(vector), dtype=vector.dtype, device=vector.device)
-            vectors[point][at] = scale * vector
-    if not all(bool(torch.isfinite(table).all()) for table in vectors.values()):
-        raise CorrSteerError(f"scale must leave what is added finite in float32, got {scale:g}; take a smaller one")
-    return vectors
+def stack(model: nn.Module, steerings: Sequence[Steering], scales: Sequence[float]) -> dict[HookPoint, Tensor]:
+    """What steerings add at each hook point of a model, each by its scale: `[len(steerings), d]` float32.
+
+    Raises
+    ------
+    CorrSteerError : where a steering does not fit the model, or what is added would not be finite.
+    """
+    each: list[dict[HookPoint, Tensor]] = []
+    for steering, scale in zip(steerings, scales):
+        vectors = steering._fitting(model)
+        if vectors:
+            added = scale * torch.stack(list(vectors.values())).cpu()  # all layers at once, as there may be many
+            if not bool(torch.isfinite(added).all()):
+                raise CorrSteerError(
+                    f"scale must leave what is added finite in float32, got {scale:g}; take a smaller one"
+                )
+            vectors = dict(zip(vectors, added))
+        each.append(vectors)
+    points = dict.fromkeys(point for vectors in each for point in vectors)
+    nothing = torch.zeros(hook_points.width(model) if points else 0, dtype=torch.float32, device="cpu")
+    return {point: torch.stack([vectors.get(point, nothing) for vectors in each]) for point in points}
