@@ -129,17 +129,25 @@ class TracedPasses:
 
     def _select(self, given: dict[str, Any], rows: int, steps: int, device: torch.device) -> Tensor | None:
         """Which of a pass's tokens count as the positions, `[B, S]` bool, or None for all; as `Pass.select` says."""
-        if steps == 1 and self._positions != "prompt":
-            return None  # of a prompt it is the last token, as chunks of one are refused
+        if steps == 1 and self._positions == "all":
+            return None  # it is no padding, as prompts in chunks of one are refused
         mask = given.get("attention_mask")
         mask = self._mask if mask is None else mask  # not every model hands its mask on
         start = _length(given, mask, steps)
-        if isinstance(start, Tensor):
-            start = start.to(device)
-        real = real_tokens(mask, rows, steps, start, device)
+        if start is None and steps == 1 and self._positions == "generated":
+            return None  # after a state, which prompts are not read into token by token
+        if start is None:
+            raise CorrSteerError(
+                "how many tokens were read before cannot be known, as the cache is a state that does not say; give the "
+                "model an attention_mask [B, all tokens], or steer with Steering.apply"
+            )
+        start = start.to(device) if isinstance(start, Tensor) else start
         column = torch.arange(steps, dtype=torch.int64, device=device) + start  # [S]
         first, last = column[:1], column[-1:]
         width = self._width.to(device)
+        if steps == 1 and self._positions == "generated":
+            return (first >= width - 1).expand(rows, 1)  # as above, and so without the mask
+        real = real_tokens(mask, rows, steps, start, device)
         width = torch.where(width == OUTSIDE, torch.where(first == 0, steps, first), width)  # [1]
         prompt = real & (column < width)
         if self._positions == "prompt":
@@ -215,7 +223,7 @@ def _checked(width: int | None, model: nn.Module, args: tuple[Any, ...], kwargs:
     if told("prefill_chunk_size", model, args, kwargs) == 1:
         raise CorrSteerError("prefill_chunk_size must be 2 or more, as a pass of one token is taken for a decode step")
     mask = kwargs.get("attention_mask")
-    check_continues(int(_length(kwargs, mask, 1)), width)
+    check_continues(int(_length(kwargs, mask, 1) or 0), width)
     if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, -1].all()):
         raise CorrSteerError("prompts must be padded on the left, got padding in the last column of attention_mask")
     return width
@@ -230,8 +238,8 @@ def _readers(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
     return found
 
 
-def _length(given: dict[str, Any], mask: Any, steps: int) -> int | Tensor:
-    """How many tokens were read before a pass; a tensor where the cache counts in one."""
+def _length(given: dict[str, Any], mask: Any, steps: int) -> int | Tensor | None:
+    """How many tokens were read before a pass; a tensor where the cache counts in one, None where nothing says."""
     cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
     if cache is None:
         return 0
@@ -242,10 +250,7 @@ def _length(given: dict[str, Any], mask: Any, steps: int) -> int | Tensor:
     try:
         return cache.get_seq_length()
     except (AttributeError, ValueError):  # it is a state
-        pass
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask.shape[1] - steps
-    raise CorrSteerError(
-        f"how many tokens were read before cannot be known from a {type(cache).__name__}; give the model an "
-        f"attention_mask [B, all tokens], or steer with Steering.apply"
-    )
+        filled = getattr(cache, "has_previous_state", None)
+        if filled is not None and not filled():
+            return 0
+    return mask.shape[1] - steps if isinstance(mask, Tensor) and mask.dim() == 2 else None

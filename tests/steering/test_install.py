@@ -6,6 +6,7 @@ import gc
 import threading
 from collections import Counter
 
+import architectures
 import pytest
 import torch
 import transformers
@@ -145,6 +146,19 @@ def test_a_model_that_keeps_its_mask_to_itself_is_not_steered_at_padding():
     with steering_at(HookPoint(LAYERS - 1)).install(model, "all"):
         assert torch.equal(model(**BATCH).logits, expected)
         assert not torch.equal(model(BATCH["input_ids"]).logits, expected)  # nor is the mask kept for the next pass
+
+
+def test_a_model_whose_cache_is_a_state_is_steered_where_that_says_enough():
+    model, steering = architectures.build("mamba"), steering_at(HookPoint(1), d=architectures.WIDTH)
+    plain = generate(model, PROMPTS[:1], N).tolist()
+    for positions in ("generated", "all"):
+        with steering.apply(model, positions):
+            expected = generate(model, PROMPTS[:1], N).tolist()
+        with steering.install(model, positions):
+            assert generate(model, PROMPTS[:1], N).tolist() == expected != plain
+    with steering.install(model, "prompt"):
+        with pytest.raises(CorrSteerError, match="as the cache is a state that does not say"):
+            generate(model, PROMPTS[:1], N)
 
 
 # What is steered changes
