@@ -145,6 +145,8 @@ class Capture:
 
     def _store(self, key: Hashable, h: Tensor, reading: Pass) -> None:
         """Called by a hook point with `h: [B, S, d]` in every pass."""
+        if reading.call is not None and reading.call.ahead:
+            return  # the beginning of prompts, none of which is kept
         first = self._passes == 0
         if reading.call is not None and reading.call.beams > 1:
             raise CorrSteerError("beam search changes rows between passes and cannot be captured; use num_beams=1")

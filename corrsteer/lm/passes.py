@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from corrsteer.errors import CorrSteerError
-from corrsteer.lm import hook_points, module_hooks, sublayers
+from corrsteer.lm import hook_points, module_hooks, own_passes
 from corrsteer.lm.hook_points import HookPoint
 from corrsteer.lm.interception import Context, intercepted
 from corrsteer.lm.token_positions import Call, Pass, Shape
@@ -116,7 +116,7 @@ class Passes:
                     f"the residual stream; it can be neither captured nor steered"
                 )
             reading.reached.add(key)
-            if sublayers.probing():
+            if own_passes.probing():
                 return None
             thread = threading.get_ident()
             if thread != owner and (not shared or self.steering[thread]):
@@ -150,7 +150,10 @@ class Passes:
         calls, passes = self._local.calls, self._local.passes
         depth = len(passes)
         continues = any(_cached(kwargs.get(name)) != 0 for name in CACHES)
-        call = Call(max(widths, default=0) or None, ids[0] if ids else None, continues, self._beams(args, kwargs))
+        call = Call(
+            max(widths, default=0) or None, ids[0] if ids else None, continues, self._beams(args, kwargs),
+            ahead=own_passes.reading_ahead(),
+        )  # fmt: skip
         calls.append(call)
         try:
             yield
@@ -204,7 +207,7 @@ class Passes:
                 f"{mask.shape[1]}, so that which tokens are prompt cannot be known; give it an attention_mask [B, all "
                 f"tokens]. PEFT's virtual tokens come again at each step with a transformers that is newer than it"
             )
-        if sublayers.probing():  # in whatever call it is, it is none of its passes
+        if own_passes.probing():  # in whatever call it is, it is none of its passes
             reading = Pass(rows, steps, self._d, 0, steps)
         elif self._local.calls:
             call = self._local.calls[-1]

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from corrsteer.errors import CorrSteerError
+from corrsteer.lm.own_passes import probe, probing
 
 PROBE = 3  # tokens of the pass
 
 Pair = tuple[nn.Module, nn.Module]  # the part that runs first, and the other
 
 _known: weakref.WeakKeyDictionary[nn.Module, list[Pair | None]] = weakref.WeakKeyDictionary()
-_probing = threading.local()
 _one_at_a_time = threading.RLock()  # or each would watch the other's pass
 
 
@@ -39,18 +39,12 @@ def of_layer(model: nn.Module, layers: nn.ModuleList, layer: int, device: torch.
         return _known[model][layer]
 
 
-def probing() -> bool:
-    """Whether the pass under way in this thread is only to look at the model."""
-    return getattr(_probing, "now", False)
-
-
 def _probe(model: nn.Module, layers: nn.ModuleList, device: torch.device) -> list[Pair | None]:
     ids = torch.arange(PROBE, dtype=torch.int64, device=device)[None]
     with contextlib.ExitStack() as stack:
         watched = [stack.enter_context(_watched(layer)) for layer in layers]
         stack.enter_context(_evaluated(model))
-        _probing.now = True
-        stack.callback(lambda: setattr(_probing, "now", False))
+        stack.enter_context(probe())
         try:
             with torch.no_grad():
                 model(input_ids=ids)

@@ -199,14 +199,26 @@ def apply_rows(
         if not all(-1 <= row < len(steerings) for row in numbers):
             raise CorrSteerError(f"rows must lie in -1..{len(steerings) - 1}, got {numbers}")
         chosen = torch.tensor(numbers, dtype=torch.int32, device="cpu")
+    with add_vectors(model, stack(model, steerings, [scale] * len(steerings)), chosen, positions):
+        yield
+
+
+def stack(model: nn.Module, steerings: Sequence[Steering], scales: Sequence[float]) -> dict[HookPoint, Tensor]:
+    """What steerings add at each hook point of a model, each by its scale: `[len(steerings), d]` float32.
+
+    Raises
+    ------
+    CorrSteerError : where a steering does not fit the model, or what is added would not be finite.
+    """
     vectors: dict[HookPoint, Tensor] = {}
-    for at, steering in enumerate(steerings):
+    for at, (steering, scale) in enumerate(zip(steerings, scales)):
         steering.check(model)
         for point, vector in steering.vectors(model).items():
             if point not in vectors:
                 vectors[point] = torch.zeros(len(steerings), len(vector), dtype=vector.dtype, device=vector.device)
             vectors[point][at] = scale * vector
-    if not all(bool(torch.isfinite(table).all()) for table in vectors.values()):
-        raise CorrSteerError(f"scale must leave what is added finite in float32, got {scale:g}; take a smaller one")
-    with add_vectors(model, vectors, chosen, positions):
-        yield
+            if not bool(torch.isfinite(vectors[point][at]).all()):
+                raise CorrSteerError(
+                    f"scale must leave what is added finite in float32, got {scale:g}; take a smaller one"
+                )
+    return vectors
