@@ -181,7 +181,7 @@ def _within(model: nn.Module, kind: _Kind, rows: list[_Row]) -> Within:
         vectors = [rows[at].vector for at in left]
         if max(vectors) < 0 or (begun and kind.positions == "prompt"):
             return contextlib.nullcontext()
-        return add_vectors(model, kind.vectors, torch.tensor(vectors, dtype=torch.int32), kind.positions)
+        return add_vectors(model, kind.vectors, torch.tensor(vectors, dtype=torch.int32, device="cpu"), kind.positions)
 
     return steered
 

@@ -124,6 +124,8 @@ class Generator:
         """
         batch = self._pad(prompts)
         cache = self._read_prefix(batch, self._prefix(prompts)) if share else None
+        if cache is None and self._may_reserve(batch.width):
+            cache = prefill.empty_cache(self.model, self._room(batch))
         return self.finish(Begun(batch, cache), keys, within, criteria)
 
     @torch.inference_mode()
@@ -135,7 +137,9 @@ class Generator:
         first = batch.begin(batch.width - 1)
         prefix = min(self._prefix(prompts), first.width)
         cache = self._read_prefix(batch, prefix)
-        return Begun(batch, cache if prefix == first.width else prefill.read(self.model, first, self._settings, cache))
+        if prefix < first.width:
+            cache = prefill.read(self.model, first, self._settings, cache)
+        return Begun(batch, cache).reserve(self._room(batch))
 
     @torch.inference_mode()
     def finish(
@@ -206,7 +210,17 @@ class Generator:
         return prefix if worth_sharing(prefix, len(prompts)) and self.reuse.prefix else 0
 
     def _read_prefix(self, batch: Prompts, prefix: int) -> Cache | None:
-        return prefill.read_prefix(self.model, batch, prefix, self._settings) if prefix else None
+        return prefill.read_prefix(self.model, batch, prefix, self._room(batch), self._settings) if prefix else None
+
+    def _room(self, batch: Prompts) -> int:
+        """How many tokens of a batch are read in the end."""
+        return batch.width + self.decoding.max_new_tokens - 1
+
+    def _may_reserve(self, width: int) -> bool:
+        """Whether a cache that keeps every token is one that the model takes, and keeps no more than its own would."""
+        config, tokens = hook_points.text_config(self.model), width + self.decoding.max_new_tokens
+        windows = [getattr(config, name, None) or tokens for name in ("sliding_window", "attention_chunk_size")]
+        return self.decoding.max_new_tokens > 1 and min(windows) >= tokens and self.reuse.prefix
 
 
 class _Enough:

@@ -26,7 +26,7 @@ log: logging.Logger = logging.getLogger(__name__)
 
 NAMES = ("cache", "past_key_values")  # what `generate` calls it, the newer name first
 PROBE = ((3, 4, 5, 6, 7, 8, 9), (3, 4, 5, 8, 6))  # prompts that a cache is tried on
-PROBE_SHARED = 3  # tokens that they begin with
+PROBE_SHARED, PROBE_NEW = 3, 2  # tokens that they begin with, and that are generated
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Prompts:
     def pad(cls, prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> Prompts:
         """Of token ids, with a padding token."""
         width = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], dtype=torch.int64)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], dtype=torch.int64)
-        return cls(ids.to(device), mask.to(device))
+        ids = [[pad] * (width - len(p)) + list(p) for p in prompts]
+        mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+        return cls(*(torch.tensor(rows, dtype=torch.int64, device=device) for rows in (ids, mask)))
 
     @property
     def width(self) -> int:
@@ -83,11 +83,14 @@ class Cache:
         return sum(t.nbytes for layer in self.value.layers for t in _tensors(layer))
 
     @property
-    def grows_apart(self) -> bool:
-        """Whether what is read on is put into new tensors, so that one that shares its tensors stays as it is."""
+    def can_be_shared(self) -> bool:
+        """Whether what is read on leaves what was read as it is, so that one after the other can read on from it."""
         from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-        return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.value.layers)
+        from corrsteer.lm.reserved_cache import ReservedLayer
+
+        kinds = (ReservedLayer, DynamicLayer, DynamicSlidingWindowLayer)
+        return all(type(layer) in kinds for layer in self.value.layers)
 
     def shared(self) -> Cache:
         """Another with the same tensors."""
@@ -104,14 +107,22 @@ class Cache:
 
 @dataclass(frozen=True)
 class Begun:
-    """Prompts and what has been read of them."""
+    """Prompts, and a cache of what has been read of them, with room for what is to be."""
 
     prompts: Prompts
     cache: Cache | None = None
 
+    def reserve(self, room: int) -> Begun:
+        """With room for so many tokens in the cache, which it takes over."""
+        from corrsteer.lm.reserved_cache import reserve
+
+        if self.cache is not None:
+            reserve(self.cache.value, room)
+        return self
+
     def rows(self, rows: Sequence[int]) -> Begun:
         """A copy for some of its rows, each as often as asked for; this one stays as it is."""
-        if self.cache is not None and list(rows) == list(range(len(self.prompts.ids))) and self.cache.grows_apart:
+        if self.cache is not None and list(rows) == list(range(len(self.prompts.ids))) and self.cache.can_be_shared:
             return Begun(self.prompts, self.cache.shared())
         index = torch.tensor(rows, dtype=torch.int64, device=self.prompts.ids.device)
         return Begun(self.prompts.rows(index), None if self.cache is None else self.cache.rows(index))
@@ -142,8 +153,18 @@ def read(model: nn.Module, prompts: Prompts, settings: Any, cache: Cache | None 
     return Cache.of(output)
 
 
-def read_prefix(model: nn.Module, prompts: Prompts, prefix: int, settings: Any) -> Cache:
+def empty_cache(model: Any, room: int) -> Cache:
+    """A cache with room for so many tokens, that keeps each, also where layers see but a window of them."""
+    from corrsteer.lm.reserved_cache import reserved_cache
+
+    name = next(name for name in NAMES if name in inspect.signature(model.forward).parameters)
+    return Cache(name, reserved_cache(room))
+
+
+def read_prefix(model: nn.Module, prompts: Prompts, prefix: int, room: int, settings: Any) -> Cache:
     """Read what all prompts begin with in one row, and give it to each: the cache of the prompts' first columns.
+
+    `room` is how many tokens it will hold.
 
     Padding stays on the left. So a row that is shorter than the longest has less of the prefix in those columns, and
     the rest of it is read again with what follows: as many columns are read as if padding lay in between, but every
@@ -151,18 +172,19 @@ def read_prefix(model: nn.Module, prompts: Prompts, prefix: int, settings: Any) 
     """
     row = int(prompts.mask.sum(1).argmax())  # the longest, which has no padding
     first = Prompts(prompts.ids[row : row + 1, :prefix], prompts.mask[row : row + 1, :prefix])
-    cache = read(model, first, settings, Cache(_cache_name(model), _whole_cache()))
+    cache = read(model, first, settings, empty_cache(model, prefix))
     padding = prompts.width - prompts.mask.sum(1)
     columns = torch.arange(prefix, dtype=torch.int64, device=padding.device) - padding[:, None]
     shift = columns.clamp(min=0) if bool(padding.any()) else None
+
+    def moved(kept: Tensor) -> Tensor:  # [1, heads, prefix, d] to [B, heads, prefix, d]
+        if shift is None:
+            return kept.expand(len(padding), *kept.shape[1:])
+        return kept[0][:, shift.to(kept.device)].transpose(0, 1)
+
     for layer in cache.value.layers:
-        for name in ("keys", "values"):
-            kept = getattr(layer, name)  # [1, heads, prefix, d]
-            if shift is None:
-                moved = kept.expand(len(padding), *kept.shape[1:])
-            else:
-                moved = kept[0][:, shift.to(kept.device)].transpose(0, 1)
-            setattr(layer, name, moved)
+        layer.room = room
+        layer.hold(moved(layer.keys), moved(layer.values))
     return cache
 
 
@@ -184,9 +206,10 @@ def reuse(model: nn.Module, settings: Any) -> Reuse:
     """What a model's cache can be used for, tried once a model; the reason of what it cannot is logged."""
     if model not in _known:
         with probe(), torch.inference_mode():
+            tried = _Trial(model, settings)
             _known[model] = Reuse(
-                _tried(model, settings, "trials of one prompt each read it anew", _try_rows),
-                _tried(model, settings, "what prompts begin with is read in each", _try_prefix),
+                tried.goes("trials of one prompt each read it anew", tried.exchange_rows),
+                tried.goes("what prompts begin with is read in each", tried.share_prefix),
             )
     return _known[model]
 
@@ -194,44 +217,57 @@ def reuse(model: nn.Module, settings: Any) -> Reuse:
 _known: weakref.WeakKeyDictionary[nn.Module, Reuse] = weakref.WeakKeyDictionary()
 
 
-def _tried(model: nn.Module, settings: Any, otherwise: str, attempt: Callable[..., tuple[Cache, int]]) -> bool:
-    settings = copy.copy(settings)
-    settings.output_logits, settings.max_new_tokens, settings.eos_token_id = True, 2, None
-    prompts = Prompts.pad(PROBE, 0, hook_points.input_device(model))
-    logits = functools.partial(_logits, model, prompts, settings)
-    try:
-        cache, tokens = attempt(model, prompts, settings)
-        _check_kind(cache, tokens)
-        expected, got = logits(), logits(cache)
-        # half of the digits, as batches of other shapes round differently
-        dtype: Any = model.dtype
-        close = torch.finfo(dtype).eps ** 0.5 * expected.abs().max()
-        if not bool(((got - expected).abs() <= close).all()):
-            raise ValueError("what follows is not what follows without")
-    except Exception as error:  # whatever a model raises where its cache is not meant to be used like that
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        log.info("the cache of %s cannot be used again, so %s (%s)", type(model).__name__, otherwise, reason)
-        return False
-    return True
+class _Trial:
+    """Tries a model's cache on a few tokens."""
 
+    def __init__(self, model: nn.Module, settings: Any):
+        self._model: Any = model
+        self._settings = copy.copy(settings)
+        self._settings.output_logits, self._settings.return_dict_in_generate = True, True
+        self._settings.max_new_tokens, self._settings.eos_token_id = PROBE_NEW, None
+        self._prompts = Prompts.pad(PROBE, 0, hook_points.input_device(model))
 
-def _try_rows(model: nn.Module, prompts: Prompts, settings: Any) -> tuple[Cache, int]:
-    """A cache of all but the last token, that two rows have exchanged, and how many tokens it is to hold."""
-    exchanged = torch.tensor([1, 0], dtype=torch.int64, device=prompts.ids.device)
-    first = prompts.rows(exchanged).begin(prompts.width - 1)
-    return read(model, first, settings).rows(exchanged), first.width
+    def goes(self, otherwise: str, attempt: Callable[[], tuple[Cache, int]]) -> bool:
+        """Whether generation goes on from a cache as without; `attempt` gives it, and how many tokens it is to hold."""
+        try:
+            cache, tokens = attempt()
+            _check_kind(cache, tokens)
+            got = self._logits(cache)
+            # half of the digits, as batches of other shapes round differently
+            close = torch.finfo(self._model.dtype).eps ** 0.5 * self._expected.abs().max()
+            if not bool(((got - self._expected).abs() <= close).all()):
+                raise ValueError("what follows is not what follows without")
+        except Exception as error:  # whatever a model raises where its cache is not meant to be used like that
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            name = type(self._model).__name__
+            log.info("the cache of %s cannot be used again, so %s (%s)", name, otherwise, reason)
+            return False
+        return True
 
+    def exchange_rows(self) -> tuple[Cache, int]:
+        """A cache of all but the last token, two rows of which are exchanged."""
+        rows = torch.tensor([1, 0], dtype=torch.int64, device=self._prompts.ids.device)
+        first = self._prompts.rows(rows).begin(self._prompts.width - 1)
+        begun = Begun(first, read(self._model, first, self._settings)).reserve(self._prompts.width + PROBE_NEW)
+        assert begun.cache is not None
+        return begun.cache.rows(rows), first.width
 
-def _try_prefix(model: nn.Module, prompts: Prompts, settings: Any) -> tuple[Cache, int]:
-    return read_prefix(model, prompts, PROBE_SHARED, settings), PROBE_SHARED
+    def share_prefix(self) -> tuple[Cache, int]:
+        """A cache of what they begin with."""
+        room = self._prompts.width + PROBE_NEW
+        return read_prefix(self._model, self._prompts, PROBE_SHARED, room, self._settings), PROBE_SHARED
 
+    @functools.cached_property
+    def _expected(self) -> Tensor:
+        return self._logits()
 
-def _logits(model: Any, prompts: Prompts, settings: Any, cache: Cache | None = None) -> Tensor:
-    settings = copy.copy(settings)
-    settings.return_dict_in_generate = True
-    given = {} if cache is None else {cache.name: cache.value}
-    output = model.generate(input_ids=prompts.ids, attention_mask=prompts.mask, generation_config=settings, **given)
-    return torch.stack(output.logits, 1).float()
+    def _logits(self, cache: Cache | None = None) -> Tensor:
+        given = {} if cache is None else {cache.name: cache.value}
+        output = self._model.generate(
+            input_ids=self._prompts.ids, attention_mask=self._prompts.mask,
+            generation_config=copy.copy(self._settings), **given,
+        )  # fmt: skip
+        return torch.stack(output.logits, 1).float()
 
 
 def _check_kind(cache: Cache, tokens: int) -> None:
@@ -241,17 +277,6 @@ def _check_kind(cache: Cache, tokens: int) -> None:
         raise TypeError(f"it is a {type(cache.value).__name__}")
     if cache.value.get_seq_length() != tokens:
         raise ValueError("what was read is kept elsewhere")
-
-
-def _whole_cache() -> Any:
-    """A cache that keeps every token, also where layers see but a window of them."""
-    from transformers import DynamicCache
-
-    return DynamicCache()
-
-
-def _cache_name(model: Any) -> str:
-    return next(name for name in NAMES if name in inspect.signature(model.forward).parameters)
 
 
 def _copied(layer: Any) -> Any:

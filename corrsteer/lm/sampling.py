@@ -61,7 +61,7 @@ class Sampler:
 
 def gumbel(seeds: Sequence[int], n: int, device: torch.device) -> Tensor:
     """Standard Gumbel noise of 64-bit seeds, `[len(seeds), n]` float32: the same on every device up to rounding."""
-    halves = torch.tensor([[s & MASK, s >> 32] for s in seeds], dtype=torch.int64).to(device, torch.int32)
+    halves = torch.tensor([[s & MASK, s >> 32] for s in seeds], dtype=torch.int64, device=device).int()
     x = _mixed(torch.arange(n, dtype=torch.int32, device=device) ^ 0x2545F491)
     x = _mixed(_mixed(x ^ halves[:, :1]) + halves[:, 1:])
     uniform = ((x & 0x7FFFFFFF).float() * 2.0**-31).clamp_(2.0**-32, 1 - 2.0**-24)
