@@ -66,10 +66,16 @@ def settings(model: nn.Module, *, max_new_tokens: int, stop_tokens: list[int], p
                 f"model.generation_config.{name} must be None, as it changes completions and cannot be undone for one "
                 f"call of generate, got {value!r}; set it to None"
             )
-    return GenerationConfig(
+    config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         eos_token_id=stop_tokens or None,
         pad_token_id=pad_token,
         **NEUTRAL,
     )
+    # A quantised cache changes tokens, and a static one holds one batch; only where it is kept is left to the model.
+    # "hybrid" is the only name that `generate` takes for its own default, and that can go with a cache that is given.
+    cache = getattr(own, "cache_implementation", None)
+    if cache is not None and "offloaded" not in cache:
+        config.cache_implementation = "hybrid"
+    return config

@@ -157,8 +157,9 @@ def empty_cache(model: Any, room: int) -> Cache:
     """A cache with room for so many tokens, that keeps each, also where layers see but a window of them."""
     from corrsteer.lm.reserved_cache import reserved_cache
 
-    name = next(name for name in NAMES if name in inspect.signature(model.forward).parameters)
-    return Cache(name, reserved_cache(room))
+    inside = getattr(model, "get_base_model", None)  # of PEFT, whose forward takes anything
+    takes = inspect.signature((model if inside is None else inside()).forward).parameters
+    return Cache(next(name for name in NAMES if name in takes), reserved_cache(room))
 
 
 def read_prefix(model: nn.Module, prompts: Prompts, prefix: int, room: int, settings: Any) -> Cache:

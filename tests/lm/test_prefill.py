@@ -77,6 +77,40 @@ def test_a_shared_prefix_changes_no_completion(architecture):
     assert len(set(alone)) == 4
 
 
+def test_a_lora_model_shares_prefixes_and_rows_too():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_models.build("llama"), peft.LoraConfig(target_modules=["q_proj", "down_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(0))
+    g = generator(model.eval())
+    alone = [g.complete([prompt], [0], share=False)[0] for prompt in PROMPTS]
+    assert g.reuse == prefill.Reuse(rows=True, prefix=True)
+    assert g.complete(PROMPTS, [0] * 4) == alone
+    assert g.finish(g.read(PROMPTS), [0] * 4) == alone
+
+
+def test_prompt_tuning_is_told_apart():
+    """Virtual tokens come before the prompt, so that a cache of the prompt's own tokens is none of the model's."""
+    peft = pytest.importorskip("peft")
+    options = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(tiny_models.build("llama"), options).eval()
+    g = generator(model)
+    assert g.complete(PROMPTS, [0] * 4) == g.complete(PROMPTS, [0] * 4, share=False)
+    assert not g.reuse.prefix
+
+
+@pytest.mark.parametrize("kind", ["static", "hybrid", "dynamic", "quantized"])
+def test_whatever_cache_a_model_asks_for_completions_are_the_same(kind):
+    model = tiny_models.build("gemma2")
+    plain = generator(model).complete(PROMPTS, [0] * 4)
+    model = tiny_models.build("gemma2")
+    model.generation_config.cache_implementation = kind
+    g = generator(model)
+    assert g.complete(PROMPTS, [0] * 4) == plain
+    assert g.reuse == prefill.Reuse(rows=True, prefix=True)
+
+
 def test_why_a_cache_cannot_be_used_again_is_logged(caplog):
     model = architectures.build("mamba")
     with caplog.at_level(logging.INFO, prefill.__name__):
