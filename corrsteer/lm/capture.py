@@ -97,11 +97,12 @@ class Capture:
         self._passes = 0  # passes whose token has been sampled
         self._allocated = False
         self._call: Call | None = None
+        self._reading: Pass | None = None  # the last pass that was looked at
         self.flushed = False
         with contextlib.ExitStack() as stack:
             passes = stack.enter_context(follow(self.model, steers=False))
-            for key, point in self.points.items():
-                stack.enter_context(passes.attached(point, functools.partial(self._store, key), shared=False))
+            stores = [(point, functools.partial(self._store, key)) for key, point in self.points.items()]
+            stack.enter_context(passes.attached(stores, shared=False))
             self._stack = stack.pop_all()
         return self
 
@@ -147,6 +148,26 @@ class Capture:
         """Called by a hook point with `h: [B, S, d]` in every pass."""
         if reading.call is not None and reading.call.ahead:
             return  # the beginning of prompts, none of which is kept
+        if reading is not self._reading:
+            self._begin(h, reading)
+        kept = self._prompt.to(h.device) if self._passes == 0 else None
+        steps = 1 if kept is None else kept.shape[1]
+        if kept is not None and steps > self._capacity:
+            for at in range(0, steps, self._capacity):
+                part = slice(at, at + self._capacity)
+                self._to_sink(key, h[:, part][kept[:, part]], _cu_seqlens(kept[:, part]))
+            self.flushed, self._pending, self._empty[key] = True, 0, h.new_empty(0, h.shape[2])
+            return
+        if key not in self._buffer:
+            self._buffer[key] = h.new_empty(len(h), self._capacity, h.shape[2])
+        kept_steps = h if h.shape[1] == steps else h[:, -steps:]
+        self._buffer[key][:, self._filled : self._filled + steps] = kept_steps
+        if kept is not None:
+            self._kept[:, :steps] = kept.to(self._kept.device)
+        self._pending = steps
+
+    def _begin(self, h: Tensor, reading: Pass) -> None:
+        """At the first hook point of a pass, what holds for all of them: that it is the next one, and what is kept."""
         first = self._passes == 0
         if reading.call is not None and reading.call.beams > 1:
             raise CorrSteerError("beam search changes rows between passes and cannot be captured; use num_beams=1")
@@ -158,12 +179,9 @@ class Capture:
             self._call = reading.call
         if self._call is None or reading.call is not self._call:
             raise CorrSteerError("a capture holds one call of model.generate; enter a new Capture for the next one")
-        if not self._allocated:  # for all hook points at once: it waits for a GPU
-            self._prompt = self._first_kept(h, reading)
-        kept = self._prompt.to(h.device) if first else None
-        steps = 1 if kept is None else kept.shape[1]
         if not self._allocated:
-            self._allocate(h, steps + self.max_new_tokens - 1)
+            self._prompt = self._first_kept(h, reading)  # which waits for a GPU
+            self._allocate(h, self._prompt.shape[1] + self.max_new_tokens - 1)
         if reading.end != reading.width + self._passes:
             raise CorrSteerError(
                 "a token went by unseen; give generate the capture's stopping_criterion, and no assistant model"
@@ -172,18 +190,7 @@ class Capture:
             raise CorrSteerError(
                 f"generation went on past max_new_tokens={self.max_new_tokens}; give Capture the same limit as generate"
             )
-        if kept is not None and steps > self._capacity:
-            for at in range(0, steps, self._capacity):
-                part = slice(at, at + self._capacity)
-                self._to_sink(key, h[:, part][kept[:, part]], _cu_seqlens(kept[:, part]))
-            self.flushed, self._pending, self._empty[key] = True, 0, h.new_empty(0, h.shape[2])
-            return
-        if key not in self._buffer:
-            self._buffer[key] = h.new_empty(len(h), self._capacity, h.shape[2])
-        self._buffer[key][:, self._filled : self._filled + steps] = h[:, -steps:]
-        if kept is not None:
-            self._kept[:, :steps] = kept.to(self._kept.device)
-        self._pending = steps
+        self._reading = reading
 
     def _first_kept(self, h: Tensor, reading: Pass) -> Tensor:
         """Which tokens of the first pass are kept, of its last one or of all, `[B, steps]` bool."""

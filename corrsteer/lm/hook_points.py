@@ -77,9 +77,16 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     It is the outermost list of as many modules as the model's configuration has layers.
     """
     found = _found.get(model)
-    if found is None or model.get_submodule(found[0]) is not found[1]:
+    if found is None or not _is_at(model, *found):
         found = _found[model] = _find_layers(model)
     return found
+
+
+def _is_at(model: nn.Module, path: str, layers: nn.ModuleList) -> bool:
+    inside: nn.Module | None = model
+    for name in path.split("."):  # get_submodule takes ten times as long, and this is asked for every hook point
+        inside = None if inside is None else inside._modules.get(name)
+    return inside is layers
 
 
 _found: weakref.WeakKeyDictionary[nn.Module, tuple[str, nn.ModuleList]] = weakref.WeakKeyDictionary()
@@ -152,9 +159,11 @@ def attach(model: nn.Module, point: HookPoint, function: Callable[[Tensor], Tens
     What it returns replaces the residual; None leaves it. Returns a handle whose `remove()` ends it.
     """
     check_point(model, point)
+    layer = decoder_layers(model)[1][point.layer]
     module, at_input = _locate(model, point)
-    for inside in (decoder_layers(model)[1][point.layer], module):
-        refuse_compiled(inside)
+    refuse_compiled(layer)
+    if module is not layer:
+        refuse_compiled(module)
     if at_input:
         name = next(iter(inspect.signature(module.forward).parameters))
 

@@ -14,8 +14,8 @@ import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -28,6 +28,8 @@ from corrsteer.lm.interception import Context, intercepted
 from corrsteer.lm.token_positions import Call, Pass, Shape
 
 CACHES = ("past_key_values", "cache", "cache_params", "state", "past_buckets_states", "mems")  # what models call it
+
+Function = Callable[[Tensor, Pass], "Tensor | None"]  # called at a hook point
 
 _followed: weakref.WeakKeyDictionary[nn.Module, Passes] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
@@ -86,56 +88,55 @@ class Passes:
                 hook_points.refuse_compiled(module)
                 for handle in (
                     module_hooks.before(module, functools.partial(self._begin, depth)),
-                    module_hooks.after(module, functools.partial(self._check, depth)),
                     module_hooks.after(module, functools.partial(self._end, depth), always=True),
                 ):
                     stack.callback(handle.remove)
             self.remove: Callable[[], None] = stack.pop_all().close
 
     @contextlib.contextmanager
-    def attached(
-        self, point: HookPoint, function: Callable[[Tensor, Pass], Tensor | None], *, shared: bool = True
-    ) -> Iterator[None]:
-        """Call `function(h, pass)` with the residual `h: [B, S, d]` at a hook point, in every pass of the context.
+    def attached(self, functions: Iterable[tuple[HookPoint, Function]], *, shared: bool = True) -> Iterator[None]:
+        """Call `function(h, pass)` with the residual `h: [B, S, d]` at each hook point, in every pass of the context.
 
         What it returns replaces the residual; None leaves it. It is called in passes of this thread and, where
         `shared`, in those of threads that have opened no context on this model themselves. What another thread captures
         is not known to be meant, and refused.
         """
-        model, owner = self._model(), threading.get_ident()
+        model = self._model()
         assert model is not None, "whoever follows a model keeps it alive"
-        key = object()
+        with contextlib.ExitStack() as stack:
+            for point, function in functions:
+                key = object()
+                handle = hook_points.attach(model, point, self._hook(key, point, function, shared))
+                stack.callback(handle.remove)
+                self._attached[key] = point  # while the hook hangs there, and no longer: other threads' passes check it
+                stack.callback(self._attached.pop, key)
+            yield
+
+    def _hook(
+        self, key: object, point: HookPoint, function: Function, shared: bool
+    ) -> Callable[[Tensor], Tensor | None]:
+        """What runs at a hook point. It does so in every layer of every step, so that each line of it counts."""
+        owner, local = threading.get_ident(), self._local
 
         def at(h: Tensor) -> Tensor | None:
-            if threading.get_ident() != owner and not self._local.passes and self._runs():
-                return None  # a pass of another thread that had begun before the model was followed
-            reading = self._current()
-            if key in reading.reached:
+            passes = local.passes
+            if not passes:
+                return self._refuse_outside(owner)
+            running = passes[-1]
+            if key in running.called:
                 raise CorrSteerError(
                     f"the model runs the layer of {point} more than once in a pass, so that it is not one place in "
                     f"the residual stream; it can be neither captured nor steered"
                 )
-            reading.reached.add(key)
-            if own_passes.probing():
+            running.called.add(key)
+            if running.thread != owner and not (shared and self._steers(running.thread)):
                 return None
-            thread = threading.get_ident()
-            if thread != owner and (not shared or self.steering[thread]):
-                return None
-            if thread != owner and self.users[thread]:
-                raise CorrSteerError(
-                    "another thread steers the model, and whether it is to steer what this one captures cannot be "
-                    "known; enter the steering in the thread of the capture"
-                )
-            reading.check(h)
+            reading = running.reading
+            if h.shape != reading.shape:
+                reading.refuse(h)
             return function(h, reading)
 
-        handle = hook_points.attach(model, point, at)
-        self._attached[key] = point  # once the hook hangs there, and for no longer: passes of other threads check it
-        try:
-            yield
-        finally:
-            del self._attached[key]
-            handle.remove()
+        return at
 
     @contextlib.contextmanager
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
@@ -169,19 +170,30 @@ class Passes:
         told = (kwargs.get("num_beams"), getattr(given, "num_beams", None), getattr(own, "num_beams", None))
         return next((beams for beams in told if beams is not None), 1)
 
-    def _current(self) -> Pass:
-        if not self._local.passes:
+    def _refuse_outside(self, owner: int) -> None:
+        """Raise where a layer runs outside a pass, unless one of another thread began before the model was followed."""
+        if threading.get_ident() == owner or not self._runs():
             raise CorrSteerError(
                 "the model's layers run outside a forward pass of the model, as gradient checkpointing runs them again "
                 "in the backward pass; call the model, or its generate, and train without it"
             )
-        return self._local.passes[-1].reading
+
+    def _steers(self, thread: int | None) -> bool:
+        """Whether a context of another thread steers the passes of this one."""
+        if thread is None or self.steering[thread]:
+            return False
+        if self.users[thread]:
+            raise CorrSteerError(
+                "another thread steers the model, and whether it is to steer what this one captures cannot be "
+                "known; enter the steering in the thread of the capture"
+            )
+        return True
 
     def _begin(self, depth: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the pass of the model (depth 0), or of the module in it that is `depth` nearer to the layers."""
         passes = self._local.passes
         if passes and passes[-1].reached < depth:
-            if self._local.calls or self._runs(passes[-1].begun):  # this is the inside of a pass that has begun
+            if not _has_ended(passes[-1].frame):  # this is the inside of a pass that has begun
                 passes[-1].reached = depth
                 return
             passes.pop()  # it was interrupted from the keyboard, which no hook hears of
@@ -207,14 +219,16 @@ class Passes:
                 f"{mask.shape[1]}, so that which tokens are prompt cannot be known; give it an attention_mask [B, all "
                 f"tokens]. PEFT's virtual tokens come again at each step with a transformers that is newer than it"
             )
-        if own_passes.probing():  # in whatever call it is, it is none of its passes
+        thread: int | None = threading.get_ident()
+        if own_passes.probing():  # in whatever call it is, it is none of its passes, and no context's
+            thread = None
             reading = Pass(rows, steps, self._d, 0, steps)
         elif self._local.calls:
             call = self._local.calls[-1]
             reading = call.read((rows, steps, self._d), start, cache, mask, embedded=ids is None)
         else:
             reading = self._outside(module, (rows, steps, self._d), start, cache, mask)
-        passes.append(_Running(depth, depth, self._attached.copy(), reading))
+        passes.append(_Running(depth, depth, thread, sys._getframe(1), self._attached.copy(), reading))
 
     def _outside(self, module: nn.Module, shape: Shape, start: int | None, cache: Any, mask: Any) -> Pass:
         """A pass outside of `generate`: what is read without a cache is a prompt, and what comes after it generated."""
@@ -240,33 +254,30 @@ class Passes:
                 "after a filled cache does not say where its prompts end; call model.generate inside the context"
             )
 
-    def _runs(self, depth: int | None = None) -> bool:
-        """Whether a pass is under way in this thread, of the module at a depth or of any, followed or not."""
+    def _runs(self) -> bool:
+        """Whether a pass is under way in this thread, followed or not."""
         model = self._model()
         owners = [] if model is None else hook_points.owners(model)
-        if depth is not None:
-            owners = owners[depth : depth + 1]
         return any(frame.f_locals.get("self") is owner for frame in _frames() for owner in owners)
 
-    def _check(self, depth: int, module: nn.Module, *_: Any) -> None:
-        """After a pass that went well: every hook point must have run."""
-        running = self._local.passes[-1] if self._local.passes else None
-        # a call in a call may leave layers out to draft tokens
-        if running is None or running.begun != depth or len(self._local.calls) > 1 or _drops_layers(module):
-            return
-        reached = running.reading.reached  # other threads attach and remove theirs meanwhile
-        missed = [p for key, p in running.attached.items() if key in self._attached and key not in reached]
-        if missed:
-            raise CorrSteerError(
-                f"{', '.join(map(str, missed))} did not run in the model's forward pass, so nothing was captured or "
-                f"steered there: its layers are a frozen graph, or the model leaves them out; load the model as "
-                f"transformers has it"
-            )
-
-    def _end(self, depth: int, *_: Any) -> None:
+    def _end(self, depth: int, module: nn.Module, _args: Any, output: Any) -> None:
+        """After a pass: every hook point must have run, unless it raised and so has no output."""
         passes = self._local.passes
-        if passes and passes[-1].begun == depth:
-            passes.pop()
+        if not passes or passes[-1].begun != depth:
+            return
+        running = passes.pop()
+        missed = running.attached.keys() - running.called
+        # A call in a call may leave layers out to draft tokens.
+        if not missed or output is None or len(self._local.calls) > 1 or _drops_layers(module):
+            return
+        # other threads attach and remove theirs meanwhile
+        points = [str(p) for key, p in running.attached.items() if key in missed and key in self._attached]
+        if points:
+            raise CorrSteerError(
+                f"{', '.join(points)} did not run in the model's forward pass, so nothing was captured or steered "
+                f"there: its layers are a frozen graph, or the model leaves them out; load the model as transformers "
+                f"has it"
+            )
 
 
 def _call_of(model: nn.Module) -> Context | None:
@@ -285,12 +296,25 @@ class _Local(threading.local):
 
 @dataclass(eq=False)
 class _Running:
-    """A pass, which module it was begun with, and how near to the layers it has come; by depth."""
+    """A pass under way.
+
+    Attributes
+    ----------
+    begun, reached : depth of the module it was begun with, and how near to the layers it has come.
+    thread : in which it runs; None where it only looks at the model, and is no context's.
+    frame : of torch's call of that module, which ends with the pass, however it ends.
+    attached : what hung at hook points when it began.
+    reading : which tokens it reads.
+    called : what hangs at hook points and has been called.
+    """
 
     begun: int
     reached: int
-    attached: dict[object, HookPoint]  # what hung at hook points when it began
+    thread: int | None
+    frame: FrameType
+    attached: dict[object, HookPoint]
     reading: Pass
+    called: set[object] = field(default_factory=set)
 
 
 def _cached(cache: Any) -> int | None:
@@ -301,6 +325,15 @@ def _cached(cache: Any) -> int | None:
         return int(cache.get_seq_length())
     except (AttributeError, ValueError):  # transformers' own caches raise the latter
         return None
+
+
+def _has_ended(frame: FrameType) -> bool:
+    """Whether the call of a function is over, told without a walk over the stack in every pass."""
+    try:
+        frame.clear()
+    except RuntimeError:  # Python clears none that runs
+        return False
+    return True
 
 
 def _frames() -> Iterator[FrameType]:

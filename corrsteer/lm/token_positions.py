@@ -110,6 +110,8 @@ class Pass:
     virtual : columns before the prompt that stand for no token.
     mask : the attention mask it was given, whatever its kind.
     call : the call of `generate` that it belongs to; None outside of one.
+    shape : of the residual stream.
+    decodes : whether every token that it reads is a generated one.
     """
 
     rows: int
@@ -120,8 +122,13 @@ class Pass:
     virtual: int = 0
     mask: Any = None
     call: Call | None = None
-    reached: set[object] = field(default_factory=set)  # what hangs at hook points and has been called
+    shape: Shape = field(init=False)
+    decodes: bool = field(init=False)
     _selected: dict[tuple[str, torch.device], Tensor | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:  # hooks look these up in every layer
+        self.shape = (self.rows, self.steps, self.d)
+        self.decodes = self.start >= self.width
 
     @property
     def end(self) -> int:
@@ -139,10 +146,8 @@ class Pass:
             self._selected[key] = self._select(positions, h.device)
         return self._selected[key]
 
-    def check(self, h: Tensor) -> None:
-        """Raise unless `h` is a residual stream of the tokens read."""
-        if h.shape == (self.rows, self.steps, self.d):
-            return
+    def refuse(self, h: Tensor) -> None:
+        """Raise for what is not of the shape of a residual stream of the tokens read."""
         raise CorrSteerError(
             f"the model's residual stream must be [{self.rows}, {self.steps}, {self.d}], as {self.rows} rows of "
             f"{self.steps} tokens are read and its width is {self.d}, got {list(h.shape)}: a stream of several lanes, "
@@ -150,8 +155,8 @@ class Pass:
         )
 
     def _select(self, positions: str, device: torch.device) -> Tensor | None:
-        if positions != "prompt" and self.start >= self.width:
-            return None  # a decode step: every row reads generated tokens
+        if positions != "prompt" and self.decodes:
+            return None
         real = self.real(device)
         column = torch.arange(self.start, self.end, dtype=torch.int64, device=device).expand(self.rows, self.steps)
         if positions == "generated":

@@ -27,23 +27,52 @@ def add_vectors(
     rows : `[B]` int32, which of the V each row of a batch gets, -1 for none; None gives every row the first.
     positions : which tokens are steered, as for `Steering.apply`.
     """
-    with contextlib.ExitStack() as stack:
-        passes = stack.enter_context(follow(model, steers=True))
-        for point, table in vectors.items():
-            add = _Add(table, rows, positions, copies=point == HookPoint(0, "resid_pre"))
-            stack.enter_context(passes.attached(point, add))
+    additions = [
+        (point, _Addition(table, rows, positions, copies=point == HookPoint(0, "resid_pre")))
+        for point, table in vectors.items()
+    ]
+    with follow(model, steers=True) as passes, passes.attached(additions):
         yield
 
 
-class _Add:
-    """What is called at one hook point; `copies` where the residual is not this model's to write to."""
+class _Addition:
+    """What is called at one hook point; `copies` where the residual is not this model's to write to.
+
+    In a decode step every token gets its row's vector, which is one addition in torch; a kernel of ours pays where
+    tokens are to be chosen. The sum is the same: formed in float32, rounded once.
+    """
 
     def __init__(self, vectors: Tensor, rows: Tensor | None, positions: str, copies: bool):
         self._vectors, self._rows, self._positions, self._copies = vectors, rows, positions, copies
+        self._batch = None if rows is None else len(rows)
+        self._decoding: Tensor | None = None  # what decode steps add, once there was one
         self._every_row = torch.zeros(0, dtype=torch.int32, device="cpu")
 
-    def __call__(self, h: Tensor, reading: Pass) -> Tensor:
-        where = reading.select(h, self._positions)
+    def __call__(self, h: Tensor, reading: Pass) -> Tensor | None:
+        if self._batch is not None and self._batch != reading.rows:
+            raise CorrSteerError(f"rows must have one entry per row of the batch ({reading.rows}), got {self._batch}")
+        if reading.decodes and self._positions == "prompt":
+            return None
+        if self._copies:  # the first layer's input may be the caller's own inputs_embeds
+            h = h.clone()
+        if reading.decodes:
+            added = self._decoding
+            if added is None or added.device != h.device:
+                added = self._decoding = self._of_each_row(h.device)
+            h.add_(added)
+        else:
+            self._add_to_some(h, reading.select(h, self._positions))
+        return h if self._copies else None
+
+    def _of_each_row(self, device: torch.device) -> Tensor:
+        """What is added to each row, `[d]` where rows do not differ, else `[B, 1, d]`; -0.0 changes no bit of any."""
+        vectors = self._vectors.to(device)
+        if self._rows is None:
+            return vectors[0]
+        rows = self._rows.to(device)[:, None]
+        return torch.where(rows < 0, -0.0, vectors[rows[:, 0].clamp(min=0)])[:, None]
+
+    def _add_to_some(self, h: Tensor, where: Tensor | None) -> None:
         if self._vectors.device != h.device:  # the residual's, since an offloaded layer's own is `meta` between passes
             self._vectors = self._vectors.to(h.device)
             self._rows = None if self._rows is None else self._rows.to(h.device)
@@ -52,7 +81,4 @@ class _Add:
             rows = self._every_row
             if len(rows) != len(h) or rows.device != h.device:
                 self._every_row = rows = torch.zeros(len(h), dtype=torch.int32, device=h.device)
-        elif len(rows) != len(h):
-            raise CorrSteerError(f"rows must have one entry per row of the batch ({len(h)}), got {len(rows)}")
-        # The first layer's input may be the caller's own inputs_embeds.
-        return ops.steer_add(h.clone() if self._copies else h, self._vectors, rows, where)
+        ops.steer_add(h, self._vectors, rows, where)

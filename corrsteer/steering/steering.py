@@ -84,10 +84,13 @@ class Steering:
 
     def vectors(self, model: nn.Module | None = None) -> dict[HookPoint, Tensor]:
         """The sum Σ c_i d_i of each hook point, `[d]` float32."""
+        directions = self.directions.float()
+        coefficients = torch.tensor(
+            [feature.coefficient for feature in self.features], dtype=directions.dtype, device=directions.device
+        )
         sums: dict[HookPoint, Tensor] = {}
-        for feature, direction in zip(self.features, self.directions):
+        for feature, part in zip(self.features, coefficients[:, None] * directions):
             point = HookPoint.parse(feature.hook_point, model)
-            part = feature.coefficient * direction.float()
             sums[point] = sums[point] + part if point in sums else part
         return sums
 
@@ -159,13 +162,19 @@ class Steering:
 
     def check(self, model: nn.Module) -> None:
         """Raise unless this steering fits the model."""
+        self._fitting(model)
+
+    def _fitting(self, model: nn.Module) -> dict[HookPoint, Tensor]:
+        """Its vectors, which fit the model."""
         if self.features and self.directions.shape[1] != hook_points.width(model):
             raise CorrSteerError(
                 f"this steering is for a residual stream of width {self.directions.shape[1]}, "
                 f"but the model's is {hook_points.width(model)}; use it with the model it was made on"
             )
-        for point in self.vectors(model):
+        vectors = self.vectors(model)
+        for point in vectors:
             hook_points.check_point(model, point)
+        return vectors
 
 
 def check_application(positions: str, scale: float) -> float:
@@ -210,15 +219,17 @@ def stack(model: nn.Module, steerings: Sequence[Steering], scales: Sequence[floa
     ------
     CorrSteerError : where a steering does not fit the model, or what is added would not be finite.
     """
-    vectors: dict[HookPoint, Tensor] = {}
-    for at, (steering, scale) in enumerate(zip(steerings, scales)):
-        steering.check(model)
-        for point, vector in steering.vectors(model).items():
-            if point not in vectors:
-                vectors[point] = torch.zeros(len(steerings), len(vector), dtype=vector.dtype, device=vector.device)
-            vectors[point][at] = scale * vector
-            if not bool(torch.isfinite(vectors[point][at]).all()):
+    each: list[dict[HookPoint, Tensor]] = []
+    for steering, scale in zip(steerings, scales):
+        vectors = steering._fitting(model)
+        if vectors:
+            added = scale * torch.stack(list(vectors.values())).cpu()  # all layers at once, as there may be many
+            if not bool(torch.isfinite(added).all()):
                 raise CorrSteerError(
                     f"scale must leave what is added finite in float32, got {scale:g}; take a smaller one"
                 )
-    return vectors
+            vectors = dict(zip(vectors, added))
+        each.append(vectors)
+    points = dict.fromkeys(point for vectors in each for point in vectors)
+    nothing = torch.zeros(hook_points.width(model) if points else 0, dtype=torch.float32, device="cpu")
+    return {point: torch.stack([vectors.get(point, nothing) for vectors in each]) for point in points}

@@ -4,6 +4,7 @@ import threading
 import weakref
 
 import architectures
+import calls
 import pytest
 import torch
 import transformers
@@ -222,6 +223,18 @@ def test_excluding_tokens_of_prompts_given_as_embeddings_is_refused():
     with Capture(model, POINTS, stop_tokens=[], positions="all", exclude_tokens=[1]) as capture:
         with pytest.raises(CorrSteerError, match="exclude_tokens are told by their id, but generate was given none"):
             model.generate(inputs_embeds=embeddings, stopping_criteria=[capture.stopping_criterion], max_new_tokens=2)
+
+
+def test_what_a_pass_has_decided_is_looked_up_at_each_hook_point():
+    def called(layers, n):
+        """Functions of ours that a generation calls."""
+        points = {layer: HookPoint(layer) for layer in range(layers)}
+        with calls.counted() as found:
+            captured(tiny("llama"), prompts_of(LENGTHS), [], n, max_new_tokens=9, points=points)
+        return found
+
+    one, all_of_them = (called(layers, 9) - called(layers, 5) for layers in (1, LAYERS))  # of 4 decode steps
+    assert all_of_them - one == dict.fromkeys(("after", "at", "_store"), 4 * (LAYERS - 1))
 
 
 # The memory budget
