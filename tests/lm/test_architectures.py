@@ -207,13 +207,14 @@ def check_reuse(model, rows) -> str:
     prompts, keys = [head + rest for rest in rests], [0] * len(rests)
     vector = 3 * torch.randn(hook_points.width(model), generator=torch.Generator().manual_seed(5))
     steering = Steering.from_vectors({str(POINT): vector})
-    with steering.apply(model):
-        expected = g.complete(prompts, keys, share=False)
-        assert rows == 1 or g.complete(prompts, keys) == expected
-    if g.reuse.rows:
+    if rows > 1:  # otherwise the model's own batches are broken
+        with steering.apply(model):
+            expected = g.complete(prompts, keys, share=False)
+            assert g.complete(prompts, keys) == expected
+    if rows > 1 and g.reuse.rows:
         begun = g.read(prompts)
         with steering.apply(model):
-            assert rows == 1 or g.finish(begun, keys) == expected
+            assert g.finish(begun, keys) == expected
     return ", ".join(["prompts"] * g.reuse.rows + ["prefixes"] * g.reuse.prefix) or "nothing"
 
 
