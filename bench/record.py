@@ -81,6 +81,11 @@ def stem(result: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{device['type']} {device['name']}".lower()).strip("-")
 
 
+def commit_of(checkout: Path) -> str | None:
+    """The commit that is checked out in a folder."""
+    return _output("git", "-C", str(checkout), "rev-parse", "HEAD") or None
+
+
 def _installed(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

@@ -272,10 +272,32 @@ def propositions(study: Path) -> str:
     )
 
 
+def hooks(study: Path) -> str:
+    """What steering costs a decode step, as measured; or how to measure it."""
+    from bench import hooks
+
+    if not study.exists():
+        return "Not measured yet: `python -m bench.hooks`, on a machine that does nothing else."
+    result = json.loads(study.read_text(encoding="utf-8"))
+    versions = ", ".join(f"{name} {version}" for name, version in result["packages"].items() if version)
+    commit = result["commit"][:12] + (" with changes" if result["dirty"] else "")
+    before = f" `before` is {result['before'][:12]}." if result["before"] else ""
+    return "\n\n".join(
+        [
+            f"{result['device']['name']}; {versions}; `now` is {commit}; {result['date'][:10]}.{before}",
+            "\n".join(f"- {line}" for line in hooks.summary(result)),
+            *_markdown(hooks.HEADER, hooks.rows_of(result)),
+        ]
+    )
+
+
 # document -> its blocks: name, what makes it, and of which file or folder under bench/results
 DOCUMENTS: dict[str, tuple[tuple[str, Callable[[Path], str], str], ...]] = {
     "README.md": (("speed", lambda folder: speed(load(folder)), "."),),
-    "docs/benchmarks.md": (("benchmarks", lambda folder: section(load(folder)), "."),),
+    "docs/benchmarks.md": (
+        ("hooks", hooks, "studies/hooks.json"),
+        ("benchmarks", lambda folder: section(load(folder)), "."),
+    ),
     "docs/statistics.md": (
         ("calibration", calibration, "studies/calibration.json"),
         ("propositions", propositions, "studies/propositions.json"),
