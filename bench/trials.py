@@ -1,4 +1,4 @@
-"""Whole jobs of many steerings, against the plain way: python -m bench.trials --out bench/results
+"""Whole jobs of many steerings, against the plain way: python -m bench.trials
 
 What is compared does the same work and must come to the same decisions, or no time is reported:
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from bench import record
 from bench.timing import WallTimer, interleaved, ratio, summary
 from corrsteer import Decoding, Steering, Task, Trial, demo, run_trials
+from corrsteer.compatibility import installed
 from corrsteer.experiments.trials import UNSTEERED
 from corrsteer.lm.generation import Generator, stop_tokens, tokenize
 from corrsteer.lm.hook_points import decoder_layers
@@ -283,23 +284,48 @@ def prefix_table(result: dict[str, Any]) -> list[tuple[str, ...]]:
     ]  # fmt: skip
 
 
+# what a row's ratio is to be, by its new tokens
+TARGETS: dict[str, tuple[dict[int, float], bool]] = {
+    "loop / trials": ({1: 20, 16: 8}, True),  # at least
+    "trials / evaluation": ({1: 2.5}, False),  # at most
+}
+
+
+def reached(result: dict[str, Any]) -> list[str]:
+    """A line a target: what was reached."""
+    lines = []
+    for name, (by_tokens, at_least) in TARGETS.items():
+        for new, target in by_tokens.items():
+            found = [
+                row[name]
+                for row in result["pruning"]
+                if row["new_tokens"] == new and (at_least or row["model"] == "random")
+            ]
+            if found:
+                words = f"at least {target:g}" if at_least else f"at most {target:g}"
+                least, most = min(found), max(found)
+                got = f"{least:.1f}" if least == most else f"{least:.1f} and {most:.1f}"
+                lines.append(f"`{name}` {words} at {new} new token{'s' * (new > 1)}: {got}")
+    return lines
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(prog="python -m bench.trials", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder of results; without it nothing is written")
+    parser.add_argument("--out", type=Path, default=record.STUDIES, help="folder for the result")
     parser.add_argument("--quick", action="store_true", help="a small form, which shows that it runs")
     options = parser.parse_args(arguments)
     grid = QUICK if options.quick else FULL
     head = record.new(torch.device("cpu"))
     del head["cases"]
+    head["packages"]["transformers"] = installed("transformers")
     result = {
         **head, "schema": "corrsteer.trials", "quick": options.quick, "grid": grid,
         "pruning": pruning_rows(grid), "prefix": prefix_rows(grid),
     }  # fmt: skip
     print(table(PRUNING, pruning_table(result), indent=""))
     print(table(PREFIX, prefix_table(result), indent=""))
-    if options.out:
-        print(record.write_study(result, options.out / "jobs"))
+    print(record.write_study(result, options.out))
     return 0
 
 
