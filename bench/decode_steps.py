@@ -23,6 +23,7 @@ from corrsteer import Steering, apply_rows
 from corrsteer.lm.passes import CACHES
 from corrsteer.ops import registry
 
+CPU = torch.device("cpu")
 READ, VOCABULARY = 64, 1000  # tokens in the cache, and in the vocabulary, which is small, as it is no layer
 WARM_UP, STEPS = 2, 8  # steps of a context in a round; the first one gathers what is added
 STEERINGS = 10  # that rows choose from
@@ -41,11 +42,11 @@ class Steps:
             bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
         self.model: Any = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
-        vectors = 0.01 * torch.randn(STEERINGS, layers, hidden)
+        vectors = 0.01 * torch.randn(STEERINGS, layers, hidden, dtype=torch.float32, device=CPU)
         names = [f"blocks.{layer}.hook_resid_post" for layer in range(layers)]
         steerings = [Steering.from_vectors(dict(zip(names, each))) for each in vectors]
         rows = [row % (STEERINGS + 1) - 1 for row in range(1, batch + 1)]  # one in eleven has none
-        every_row = torch.cat([torch.zeros_like(vectors[:1]), vectors])[torch.tensor(rows) + 1].transpose(0, 1)
+        every_row = torch.cat([vectors, torch.zeros_like(vectors[:1])])[rows].transpose(0, 1)  # the last is that of -1
         self.contexts: dict[str, Context] = {
             "unsteered": contextlib.nullcontext,
             "torch's hooks": lambda: self.hooks(vectors[0]),
@@ -56,7 +57,7 @@ class Steps:
             "one vector": self.contexts["torch's hooks"],
             "rows that differ": lambda: self.hooks(every_row[:, :, None]),
         }
-        ids = torch.randint(VOCABULARY, (batch, READ + 1))
+        ids = torch.randint(VOCABULARY, (batch, READ + 1), dtype=torch.int64, device=CPU)
         name = next(name for name in CACHES if name in inspect.signature(self.model.forward).parameters)
         read = self.model(ids[:, :READ], use_cache=True)
         self.inputs: dict[str, Any] = {
@@ -116,7 +117,7 @@ def main() -> None:
     with torch.no_grad():
         steps = Steps(**setting)
         steps.check()
-        call = registry.Call("steer_add", torch.device("cpu"), torch.float32)
+        call = registry.Call("steer_add", CPU, torch.float32)
         print(json.dumps({"steer_add": registry.choose(call).name}), flush=True)
         for line in sys.stdin:
             print(json.dumps(steps.round(int(line))), flush=True)

@@ -291,10 +291,28 @@ def hooks(study: Path) -> str:
     )
 
 
+def trials(study: Path) -> str:
+    """What many steerings take, as measured; or how to measure it."""
+    from bench import trials
+
+    if not study.exists():
+        return "Not measured yet: `python -m bench.trials`, on a machine that does nothing else."
+    result = json.loads(study.read_text(encoding="utf-8"))
+    return "\n\n".join(
+        [
+            _title(result),
+            "\n".join(f"- {line}" for line in trials.reached(result)),
+            *_markdown(trials.PRUNING, trials.pruning_table(result)),
+            *_markdown(trials.PREFIX, trials.prefix_table(result)),
+        ]
+    )
+
+
 # document -> its blocks: name, what makes it, and of which file or folder under bench/results
 DOCUMENTS: dict[str, tuple[tuple[str, Callable[[Path], str], str], ...]] = {
     "README.md": (("speed", lambda folder: speed(load(folder)), "."),),
     "docs/benchmarks.md": (
+        ("trials", trials, "studies/trials.json"),
         ("hooks", hooks, "studies/hooks.json"),
         ("benchmarks", lambda folder: section(load(folder)), "."),
     ),

@@ -23,7 +23,7 @@ _HOME = {
     "update_sums": "ops",
     "HookPoint": "lm.hook_points",
     "Capture": "lm.capture",
-    "Decoding": "lm.generation",
+    "Decoding": "lm.decoding",
     "Evidence": "stats.evidence",
     "Steering": "steering.steering",
     "apply_rows": "steering.steering",
@@ -32,6 +32,8 @@ _HOME = {
     "select": "experiments.selection",
     "calibrate_scale": "experiments.scaling",
     "evaluate": "experiments.evaluation",
+    "Trial": "experiments.trials",
+    "run_trials": "experiments.trials",
     "CorrSteerError": "errors",
     "BackendUnavailable": "errors",
     # modules
@@ -53,6 +55,7 @@ __all__ = [
     "SparseEncoder",
     "Steering",
     "Task",
+    "Trial",
     "__version__",
     "apply_rows",
     "calibrate_scale",
@@ -64,6 +67,7 @@ __all__ = [
     "evaluate",
     "inference",
     "planning",
+    "run_trials",
     "scores",
     "select",
     "stability",
@@ -78,8 +82,9 @@ if TYPE_CHECKING:
     from corrsteer.experiments.evaluation import evaluate
     from corrsteer.experiments.scaling import calibrate_scale
     from corrsteer.experiments.selection import select
+    from corrsteer.experiments.trials import Trial, run_trials
     from corrsteer.lm.capture import Capture
-    from corrsteer.lm.generation import Decoding
+    from corrsteer.lm.decoding import Decoding
     from corrsteer.lm.hook_points import HookPoint
     from corrsteer.ops import Moments, encode, encode_pool, encode_update, steer_add, update_moments, update_sums
     from corrsteer.runs.collect import collect

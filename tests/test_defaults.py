@@ -33,7 +33,7 @@ from corrsteer import (
     update_moments,
     update_sums,
 )
-from corrsteer.lm.generation import Decoding
+from corrsteer.lm.decoding import Decoding
 from corrsteer.ops import RunningPool
 from corrsteer.stats.evidence import SCORES
 

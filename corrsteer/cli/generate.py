@@ -21,7 +21,7 @@ def generate(
 ) -> None:
     """Complete prompts unsteered and steered, side by side."""
     from corrsteer.cli import inputs
-    from corrsteer.rollouts.grading import grade
+    from corrsteer.experiments.trials import UNSTEERED, Trial, run_trials
     from corrsteer.steering.steering import Steering
     from corrsteer.tasks import Task
 
@@ -36,9 +36,10 @@ def generate(
     )
     model, tokenizer = inputs.load_model(settings)
     loaded.check(model)
-    before = grade(model, tokenizer, task, inputs.decoding(settings), progress=False).completions
-    with loaded.apply(model, settings.positions, settings.scale):
-        after = grade(model, tokenizer, task, inputs.decoding(settings), progress=False).completions
-    pairs = [{"prompt": p, "unsteered": b, "steered": a} for p, b, a in zip(prompt, before, after)]
+    trials = [UNSTEERED, Trial(loaded, settings.scale, settings.positions)]
+    before, after = run_trials(model, tokenizer, task, trials, inputs.decoding(settings), progress=False)
+    pairs = [
+        {"prompt": p, "unsteered": b, "steered": a} for p, b, a in zip(prompt, before.completions, after.completions)
+    ]
     text = "\n".join(f"{p['prompt']!r}\n  unsteered: {p['unsteered']!r}\n  steered:   {p['steered']!r}" for p in pairs)
     emit({"completions": pairs}, json, text)

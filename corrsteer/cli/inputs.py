@@ -13,7 +13,7 @@ from torch import nn
 
 from corrsteer.cli.settings import ModelSettings, TaskSettings
 from corrsteer.errors import CorrSteerError
-from corrsteer.lm.generation import Decoding
+from corrsteer.lm.decoding import Decoding
 from corrsteer.lm.hook_points import width
 from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.sae.releases import check_names

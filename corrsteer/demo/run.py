@@ -15,7 +15,7 @@ from corrsteer.arguments import whole
 from corrsteer.demo import sums
 from corrsteer.experiments.evaluation import evaluate
 from corrsteer.experiments.selection import STRATEGIES, select
-from corrsteer.lm.generation import Decoding
+from corrsteer.lm.decoding import Decoding
 from corrsteer.report.tables import feature_table, table
 from corrsteer.rollouts.grading import grade
 from corrsteer.runs.collect import collect
@@ -115,11 +115,7 @@ def _run(seed: int, say: Callable[[str], None], progress: bool) -> dict[str, Any
     )
 
     say(f"3. Steer and evaluate: {len(test)} unsigned sums that nothing was selected on, unsteered and steered.")
-    before = grade(model, tokenizer, test, decoding, progress=progress)
-    evaluations = {
-        strategy: evaluate(model, tokenizer, test, steering, decoding=decoding, unsteered=before, progress=progress)
-        for strategy, steering in steerings.items()
-    }
+    evaluations = evaluate(model, tokenizer, test, steerings, decoding=decoding, progress=progress)
     say(
         table(
             ("", "layers", "unsteered", "steered", "right now", "wrong now", "side effects", "McNemar p"),

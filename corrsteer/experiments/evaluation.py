@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import nn
 
-from corrsteer.arguments import check_type, whole
+from corrsteer.arguments import whole
+from corrsteer.errors import CorrSteerError
 from corrsteer.experiments.seen_samples import overlap_notes
-from corrsteer.lm.generation import Decoding
-from corrsteer.rollouts.grading import Graded, grade
-from corrsteer.steering.steering import Steering, check_application
+from corrsteer.experiments.trials import UNSTEERED, Trial, run_trials
+from corrsteer.lm.decoding import Decoding
+from corrsteer.rollouts.grading import Graded
+from corrsteer.steering.steering import Steering
 from corrsteer.tasks import Task
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ class Evaluation:
         return described if examples else {k: v for k, v in described.items() if k != "examples"}
 
 
+@overload
 def evaluate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -65,31 +68,73 @@ def evaluate(
     decoding: Decoding | None = None,
     unsteered: Graded | None = None,
     progress: bool = True,
-) -> Evaluation:
+) -> Evaluation: ...
+
+
+@overload
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    steering: Mapping[str, Steering | None],
+    *,
+    positions: str = "generated",
+    scale: float = 1.0,
+    decoding: Decoding | None = None,
+    unsteered: Graded | None = None,
+    progress: bool = True,
+) -> dict[str, Evaluation]: ...
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    steering: Steering | Mapping[str, Steering | None] | None,
+    *,
+    positions: str = "generated",
+    scale: float = 1.0,
+    decoding: Decoding | None = None,
+    unsteered: Graded | None = None,
+    progress: bool = True,
+) -> Evaluation | dict[str, Evaluation]:
     """Score a task unsteered and steered.
 
     Parameters
     ----------
     model, tokenizer, task : what is evaluated, on samples that nothing was selected on.
-    steering : None, or one without features, steers nothing.
+    steering : None, or one without features, steers nothing. Of several, by name, each is compared with the same
+        unsteered completions; what they share is computed once, see `run_trials`.
     positions, scale : as for `Steering.apply`.
-    decoding : the same for both.
+    decoding : the same for all.
     unsteered : what `grade` gave for the same task and decoding, to save doing it again.
+
+    Returns
+    -------
+    An evaluation; of several steerings, one by each name.
 
     Raises
     ------
     CorrSteerError : where `unsteered` is of another task, grader or decoding, among others.
     """
-    scale = check_application(positions, scale)
     decoding = decoding or Decoding()
-    if steering is not None:
-        check_type("steering", steering, Steering, "a Steering")
+    named: dict[str, Steering | None] = dict(steering) if isinstance(steering, Mapping) else {"steered": steering}
+    if not named:
+        raise CorrSteerError("steering must be one or more, got an empty mapping")
+    trials = [Trial(one, scale, positions, name) for name, one in named.items()]
     if unsteered is not None:
         unsteered.check(task, decoding)
-    before = unsteered or grade(model, tokenizer, task, decoding, progress=progress)
-    steered = steering.apply(model, positions, scale) if steering is not None else contextlib.nullcontext()
-    with steered:
-        after = grade(model, tokenizer, task, decoding, progress=progress)
+    before = [] if unsteered is not None else [UNSTEERED]
+    graded = run_trials(model, tokenizer, task, before + trials, decoding, progress=progress)
+    plain, *steered = graded if unsteered is None else [unsteered, *graded]
+    evaluations = {
+        name: _compare(task, plain, after, [] if one is None else overlap_notes(task, one.provenance))
+        for (name, one), after in zip(named.items(), steered)
+    }
+    return evaluations if isinstance(steering, Mapping) else evaluations["steered"]
+
+
+def _compare(task: Task, before: Graded, after: Graded, notes: list[str]) -> Evaluation:
     changes = [a - b for a, b in zip(after.rewards, before.rewards)]
     improved, worsened = sum(c > 0 for c in changes), sum(c < 0 for c in changes)
     rows = zip(task.examples, before.completions, after.completions, before.rewards, after.rewards)
@@ -109,7 +154,7 @@ def evaluate(
             {"prompt": e.prompt, "answer": e.answer, "before": s, "after": t, "reward_before": a, "reward_after": b}
             for e, s, t, a, b in rows
         ],
-        notes=[] if steering is None else overlap_notes(task, steering.provenance),
+        notes=notes,
     )
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from corrsteer.experiments.seen_samples import SELECTED, overlap_notes, validated
-from corrsteer.lm.generation import Decoding
-from corrsteer.rollouts.grading import grade
+from corrsteer.experiments.trials import UNSTEERED, Trial, run_trials
+from corrsteer.lm.decoding import Decoding
 from corrsteer.steering.steering import Steering
 from corrsteer.tasks import Task
 
@@ -29,19 +29,17 @@ def prune(
 ) -> Steering:
     """Keep the features that, steered alone, beat the unsteered validation score (CorrSteer-P)."""
 
-    def score() -> float:
-        return grade(model, tokenizer, validation, decoding, progress=progress).score
-
-    unsteered = score()
-    alone = []
-    for feature, direction in zip(steering.features, steering.directions):
-        with Steering([feature], direction[None]).apply(model, positions, scale):
-            alone.append(score())
-    kept = [at for at, value in enumerate(alone) if value > unsteered]
+    alone = [
+        Trial(Steering([feature], direction[None]), scale, positions, feature.name)
+        for feature, direction in zip(steering.features, steering.directions)
+    ]
+    graded = run_trials(model, tokenizer, validation, [UNSTEERED, *alone], decoding, progress=progress)
+    unsteered, *scores = [one.score for one in graded]
+    kept = [at for at, value in enumerate(scores) if value > unsteered]
     steering.provenance["selection"] |= {
         "validation": {"task": validation.name, "n": len(validation), "positions": positions, "scale": scale},
         "unsteered_score": unsteered,
-        "score_alone": [{"feature": asdict(f), "score": value} for f, value in zip(steering.features, alone)],
+        "score_alone": [{"feature": asdict(f), "score": value} for f, value in zip(steering.features, scores)],
         "decoding": asdict(decoding),
     }
     notes = [] if kept else [f"no feature, steered alone, beat the unsteered validation score of {unsteered:.4f}"]

@@ -12,10 +12,10 @@ from torch import nn
 
 from corrsteer.arguments import check_type, numbers
 from corrsteer.errors import CorrSteerError
-from corrsteer.experiments.evaluation import evaluate
 from corrsteer.experiments.seen_samples import SELECTED, overlap_notes, validated
-from corrsteer.lm.generation import Decoding
-from corrsteer.rollouts.grading import grade
+from corrsteer.experiments.trials import UNSTEERED, Trial, run_trials
+from corrsteer.lm.decoding import Decoding
+from corrsteer.rollouts.grading import Graded
 from corrsteer.steering.steering import Steering, check_application
 from corrsteer.tasks import Task
 
@@ -41,6 +41,14 @@ class Point:
     error: float | None
     improved: int
     worsened: int
+
+    @classmethod
+    def of(cls, scale: float, graded: Graded, unsteered: Graded) -> Point:
+        """Of what was graded with a scale and without."""
+        rewards, before = graded.rewards, unsteered.rewards
+        error = statistics.stdev(rewards) / math.sqrt(len(rewards)) if len(rewards) > 1 else None
+        improved, worsened = (sum(a > b for a, b in pairs) for pairs in (zip(rewards, before), zip(before, rewards)))
+        return cls(scale, graded.score, error, improved, worsened)
 
 
 def calibrate_scale(
@@ -72,15 +80,10 @@ def calibrate_scale(
     """
     scales = check_scaling(steering, scales)
     check_application(positions, 1.0)
-    unsteered = grade(model, tokenizer, validation, decoding, progress=progress)
-    curve = [Point(0.0, unsteered.score, _error(unsteered.rewards), 0, 0)]
-    for scale in scales:
-        result = evaluate(
-            model, tokenizer, validation, steering,
-            positions=positions, scale=scale, decoding=decoding, unsteered=unsteered, progress=progress,
-        )  # fmt: skip
-        rewards = [example["reward_after"] for example in result.examples]
-        curve.append(Point(scale, result.steered, _error(rewards), result.improved, result.worsened))
+    trials = [Trial(steering, scale, positions, f"scale {scale:g}") for scale in scales]
+    graded = run_trials(model, tokenizer, validation, [UNSTEERED, *trials], decoding, progress=progress)
+    curve = [Point.of(scale, one, graded[0]) for scale, one in zip([0.0, *scales], graded)]
+    unsteered = graded[0]
     best = max(curve[1:], key=lambda point: point.score)  # the first of equals
     notes, chosen = steering.notes + overlap_notes(validation, steering.provenance, (SELECTED,)), best.scale
     if best.score < unsteered.score:
@@ -107,7 +110,3 @@ def check_scaling(steering: Steering, scales: Sequence[float]) -> list[float]:
     if not steering.features:
         raise CorrSteerError("steering has no features to scale: " + ("; ".join(steering.notes) or "select some"))
     return sorted(tried, key=abs)
-
-
-def _error(rewards: Sequence[float]) -> float | None:
-    return statistics.stdev(rewards) / math.sqrt(len(rewards)) if len(rewards) > 1 else None

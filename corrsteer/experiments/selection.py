@@ -15,7 +15,7 @@ from corrsteer.arguments import check_type, share, whole, wholes
 from corrsteer.errors import CorrSteerError
 from corrsteer.experiments.pruning import prune
 from corrsteer.experiments.seen_samples import SELECTED
-from corrsteer.lm.generation import Decoding
+from corrsteer.lm.decoding import Decoding
 from corrsteer.ops.moments import COEFFICIENTS, NEGATIVE, POSITIVE
 from corrsteer.runs.run import Run
 from corrsteer.sae.encoder import SparseEncoder

@@ -146,6 +146,8 @@ class Capture:
 
     def _store(self, key: Hashable, h: Tensor, reading: Pass) -> None:
         """Called by a hook point with `h: [B, S, d]` in every pass."""
+        if reading.call is not None and reading.call.ahead:
+            return  # the beginning of prompts, none of which is kept
         if reading is not self._reading:
             self._begin(h, reading)
         kept = self._prompt.to(h.device) if self._passes == 0 else None

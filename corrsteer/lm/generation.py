@@ -1,58 +1,39 @@
-"""Completions of a task's prompts: batches sorted by length under a token budget, greedy or sampled with a seed."""
+"""Completions of tokenised prompts, batch by batch: greedy, or sampled by sample.
+
+What the prompts of a batch begin with is read once, and rows whose completion has ended leave the batch.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from corrsteer.arguments import LARGEST_SEED, check_type, number, shown, whole
+from corrsteer.arguments import check_type, shown
 from corrsteer.errors import CorrSteerError
-from corrsteer.lm import hook_points
+from corrsteer.lm import hook_points, prefill
+from corrsteer.lm.batches import PASS, common_prefix, plan_batches, worth_sharing
+from corrsteer.lm.decoding import Decoding
 from corrsteer.lm.generation_settings import settings
+from corrsteer.lm.prefill import Begun, Cache, Prompts, Reuse
+from corrsteer.lm.sampling import Sampler
 from corrsteer.tasks import Task
-from corrsteer.types import Device
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+# What calls of `generate` run in: given the rows of the batch that are left, and whether they have begun to be written.
+Within = Callable[[Sequence[int], bool], AbstractContextManager[Any]]
 
-@dataclass(frozen=True)
-class Decoding:
-    """How completions are generated.
-
-    Attributes
-    ----------
-    max_new_tokens : longest completion, in tokens.
-    temperature : 0 decodes greedily; otherwise tokens are sampled.
-    top_p : nucleus that is sampled from.
-    seed : of the sampling; the same seed, task and batches give the same completions.
-    batch_tokens : a batch holds at most this many tokens, padding and completions counted in.
-    batch_size : and at most this many prompts.
-    """
-
-    max_new_tokens: int = 32
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    batch_tokens: int = 16384
-    batch_size: int = 256
-
-    def __post_init__(self) -> None:
-        checked: dict[str, float] = {
-            name: whole(name, getattr(self, name), 1) for name in ("max_new_tokens", "batch_tokens", "batch_size")
-        }
-        checked["seed"] = whole("seed", self.seed, 0, LARGEST_SEED)
-        checked["temperature"] = number("temperature", self.temperature, 0)
-        checked["top_p"] = number("top_p", self.top_p, 0, 1)
-        if checked["top_p"] == 0:
-            raise CorrSteerError("top_p must be above 0 and at most 1, got 0")
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+ENDED = 0.25  # share of a batch's rows that have to have ended before it is cut down to the others
 
 
 def tokenize(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, decoding: Decoding) -> list[list[int]]:
@@ -89,19 +70,6 @@ def tokenize(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, d
     return ids
 
 
-def plan_batches(lengths: Sequence[int], decoding: Decoding) -> list[list[int]]:
-    """Which prompts go together: indices, longest first, so that a batch too large for the memory fails at once."""
-    batches: list[list[int]] = []
-    width = 0
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        rows = len(batches[-1]) + 1 if batches else 0
-        if not batches or rows > decoding.batch_size or rows * width > decoding.batch_tokens:
-            batches.append([])
-            width = lengths[index] + decoding.max_new_tokens
-        batches[-1].append(index)
-    return batches
-
-
 def stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids that end a completion: the model's own, or else the tokenizer's."""
     ids = getattr(model.generation_config, "eos_token_id", None)
@@ -110,45 +78,165 @@ def stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[in
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def pad_left(prompts: Sequence[Sequence[int]], pad: int, device: Device) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, `[B, S]` int64, padded on the left."""
-    width = max(map(len, prompts))
-    rows = [[pad] * (width - len(p)) + list(p) for p in prompts]
-    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
-    return {
-        "input_ids": torch.tensor(rows, dtype=torch.int64, device=device),
-        "attention_mask": torch.tensor(mask, dtype=torch.int64, device=device),
-    }
+@dataclass(frozen=True)
+class Generator:
+    """Completes prompts of tokens with a model."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    decoding: Decoding
+
+    @functools.cached_property
+    def stops(self) -> list[int]:
+        """Token ids that end a completion."""
+        return stop_tokens(self.model, self.tokenizer)
+
+    @functools.cached_property
+    def reuse(self) -> Reuse:
+        """What the model's cache can be used for again."""
+        return prefill.reuse(self.model, self._settings)
+
+    def plan(self, prompts: Sequence[Sequence[int]], *, share: bool = True) -> list[list[int]]:
+        """Batches of prompts, as indices; `share`, whether what those of a batch begin with may be read once."""
+        batches = plan_batches(prompts, self.decoding, share=share)
+        shares = share and any(self._prefix([prompts[i] for i in batch]) for batch in batches)
+        return batches if shares or not share else plan_batches(prompts, self.decoding, share=False)
+
+    @torch.inference_mode()
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        keys: Sequence[int],
+        *,
+        share: bool = True,
+        criteria: Sequence[Any] = (),
+        within: Within | None = None,
+    ) -> list[str]:
+        """Completions of a batch of prompts, cut before their first stop token.
+
+        Parameters
+        ----------
+        prompts : token ids of each.
+        keys : of their samples, see `sample_keys`.
+        share : whether what they begin with may be read once.
+        criteria : further stopping criteria; with any, the batch is kept whole, as they see its rows.
+        within : what `generate` runs in.
+        """
+        batch = self._pad(prompts)
+        cache = self._read_prefix(batch, self._prefix(prompts)) if share else None
+        if cache is None and self._may_reserve(batch.width):
+            cache = prefill.empty_cache(self.model, self._room(batch))
+        return self.finish(Begun(batch, cache), keys, within, criteria)
+
+    @torch.inference_mode()
+    def read(self, prompts: Sequence[Sequence[int]]) -> Begun:
+        """Read all but the last token of each prompt of a batch; where one has no other, nothing."""
+        batch = self._pad(prompts)
+        if min(map(len, prompts)) == 1:  # a row of padding alone
+            return Begun(batch)
+        first = batch.begin(batch.width - 1)
+        prefix = min(self._prefix(prompts), first.width)
+        cache = self._read_prefix(batch, prefix)
+        if prefix < first.width:
+            cache = prefill.read(self.model, first, self._settings, cache)
+        return Begun(batch, cache).reserve(self._room(batch))
+
+    @torch.inference_mode()
+    def finish(
+        self,
+        begun: Begun,
+        keys: Sequence[int],
+        within: Within | None = None,
+        criteria: Sequence[Any] = (),
+    ) -> list[str]:
+        """Completions of prompts that have been begun to be read, which this goes on with; otherwise as `complete`."""
+        batch, cache = begun.prompts, begun.cache
+        within = within or (lambda rows, begun: contextlib.nullcontext())
+        written: list[list[int]] = [[] for _ in keys]
+        rows, left = list(range(len(keys))), self.decoding.max_new_tokens
+        cuts = not criteria and left > 1 and bool(self.stops) and self.reuse.rows
+        while rows and left:
+            config = copy.copy(self._settings)
+            config.max_new_tokens, config.return_dict_in_generate = left, cuts
+            stopping = [*criteria, _Enough(self.stops, batch.width, left)] if cuts else list(criteria)
+            sampled = self.decoding.temperature > 0
+            step = self.decoding.max_new_tokens - left
+            samplers = [Sampler(self.decoding, [keys[row] for row in rows], batch.width - step)] if sampled else []
+            generator: Any = self.model
+            with within(rows, step > 0):
+                output = generator.generate(
+                    input_ids=batch.ids, attention_mask=batch.mask, generation_config=config,
+                    logits_processor=samplers, stopping_criteria=stopping,
+                    **({} if cache is None else {cache.name: cache.value}),
+                )  # fmt: skip
+            ids: Tensor = output.sequences if cuts else output
+            for row, tokens in zip(rows, ids[:, batch.width :].tolist()):
+                written[row] += tokens
+            left -= ids.shape[1] - batch.width
+            alive = [at for at, row in enumerate(rows) if not self._ended(written[row])]
+            if not cuts or not alive or not left:
+                break
+            kept = torch.tensor(alive, dtype=torch.int64, device=ids.device)
+            cache = Cache.of(output).rows(kept)
+            batch = batch.grown(ids).rows(kept)
+            rows = [rows[at] for at in alive]
+        cut = [tokens[: self._end(tokens)] for tokens in written]
+        return self.tokenizer.batch_decode(cut, skip_special_tokens=True)
+
+    def _end(self, tokens: Sequence[int]) -> int:
+        """Where a completion ends: before its first stop token."""
+        return next((at for at, token in enumerate(tokens) if token in self.stops), len(tokens))
+
+    def _ended(self, tokens: Sequence[int]) -> bool:
+        return self._end(tokens) < len(tokens)
+
+    @functools.cached_property
+    def _settings(self) -> GenerationConfig:
+        return settings(
+            self.model, max_new_tokens=self.decoding.max_new_tokens, stop_tokens=self.stops, pad_token=self._pad_token
+        )
+
+    @property
+    def _pad_token(self) -> int:
+        token: Any = self.tokenizer.pad_token_id
+        return token if token is not None else self.stops[0] if self.stops else 0
+
+    def _pad(self, prompts: Sequence[Sequence[int]]) -> Prompts:
+        return Prompts.pad(prompts, self._pad_token, hook_points.input_device(self.model))
+
+    def _prefix(self, prompts: Sequence[Sequence[int]]) -> int:
+        """How many tokens that prompts begin with to read once."""
+        prefix = common_prefix(prompts)
+        return prefix if worth_sharing(prefix, len(prompts)) and self.reuse.prefix else 0
+
+    def _read_prefix(self, batch: Prompts, prefix: int) -> Cache | None:
+        return prefill.read_prefix(self.model, batch, prefix, self._room(batch), self._settings) if prefix else None
+
+    def _room(self, batch: Prompts) -> int:
+        """How many tokens of a batch are read in the end."""
+        return batch.width + self.decoding.max_new_tokens - 1
+
+    def _may_reserve(self, width: int) -> bool:
+        """Whether a cache that keeps every token is one that the model takes, and keeps no more than its own would."""
+        config, tokens = hook_points.text_config(self.model), width + self.decoding.max_new_tokens
+        windows = [getattr(config, name, None) or tokens for name in ("sliding_window", "attention_chunk_size")]
+        return self.decoding.max_new_tokens > 1 and min(windows) >= tokens and self.reuse.prefix
 
 
-@torch.inference_mode()
-def complete(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    decoding: Decoding,
-    batch: int = 0,
-    criteria: Sequence[Any] = (),
-) -> list[str]:
-    """Completions of one batch of tokenised prompts, cut before their first stop token.
+class _Enough:
+    """A stopping criterion that ends a call of `generate` once it is worth going on without the rows that ended."""
 
-    `batch` is the batch's number, which a sampling seed depends on; `criteria` are further stopping criteria.
-    """
-    stops = stop_tokens(model, tokenizer)
-    pad: Any = tokenizer.pad_token_id
-    if pad is None:
-        pad = stops[0] if stops else 0
-    config = settings(
-        model, max_new_tokens=decoding.max_new_tokens, temperature=decoding.temperature, top_p=decoding.top_p,
-        stop_tokens=stops, pad_token=pad,
-    )  # fmt: skip
-    generator: Any = model
-    inputs = pad_left(prompts, pad, hook_points.input_device(model))
-    sampled = decoding.temperature > 0
-    with torch.random.fork_rng(range(torch.cuda.device_count()), enabled=sampled):
-        if sampled:
-            torch.manual_seed(decoding.seed * 1_000_003 + batch)
-        output = generator.generate(**inputs, generation_config=config, stopping_criteria=list(criteria))
-    generated = output[:, inputs["input_ids"].shape[1] :].tolist()
-    cut = [row[: next((i for i, t in enumerate(row) if t in stops), len(row))] for row in generated]
-    return tokenizer.batch_decode(cut, skip_special_tokens=True)
+    def __init__(self, stops: Sequence[int], width: int, left: int):
+        self._stops, self._end = stops, width + left
+        self._stop_ids: Tensor | None = None
+        self._ended: Tensor
+
+    def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
+        token = input_ids[:, -1]
+        if self._stop_ids is None:
+            self._stop_ids = torch.tensor(self._stops, dtype=torch.int64, device=token.device)
+            self._ended = torch.zeros_like(token, dtype=torch.bool)
+        self._ended |= torch.isin(token, self._stop_ids)
+        ended, left = int(self._ended.sum()), self._end - input_ids.shape[1]
+        enough = ended >= ENDED * len(token) and ended * left > PASS
+        return torch.full_like(self._ended, enough)

@@ -34,7 +34,6 @@ NEUTRAL: dict[str, Any] = {
     "output_logits": False,
     "output_scores": False,
 }
-SAMPLED: dict[str, Any] = {"top_k": 0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 # For which there is no value that does nothing.
 REFUSED = (
     "stop_strings", "max_time", "min_new_tokens", "bad_words_ids", "sequence_bias", "suppress_tokens",
@@ -42,17 +41,16 @@ REFUSED = (
     "watermarking_config", "prompt_lookup_num_tokens", "assistant_early_exit", "penalty_alpha", "dola_layers",
     "num_beam_groups", "diversity_penalty", "constraints", "force_words_ids",
 )  # fmt: skip
-REFUSED_SAMPLED = ("top_h",)
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "num_beam_groups": (1,), "diversity_penalty": (0.0,), "min_new_tokens": (0,), "suppress_tokens": ([],),
     "begin_suppress_tokens": ([],), "bad_words_ids": ([],),
 }  # fmt: skip
 
 
-def settings(
-    model: nn.Module, *, max_new_tokens: int, temperature: float, top_p: float, stop_tokens: list[int], pad_token: int
-) -> GenerationConfig:
-    """A generation configuration in which nothing is left to the model's own that would change completions.
+def settings(model: nn.Module, *, max_new_tokens: int, stop_tokens: list[int], pad_token: int) -> GenerationConfig:
+    """A configuration of greedy decoding in which nothing is left to the model's own that would change completions.
+
+    Sampling is greedy too, of scores that noise was added to, see `Sampler`.
 
     Raises
     ------
@@ -60,20 +58,24 @@ def settings(
     """
     from transformers import GenerationConfig
 
-    sampled = temperature > 0
     own = getattr(model, "generation_config", None)
-    for name in REFUSED + (REFUSED_SAMPLED if sampled else ()):
+    for name in REFUSED:
         value = getattr(own, name, None)
         if value is not None and value not in HARMLESS.get(name, ()):
             raise CorrSteerError(
                 f"model.generation_config.{name} must be None, as it changes completions and cannot be undone for one "
                 f"call of generate, got {value!r}; set it to None"
             )
-    return GenerationConfig(
+    config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=sampled,
+        do_sample=False,
         eos_token_id=stop_tokens or None,
         pad_token_id=pad_token,
         **NEUTRAL,
-        **({"temperature": temperature, "top_p": top_p} | SAMPLED if sampled else {}),
     )
+    # A quantised cache changes tokens, and a static one holds one batch; only where it is kept is left to the model.
+    # "hybrid" is the only name that `generate` takes for its own default, and that can go with a cache that is given.
+    cache = getattr(own, "cache_implementation", None)
+    if cache is not None and "offloaded" not in cache:
+        config.cache_implementation = "hybrid"
+    return config

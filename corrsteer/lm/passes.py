@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from corrsteer.errors import CorrSteerError
-from corrsteer.lm import hook_points, module_hooks, sublayers
+from corrsteer.lm import hook_points, module_hooks, own_passes
 from corrsteer.lm.hook_points import HookPoint
 from corrsteer.lm.interception import Context, intercepted, told
 from corrsteer.lm.token_positions import Call, Pass, Shape, prompts_of
@@ -145,7 +145,8 @@ class Passes:
         calls, passes = self._local.calls, self._local.passes
         depth = len(passes)
         continues = any(_cached(kwargs.get(name)) != 0 for name in CACHES)
-        call = Call(width, ids, continues, self._beams(args, kwargs))
+        ahead = own_passes.reading_ahead()
+        call = Call(width, ids, continues, self._beams(args, kwargs), ahead=ahead)
         calls.append(call)
         try:
             yield
@@ -208,7 +209,7 @@ class Passes:
                 f"tokens]. PEFT's virtual tokens come again at each step with a transformers that is newer than it"
             )
         thread: int | None = threading.get_ident()
-        if sublayers.probing():  # in whatever call it is, it is none of its passes, and no context's
+        if own_passes.probing():  # in whatever call it is, it is none of its passes, and no context's
             thread = None
             reading = Pass(rows, steps, self._d, 0, steps)
         elif self._local.calls:

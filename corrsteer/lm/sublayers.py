@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from corrsteer.errors import CorrSteerError
+from corrsteer.lm.own_passes import probe, probing
 
 PROBE = 3  # tokens of the pass
 
 Pair = tuple[nn.Module, nn.Module]  # the part that runs first, and the other
 
 _known: weakref.WeakKeyDictionary[nn.Module, list[Pair | None]] = weakref.WeakKeyDictionary()
-_probing = threading.local()
 _one_at_a_time = threading.RLock()  # or each would watch the other's pass
 
 
@@ -37,11 +37,6 @@ def of_layer(model: nn.Module, layers: nn.ModuleList, layer: int, device: torch.
         if found is not None and not (found and set(found) <= set(layers[layer].modules())):  # never, or parts replaced
             _known[model] = _probe(model, layers, device)
         return _known[model][layer]
-
-
-def probing() -> bool:
-    """Whether the pass under way in this thread is only to look at the model."""
-    return getattr(_probing, "now", False)
 
 
 def endings(model: nn.Module, parts: Iterable[nn.Module], device: torch.device) -> dict[nn.Module, list[nn.Module]]:
@@ -67,8 +62,7 @@ def _look(model: nn.Module, device: torch.device) -> None:
     ids = torch.arange(PROBE, dtype=torch.int64, device=device)[None]
     with contextlib.ExitStack() as stack:
         stack.enter_context(_evaluated(model))
-        _probing.now = True
-        stack.callback(lambda: setattr(_probing, "now", False))
+        stack.enter_context(probe())
         try:
             with torch.no_grad():
                 model(input_ids=ids)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from corrsteer.errors import CorrSteerError
-from corrsteer.lm import hook_points, module_hooks, sublayers
+from corrsteer.lm import hook_points, module_hooks, own_passes
 from corrsteer.lm.hook_points import HookPoint
 from corrsteer.lm.interception import Context, intercepted, told
 from corrsteer.lm.passes import CACHES
@@ -106,7 +106,7 @@ class TracedPasses:
             raise CorrSteerError("a model with installed hooks generates in one thread at a time; wait for the other")
         before = self._width.clone()  # of a call around this one
         self._calls.append(threading.get_ident())
-        self._width.fill_(width)
+        self._width.fill_(width + own_passes.reading_ahead())
         try:
             yield
         finally:
@@ -160,7 +160,7 @@ class TracedPasses:
         return real & (column >= at) | decoded
 
     def _at(self, point: HookPoint, function: Function, h: Tensor) -> Tensor | None:
-        if not torch.compiler.is_compiling() and sublayers.probing():
+        if not torch.compiler.is_compiling() and own_passes.probing():
             return None
         if self._shape is None:
             raise CorrSteerError(

@@ -10,7 +10,9 @@ from tqdm.auto import tqdm
 
 from corrsteer.compatibility import warn_once
 from corrsteer.errors import CorrSteerError
-from corrsteer.lm.generation import Decoding, complete, plan_batches, tokenize
+from corrsteer.lm.decoding import Decoding
+from corrsteer.lm.generation import Generator, tokenize
+from corrsteer.lm.sampling import sample_keys
 from corrsteer.tasks import Task
 from corrsteer.tasks.identity import TaskIdentity
 
@@ -48,9 +50,9 @@ class Graded:
         if mine.samples == theirs.samples and mine.fingerprint != theirs.fingerprint:
             differs.append(f"prompts or answers are those of {mine}, not {theirs}")
         differs += [
-            f"{name} is {value}, not {getattr(decoding, name)}"
-            for name, value in vars(self.decoding).items()
-            if value != getattr(decoding, name)
+            f"{name} is {getattr(self.decoding, name)}, not {getattr(decoding, name)}"
+            for name in ("max_new_tokens", "temperature", "top_p", "seed")  # the others are how it is computed
+            if getattr(self.decoding, name) != getattr(decoding, name)
         ]
         if differs:
             raise CorrSteerError(
@@ -71,11 +73,12 @@ def grade(
     warn_once()
     decoding = decoding or Decoding()
     prompts = tokenize(model, tokenizer, task, decoding)
+    generator, keys = Generator(model, tokenizer, decoding), sample_keys(prompts)
     completions, rewards = [""] * len(task), [0.0] * len(task)
     total = done = 0.0
     with tqdm(total=len(task), unit="sample", desc=f"grade {task.name}", disable=not progress) as bar:
-        for number, batch in enumerate(plan_batches([len(p) for p in prompts], decoding)):
-            texts = complete(model, tokenizer, [prompts[i] for i in batch], decoding, number)
+        for batch in generator.plan(prompts):
+            texts = generator.complete([prompts[i] for i in batch], [keys[i] for i in batch])
             for i, text in zip(batch, texts):
                 completions[i], rewards[i] = text, task.grade(text, task.examples[i])
                 total += rewards[i]

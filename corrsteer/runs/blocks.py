@@ -12,15 +12,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from corrsteer import ops
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm.capture import Capture
-from corrsteer.lm.generation import Decoding, complete, plan_batches, stop_tokens
+from corrsteer.lm.generation import Generator
 from corrsteer.lm.hook_points import HookPoint
 from corrsteer.ops import Moments, RunningPool
 from corrsteer.runs.options import Options
@@ -48,14 +47,12 @@ class BlockCollector:
     """What every block of one collection needs."""
 
     run: Run
-    model: nn.Module
-    tokenizer: Any
+    generator: Generator
     encoders: Mapping[int, SparseEncoder]
     task: Task
     prompts: list[list[int]]
-    decoding: Decoding
+    keys: list[int]  # of the samples
     options: Options
-    batches: int = 0  # so far
 
     def collect(self, number: int, block: list[int], done: Callable[[int], object]) -> None:
         """Generate and grade a block's examples, then fold them into the run; `done` is told how many, batch by batch.
@@ -71,7 +68,7 @@ class BlockCollector:
         }
         rewards = torch.full((len(block),), torch.nan, dtype=torch.float64, device="cpu")
         try:
-            for rows in plan_batches([len(self.prompts[i]) for i in block], self.decoding):
+            for rows in self.generator.plan([self.prompts[i] for i in block], share=self._shares):
                 self._batch([block[row] for row in rows], rows, pooled, rewards)
                 done(len(rows))
         except BaseException:
@@ -91,20 +88,21 @@ class BlockCollector:
                 running[layer] = RunningPool(self.encoders[layer], len(batch), self.options.backend)
             running[layer].add(*self._checked(layer, x, cu_seqlens, examples))
 
+        generator = self.generator
         with Capture(
-            self.model,
+            generator.model,
             self.run.points,
-            stop_tokens=stop_tokens(self.model, self.tokenizer),
+            stop_tokens=generator.stops,
             positions=self.options.positions,
-            max_new_tokens=self.decoding.max_new_tokens,
+            max_new_tokens=generator.decoding.max_new_tokens,
             exclude_tokens=self.options.exclude_tokens,
             buffer_bytes=self.options.buffer_bytes,
             sink=take,
         ) as capture:
-            prompts = [self.prompts[i] for i in batch]
-            criteria = [capture.stopping_criterion]
-            completions = complete(self.model, self.tokenizer, prompts, self.decoding, self.batches, criteria)
-        self.batches += 1
+            completions = generator.complete(
+                [self.prompts[i] for i in batch], [self.keys[i] for i in batch],
+                share=self._shares, criteria=[capture.stopping_criterion],
+            )  # fmt: skip
         grades = [self.task.grade(completion, example) for completion, example in zip(completions, examples)]
         for layer, encoder in self.encoders.items():
             x, cu_seqlens = self._checked(layer, *capture.packed(layer), examples)
@@ -155,6 +153,11 @@ class BlockCollector:
             kept = {layer: evidences[self.run.pool] for layer, evidences in self.run.evidence.items()}
             if kept:
                 self.run.snapshots.append(stability.snapshot(kept))
+
+    @property
+    def _shares(self) -> bool:
+        """Whether what prompts begin with may be read once: not where it is captured of each."""
+        return self.options.positions == "generated"
 
     def _device(self, layer: int) -> torch.device:
         return self.run.moments[layer][self.run.pool].device

@@ -13,7 +13,9 @@ from corrsteer.arguments import check_type, whole
 from corrsteer.compatibility import warn_once
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm import hook_points
-from corrsteer.lm.generation import Decoding, tokenize
+from corrsteer.lm.decoding import Decoding
+from corrsteer.lm.generation import Generator, tokenize
+from corrsteer.lm.sampling import sample_keys
 from corrsteer.ops import Moments, registry
 from corrsteer.runs.blocks import BlockCollector, shuffled_blocks
 from corrsteer.runs.excluded import excluded_tokens
@@ -90,7 +92,7 @@ def collect(
     bootstrap : replicates for bootstrap intervals, which take 24 bytes each a feature. Other intervals need none.
     scores : which scores to keep permutations of, and what that takes, see `Evidence`.
     block_size : examples in a block, whose pooled activations are kept until the last of them is graded: 4 bytes a
-        feature and example. No batch is larger; and as batches go by it, so do sampled completions.
+        feature and example. No batch is larger.
     shuffle_seed : of the examples' order, the permutations and the bootstrap.
     patience : stop early when for so many blocks no layer's best feature has changed, and their intervals lie above
         those of the next ones. P-values are of the samples collected, as if that many had been planned.
@@ -156,7 +158,8 @@ def collect(
         | {"block_size": options.block_size, "shuffle_seed": options.shuffle_seed},
     )
     blocks = shuffled_blocks([len(prompt) for prompt in prompts], options.block_size, options.shuffle_seed)
-    collector = BlockCollector(run, model, tokenizer, encoders, task, prompts, decoding, options)
+    generator = Generator(model, tokenizer, decoding)
+    collector = BlockCollector(run, generator, encoders, task, prompts, sample_keys(prompts), options)
     with tqdm(total=len(task), unit="sample", desc=f"collect {task.name}", disable=not progress) as bar:
         try:
             for number, block in blocks.items():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from corrsteer.lm.generation import Decoding
+from corrsteer.lm.decoding import Decoding
 from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.tasks import Task
 from corrsteer.version import __version__

@@ -81,6 +81,13 @@ def test_collect_select_evaluate_and_generate_hand_over_to_each_other(world, col
     assert evaluated["n"] == 12, "by default the test part of the same task"
     parts = Task.from_jsonl(world / "task.jsonl").split()
     assert sorted(e["prompt"] for e in evaluated["examples"]) == sorted(e.prompt for e in parts[2].examples)
+    other = world / "other.safetensors"
+    run("select", world / "run", "--strategy", "single", "--out", other)
+    both = json.loads(run("evaluate", "--steering", steering, "--steering", other, "--json").stdout)["steerings"]
+    assert list(both) == [str(steering), str(other)] and both[str(steering)] == evaluated
+    table = run("evaluate", "--steering", steering, "--steering", other).stdout
+    scores = " +".join(f"{result['steered']:.4f}" for result in both.values())
+    assert re.search(rf"^steered reward +{scores}$", table, re.M)
     strong = json.loads(run("evaluate", "--steering", steering, "--scale", 50, "--part", "all", "--json").stdout)
     assert strong["n"] == 120 and strong["improved"] + strong["worsened"] + strong["changed_equal"] > 0
 

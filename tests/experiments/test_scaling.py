@@ -4,7 +4,7 @@ import pytest
 import tiny_pipeline
 from test_selection import DECODING, made_run
 
-from corrsteer import CorrSteerError, Steering, calibrate_scale, evaluate, select
+from corrsteer import CorrSteerError, Steering, calibrate_scale, evaluate, run_trials, select
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +58,11 @@ def test_samples_are_steered_at_the_positions_asked_for(world, monkeypatch):
     model, tokenizer, steering = world
     asked = []
 
-    def spy(*arguments, positions, **options):
-        asked.append(positions)
-        return evaluate(*arguments, positions=positions, **options)
+    def spy(model, tokenizer, task, trials, *arguments, **options):
+        asked.extend(trial.positions for trial in trials if trial.steers)
+        return run_trials(model, tokenizer, task, trials, *arguments, **options)
 
-    monkeypatch.setattr("corrsteer.experiments.scaling.evaluate", spy)
+    monkeypatch.setattr("corrsteer.experiments.scaling.run_trials", spy)
     settings = {"scales": (2.0,), "decoding": DECODING, "progress": False, "positions": "prompt"}
     scaled = calibrate_scale(model, tokenizer, steering, tiny_pipeline.task(4), **settings)
     assert asked == ["prompt"] == [scaled.provenance["calibration"]["validation"]["positions"]]

@@ -130,7 +130,7 @@ CHANGED = {
 def test_unsteered_results_of_something_else_are_refused_with_what_differs(name, world, task, steering, monkeypatch):
     before = grade(*world, task, DECODING, progress=False)
     change, options, message = CHANGED[name]
-    monkeypatch.setattr("corrsteer.experiments.evaluation.grade", lambda *_, **__: pytest.fail("generated"))
+    monkeypatch.setattr("corrsteer.experiments.evaluation.run_trials", lambda *_, **__: pytest.fail("generated"))
     with pytest.raises(CorrSteerError, match=f"^unsteered must be graded on the same task .*{message}"):
         evaluate(*world, change(task), steering, unsteered=before, **QUIET | options)
 

@@ -21,10 +21,11 @@ from corrsteer import (
     select,
     update_moments,
 )
-from corrsteer.experiments.evaluation import grade, mcnemar
-from corrsteer.lm.generation import Decoding
+from corrsteer.experiments.evaluation import mcnemar
+from corrsteer.lm.decoding import Decoding
 from corrsteer.lm.hook_points import HookPoint
 from corrsteer.ops.moments import COEFFICIENTS
+from corrsteer.rollouts.grading import grade
 from corrsteer.stats.evidence import SCORES
 
 DECODING = Decoding(max_new_tokens=3)

@@ -11,6 +11,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import architectures
 import pytest
@@ -18,8 +19,10 @@ import torch
 import transformers
 
 from corrsteer.errors import CorrSteerError
-from corrsteer.lm import hook_points
+from corrsteer.lm import generation_settings, hook_points
 from corrsteer.lm.capture import Capture
+from corrsteer.lm.decoding import Decoding
+from corrsteer.lm.generation import Generator
 from corrsteer.lm.hook_points import HookPoint
 from corrsteer.lm.token_positions import POSITIONS
 from corrsteer.steering.steering import Steering
@@ -39,6 +42,7 @@ class Outcome:
     reason: str = ""
     sublayers: bool = False
     rows: int = len(LENGTHS)
+    once: str = ""  # what is read once for many rows
 
 
 class Prompts:
@@ -140,7 +144,7 @@ def outcome(architecture: str, multimodal: bool = False) -> Outcome:
         sublayers = True
     except CorrSteerError:
         sublayers = False
-    return Outcome("supported", "", sublayers, len(prompts.ids))
+    return Outcome("supported", "", sublayers, len(prompts.ids), check_reuse(model, len(prompts.ids)))
 
 
 def refusal(check, *given) -> str:
@@ -190,6 +194,30 @@ def check_capture(model, prompts, positions, same):
     torch.testing.assert_close(x, torch.cat(expected), **CLOSE)
 
 
+def check_reuse(model, rows) -> str:
+    """What is read once; steered completions are the same as where every row is read whole."""
+    decode = lambda rows, skip_special_tokens: [tuple(row) for row in rows]  # noqa: E731
+    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=None, batch_decode=decode)
+    for name in generation_settings.REFUSED:
+        setattr(model.generation_config, name, None)
+    g = Generator(model, tokenizer, Decoding(max_new_tokens=N))
+    generator = torch.Generator().manual_seed(3)
+    words = lambda n: torch.randint(3, architectures.VOCABULARY, (n,), generator=generator).tolist()  # noqa: E731
+    head, *rests = map(words, (40, *LENGTHS))
+    prompts, keys = [head + rest for rest in rests], [0] * len(rests)
+    vector = 3 * torch.randn(hook_points.width(model), generator=torch.Generator().manual_seed(5))
+    steering = Steering.from_vectors({str(POINT): vector})
+    if rows > 1:  # otherwise the model's own batches are broken
+        with steering.apply(model):
+            expected = g.complete(prompts, keys, share=False)
+            assert g.complete(prompts, keys) == expected
+    if rows > 1 and g.reuse.rows:
+        begun = g.read(prompts)
+        with steering.apply(model):
+            assert g.finish(begun, keys) == expected
+    return ", ".join(["prompts"] * g.reuse.rows + ["prefixes"] * g.reuse.prefix) or "nothing"
+
+
 def rendered() -> str:
     """The document."""
     outcomes = {architecture: outcome(architecture) for architecture in architectures.NAMES}
@@ -208,15 +236,17 @@ def rendered() -> str:
         "## Supported",
         "",
         "`attn_out` and `mlp_out` can be used where two parts of a layer put out what it adds to the residual stream; "
-        "`resid_pre` and `resid_post` always.",
+        "`resid_pre` and `resid_post` always. What is read once: `prompts`, for all trials of each, and `prefixes`, "
+        "for all prompts of a batch that begin alike.",
         "",
-        "| architecture | hook points | |",
-        "|---|---|---|",
+        "| architecture | hook points | read once | |",
+        "|---|---|---|---|",
     ]
     for name in states["supported"]:
         found = outcomes[name]
         points = "all" if found.sublayers else "`resid_pre`, `resid_post`"
-        lines.append(f"| `{name}` | {points} | {'' if found.rows > 1 else 'one prompt at a time: ' + ALONE} |")
+        alone = "" if found.rows > 1 else f"one prompt at a time: {ALONE}"
+        lines.append(f"| `{name}` | {points} | {found.once} | {alone} |")
     for state in ("refused", "untested"):
         lines += ["", f"## {state.capitalize()}", "", STATES[state], "", "| architecture | reason |", "|---|---|"]
         lines += [f"| `{name}` | {outcomes[name].reason.replace('|', '/')} |" for name in states[state]]
@@ -248,6 +278,7 @@ def test_a_causal_language_model_is_steered_and_captured_or_refused_as_the_docum
     if of_this_transformers():
         state, row = documented()[architecture]
         assert found.state == state and found.reason.replace("|", "/") in row
+        assert not found.once or f"| {found.once} |" in row
 
 
 @pytest.mark.parametrize("architecture", architectures.MULTIMODAL)

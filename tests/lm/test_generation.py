@@ -9,7 +9,8 @@ from transformers import GenerationConfig
 
 from corrsteer import CorrSteerError, Decoding
 from corrsteer.lm import generation_settings
-from corrsteer.lm.generation import complete, tokenize
+from corrsteer.lm.generation import Generator, tokenize
+from corrsteer.lm.sampling import sample_keys
 
 GREEDY, SAMPLED = Decoding(max_new_tokens=4), Decoding(max_new_tokens=4, temperature=1.0, seed=3)
 
@@ -26,7 +27,8 @@ def completions(model, decoding, **own):
     for name, value in own.items():
         setattr(model.generation_config, name, value)
     tokenizer = tiny_pipeline.tokenizer()
-    return complete(model, tokenizer, tokenize(model, tokenizer, task, decoding), decoding)
+    prompts = tokenize(model, tokenizer, task, decoding)
+    return Generator(model, tokenizer, decoding).complete(prompts, sample_keys(prompts))
 
 
 SET = {
@@ -49,6 +51,7 @@ SET = {
     "typical_p": 0.2,
     "epsilon_cutoff": 0.2,
     "eta_cutoff": 0.2,
+    "top_h": 0.5,
     "max_length": 3,
     "max_new_tokens": 1,
     "token_healing": True,
@@ -91,14 +94,9 @@ def test_a_setting_that_does_nothing_is_not_refused(model, name):
     assert completions(model, GREEDY, **{name: value}) == completions(model, GREEDY)
 
 
-def test_sampling_by_top_h_is_refused_and_does_nothing_to_greedy_decoding(model):
-    assert completions(model, GREEDY, top_h=0.5) == completions(model, GREEDY)
-    with pytest.raises(CorrSteerError, match="model.generation_config.top_h must be None"):
-        completions(model, SAMPLED, top_h=0.5)
-
-
 def test_every_setting_of_the_installed_transformers_is_set_refused_or_known_to_change_no_token():
-    set_here = {"max_new_tokens", "do_sample", "eos_token_id", "pad_token_id", "temperature", "top_p"}
+    set_here = {"max_new_tokens", "do_sample", "eos_token_id", "pad_token_id"}
+    sampling = {"temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
     elsewhere = {
         "max_length",  # max_new_tokens comes before it
         "use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "low_memory",
@@ -110,8 +108,7 @@ def test_every_setting_of_the_installed_transformers_is_set_refused_or_known_to_
         "speculation_type",  # of assistants, which are not given
         "transformers_version", "return_legacy_cache",
     }  # fmt: skip
-    known = set(generation_settings.NEUTRAL) | set(generation_settings.SAMPLED) | set_here | elsewhere
-    known |= set(generation_settings.REFUSED) | set(generation_settings.REFUSED_SAMPLED)
+    known = set(generation_settings.NEUTRAL) | set(generation_settings.REFUSED) | set_here | sampling | elsewhere
     assert {name for name in vars(GenerationConfig()) if not name.startswith("_")} <= known
 
 

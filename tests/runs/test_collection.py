@@ -25,7 +25,7 @@ from corrsteer import (
     select,
     update_moments,
 )
-from corrsteer.lm.generation import Decoding, complete, plan_batches, tokenize
+from corrsteer.lm.decoding import Decoding
 from corrsteer.runs.collect import CollectionStopped
 from corrsteer.runs.excluded import excluded_tokens
 from corrsteer.tasks import with_shuffled_rewards
@@ -312,31 +312,6 @@ def test_the_batches_a_task_falls_into_do_not_change_the_result(model):
     assert torch.equal(one.rewards, many.rewards)
     for a, b in zip(one.moments[1]["max"].state(), many.moments[1]["max"].state()):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
-def test_batches_are_sorted_by_length_and_keep_the_token_budget():
-    lengths = [3, 50, 7, 7, 49, 1, 20] * 5
-    decoding = Decoding(max_new_tokens=10, batch_tokens=130, batch_size=6)
-    batches = plan_batches(lengths, decoding)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    longest = [max(lengths[i] for i in batch) for batch in batches]
-    assert longest == sorted(longest, reverse=True)
-    for batch, width in zip(batches, longest):
-        assert len(batch) <= 6 and (len(batch) * (width + 10) <= 130 or len(batch) == 1)
-    assert [len(b) for b in plan_batches([1000], decoding)] == [1]
-
-
-def test_sampling_depends_on_the_seed_alone(model):
-    def sample(seed):
-        decoding = Decoding(max_new_tokens=5, temperature=1.0, seed=seed)
-        prompts = tokenize(model, tiny_pipeline.tokenizer(), tiny_pipeline.task(8), decoding)
-        return complete(model, tiny_pipeline.tokenizer(), prompts, decoding)
-
-    first = sample(0)
-    torch.rand(3)
-    state = torch.get_rng_state()
-    assert first == sample(0) != sample(1)
-    assert torch.equal(state, torch.get_rng_state()), "the caller's own random numbers are left alone"
 
 
 def test_hook_offset_reads_the_layer_before(model):

@@ -16,6 +16,7 @@ from corrsteer import Steering, apply_rows
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm import interception, traced_passes
 from corrsteer.lm.hook_points import KINDS, HookPoint
+from corrsteer.lm.own_passes import read_ahead
 from corrsteer.lm.token_positions import POSITIONS
 
 LENGTHS, N = (2, 7, 5), 6
@@ -132,6 +133,20 @@ def test_what_is_read_after_a_filled_cache_is_prompt_in_generate_and_generated_o
         expected = logits()
     with ONE.install(model, positions):
         torch.testing.assert_close(logits(), expected)
+
+
+@pytest.mark.parametrize("columns", [1, 6])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_the_beginning_of_prompts_that_is_read_ahead_has_no_last_token(positions, columns):
+    model, prompt = tiny("llama"), torch.tensor([PROMPTS[1]])
+    options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    with ONE.apply(model, positions):
+        expected = model.generate(prompt, max_new_tokens=2, **options).logits
+    with ONE.install(model, positions):
+        with read_ahead():
+            cache = model.generate(prompt[:, :columns], max_new_tokens=1, **options).cache
+        got = model.generate(prompt, cache=cache, max_new_tokens=2, **options).logits
+    torch.testing.assert_close(got, expected)
 
 
 def test_a_model_that_keeps_its_mask_to_itself_is_not_steered_at_padding():

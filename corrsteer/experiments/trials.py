@@ -1,0 +1,214 @@
+"""`run_trials`: many steerings over one task, in as few passes of the language model as they need.
+
+With `positions="generated"` nothing before the last prompt token depends on the steering. So prompts are read once up
+to there, and what was read is given to a row of each trial; rows of different trials are written in the same batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from corrsteer.arguments import check_type
+from corrsteer.compatibility import warn_once
+from corrsteer.errors import CorrSteerError
+from corrsteer.lm.decoding import Decoding
+from corrsteer.lm.generation import Generator, Within, tokenize
+from corrsteer.lm.hook_points import HookPoint
+from corrsteer.lm.sampling import sample_keys
+from corrsteer.rollouts.grading import Graded
+from corrsteer.steering.hooks import add_vectors
+from corrsteer.steering.steering import Steering, check_application, stack
+from corrsteer.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A way to steer that is to be tried.
+
+    Attributes
+    ----------
+    steering : None, or one without features, steers nothing.
+    scale, positions : as for `Steering.apply`.
+    name : what to call it where the trials' progress is shown.
+    """
+
+    steering: Steering | None = None
+    scale: float = 1.0
+    positions: str = "generated"
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.steering is not None:
+            check_type("steering", self.steering, Steering, "a Steering")
+        object.__setattr__(self, "scale", check_application(self.positions, self.scale))
+
+    @property
+    def steers(self) -> bool:
+        """Whether anything is added."""
+        return self.steering is not None and bool(self.steering.features) and self.scale != 0
+
+
+UNSTEERED = Trial(name="unsteered")
+
+
+def run_trials(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    trials: Sequence[Trial],
+    decoding: Decoding | None = None,
+    *,
+    progress: bool = True,
+) -> list[Graded]:
+    """Complete and grade every example of a task under each trial.
+
+    A row's completion is that of the same row under `Steering.apply` alone, up to what batches round differently.
+    Trials that sample are paired: the same sample draws by the same noise in each.
+
+    Parameters
+    ----------
+    model, tokenizer, task : what is tried, and on which examples.
+    trials : one or more.
+    decoding : the same for all.
+
+    Returns
+    -------
+    Graded completions of each trial, in the task's order.
+
+    Raises
+    ------
+    CorrSteerError : before anything is generated, where a steering does not fit the model, among others.
+    """
+    warn_once()
+    decoding = decoding or Decoding()
+    trials = list(trials)
+    for trial in trials:
+        check_type("each of trials", trial, Trial, "a Trial")
+    if not trials:
+        raise CorrSteerError("trials must be one or more, got none")
+    kinds = _kinds(model, trials)
+    prompts = tokenize(model, tokenizer, task, decoding)
+    results = _Results(task, decoding, trials)
+    generator, keys = Generator(model, tokenizer, decoding), sample_keys(prompts)
+    with tqdm(total=len(task) * len(trials), unit="completion", desc=task.name, disable=not progress) as bar:
+        for batch in generator.plan(prompts):
+            for kind in kinds:
+                rows = [_Row(trial, vector, sample) for trial, vector in kind.trials.items() for sample in batch]
+                for written in _complete(generator, kind, batch, rows, prompts, keys):
+                    for row, completion in written:
+                        results.add(row.trial, row.sample, completion)
+                    bar.set_postfix_str(results.leader(), refresh=False)
+                    bar.update(len(written))
+    return results.graded()
+
+
+@dataclass
+class _Kind:
+    """Trials that steer the same positions.
+
+    Attributes
+    ----------
+    trials : their numbers, and which of the vectors each adds; -1 for none.
+    vectors : hook point -> `[V, d]` float32.
+    """
+
+    positions: str
+    trials: dict[int, int]
+    vectors: dict[HookPoint, Tensor]
+
+
+def _kinds(model: nn.Module, trials: Sequence[Trial]) -> list[_Kind]:
+    """The trials by the positions that they steer; those that steer nothing are steered at none."""
+    numbers: dict[str, list[int]] = {}
+    for number, trial in enumerate(trials):
+        numbers.setdefault(trial.positions if trial.steers else "generated", []).append(number)
+    kinds = []
+    for positions, members in numbers.items():
+        steering = [number for number in members if trials[number].steers]
+        stacked = [(trial.steering, trial.scale) for trial in (trials[n] for n in steering) if trial.steering]
+        vectors = stack(model, [steering for steering, _ in stacked], [scale for _, scale in stacked])
+        rows = {number: steering.index(number) if number in steering else -1 for number in members}
+        kinds.append(_Kind(positions, rows, vectors))
+    return kinds
+
+
+class _Row(NamedTuple):
+    """A sample of a trial, and which vector the trial adds."""
+
+    trial: int
+    vector: int
+    sample: int
+
+
+def _complete(
+    generator: Generator,
+    kind: _Kind,
+    batch: list[int],
+    rows: list[_Row],
+    prompts: Sequence[Sequence[int]],
+    keys: Sequence[int],
+) -> Iterator[list[tuple[_Row, str]]]:
+    """Complete rows whose samples are those of a batch, some at a time."""
+    most = generator.decoding.rows(max(len(prompts[i]) for i in batch))
+    shares = kind.positions == "generated"
+    reads = shares and len(kind.trials) > 1 and generator.reuse.rows
+    begun = generator.read([prompts[i] for i in batch]) if reads else None
+    if begun is not None:
+        most = min(most, begun.most_rows(generator.decoding))
+    for at in range(0, len(rows), most):
+        some = rows[at : at + most]
+        samples, within = [row.sample for row in some], _within(generator.model, kind, some)
+        drawn = [keys[i] for i in samples]
+        if begun is not None:
+            texts = generator.finish(begun.rows([batch.index(i) for i in samples]), drawn, within)
+        else:
+            texts = generator.complete([prompts[i] for i in samples], drawn, share=shares, within=within)
+        yield list(zip(some, texts))
+
+
+def _within(model: nn.Module, kind: _Kind, rows: list[_Row]) -> Within:
+    def steered(left: Sequence[int], begun: bool) -> contextlib.AbstractContextManager[Any]:
+        vectors = [rows[at].vector for at in left]
+        if max(vectors) < 0 or (begun and kind.positions == "prompt"):
+            return contextlib.nullcontext()
+        return add_vectors(model, kind.vectors, torch.tensor(vectors, dtype=torch.int32, device="cpu"), kind.positions)
+
+    return steered
+
+
+class _Results:
+    """What trials gave so far."""
+
+    def __init__(self, task: Task, decoding: Decoding, trials: Sequence[Trial]):
+        self._task, self._decoding, self._trials = task, decoding, trials
+        self._completions = [[""] * len(task) for _ in trials]
+        self._rewards = [[0.0] * len(task) for _ in trials]
+        self._sums, self._counts = [0.0] * len(trials), [0] * len(trials)
+
+    def add(self, trial: int, sample: int, completion: str) -> None:
+        """Grade a completion."""
+        reward = self._task.grade(completion, self._task.examples[sample])
+        self._completions[trial][sample], self._rewards[trial][sample] = completion, reward
+        self._sums[trial] += reward
+        self._counts[trial] += 1
+
+    def leader(self) -> str:
+        """The trial with the highest mean reward so far."""
+        means = {number: total / n for number, (total, n) in enumerate(zip(self._sums, self._counts)) if n}
+        best = max(means, key=lambda number: means[number])
+        return f"{self._trials[best].name or f'trial {best}'} {means[best]:.3f}"
+
+    def graded(self) -> list[Graded]:
+        """All of them."""
+        identity = self._task.identity
+        return [Graded(c, r, identity, self._decoding) for c, r in zip(self._completions, self._rewards)]
