@@ -122,10 +122,10 @@ class Steering:
     def install(
         self, model: nn.Module, positions: str = "generated", scale: float = 1.0, points: Iterable[str] = ()
     ) -> Installed:
-        """Steer by hooks that stay on the model, so that `torch.compile` and CUDA graphs keep them.
+        """Steer by hooks that stay on the model and that `torch.compile` keeps. Install them before it compiles.
 
-        What they add is kept in tensors that are changed in place: another steering, another scale or none needs no
-        compilation.
+        What they add is in tensors that stay where they are and are changed in place: another steering, another scale
+        or none needs no compilation.
 
             with steering.install(model) as installed:
                 model.forward = torch.compile(model.forward)
