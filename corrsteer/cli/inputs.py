@@ -107,7 +107,7 @@ def load_model(given: ModelSettings) -> tuple[nn.Module, Any]:
 
 def decoding(given: ModelSettings) -> Decoding:
     """How completions are generated."""
-    names = ("max_new_tokens", "temperature", "top_p", "seed", "batch_tokens", "batch_size")
+    names = ("max_new_tokens", "temperature", "top_p", "seed", "batch_tokens", "batch_size", "cache_bytes")
     return Decoding(**{name: getattr(given, name) for name in names})
 
 

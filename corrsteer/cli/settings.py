@@ -71,6 +71,9 @@ class ModelSettings(Settings):
         default=16384, ge=1, description="Most tokens in a batch, padding and completions counted."
     )
     batch_size: int = Field(default=256, ge=1, description="Most prompts in a batch.")
+    cache_bytes: int = Field(
+        default=8 << 30, ge=1, description="Most bytes of keys and values that are repeated for a batch of trials."
+    )
 
 
 class PositionSettings(Settings):

@@ -21,6 +21,7 @@ from corrsteer.errors import CorrSteerError
 from corrsteer.lm.decoding import Decoding
 from corrsteer.lm.generation import Generator, Within, tokenize
 from corrsteer.lm.hook_points import HookPoint
+from corrsteer.lm.prefill import Begun
 from corrsteer.lm.sampling import sample_keys
 from corrsteer.rollouts.grading import Graded
 from corrsteer.steering.hooks import add_vectors
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trial:
     """A way to steer that is to be tried.
 
@@ -101,7 +102,7 @@ def run_trials(
     results = _Results(task, decoding, trials)
     generator, keys = Generator(model, tokenizer, decoding), sample_keys(prompts)
     with tqdm(total=len(task) * len(trials), unit="completion", desc=task.name, disable=not progress) as bar:
-        for batch in generator.plan(prompts):
+        for batch in generator.plan(prompts, share=any(kind.positions == "generated" for kind in kinds)):
             for kind in kinds:
                 rows = [_Row(trial, vector, sample) for trial, vector in kind.trials.items() for sample in batch]
                 for written in _complete(generator, kind, batch, rows, prompts, keys):
@@ -155,7 +156,7 @@ def _complete(
     kind: _Kind,
     batch: list[int],
     rows: list[_Row],
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[list[int]],
     keys: Sequence[int],
 ) -> Iterator[list[tuple[_Row, str]]]:
     """Complete rows whose samples are those of a batch, some at a time."""
@@ -164,7 +165,7 @@ def _complete(
     reads = shares and len(kind.trials) > 1 and generator.reuse.rows
     begun = generator.read([prompts[i] for i in batch]) if reads else None
     if begun is not None:
-        most = min(most, begun.most_rows(generator.decoding))
+        most = min(most, begun.most_rows(generator.decoding), _most_trials(generator, begun) * len(batch))
     for at in range(0, len(rows), most):
         some = rows[at : at + most]
         samples, within = [row.sample for row in some], _within(generator.model, kind, some)
@@ -176,12 +177,29 @@ def _complete(
         yield list(zip(some, texts))
 
 
+def _most_trials(generator: Generator, begun: Begun) -> int:
+    """How many trials share batches: with more than one, what was read is copied for each, and weights read less often.
+
+    One trial of all rows shares what was read with the next, without a copy.
+    """
+    weights = sum(parameter.nbytes for parameter in generator.model.parameters())
+    copied = 2 * begun.nbytes  # read and written
+    return 1 if copied > weights * generator.decoding.max_new_tokens else generator.decoding.batch_size
+
+
 def _within(model: nn.Module, kind: _Kind, rows: list[_Row]) -> Within:
-    def steered(left: Sequence[int], begun: bool) -> contextlib.AbstractContextManager[Any]:
+    def steered(left: Sequence[int]) -> contextlib.AbstractContextManager[Any]:
+        """Only what these rows add, where it is not nothing."""
         vectors = [rows[at].vector for at in left]
-        if max(vectors) < 0 or (begun and kind.positions == "prompt"):
+        used = sorted({vector for vector in vectors if vector >= 0})
+        tables = {point: table[used] for point, table in kind.vectors.items() if bool(table[used].any())}
+        if not tables:
             return contextlib.nullcontext()
-        return add_vectors(model, kind.vectors, torch.tensor(vectors, dtype=torch.int32, device="cpu"), kind.positions)
+        if used == sorted(set(vectors)) and len(used) == 1:
+            return add_vectors(model, tables, None, kind.positions)
+        places = {vector: at for at, vector in enumerate(used)}
+        chosen = [places.get(vector, -1) for vector in vectors]
+        return add_vectors(model, tables, torch.tensor(chosen, dtype=torch.int32, device="cpu"), kind.positions)
 
     return steered
 

@@ -13,7 +13,7 @@ from corrsteer.lm.decoding import Decoding
 
 PASS = 64  # what a pass of the model costs beside its tokens, in tokens
 
-Prompts = Sequence[Sequence[int]]
+Prompts = Sequence[list[int]]
 
 
 def common_prefix(prompts: Prompts) -> int:
@@ -22,7 +22,7 @@ def common_prefix(prompts: Prompts) -> int:
 
 
 def _common(prompts: Prompts) -> int:
-    return len(os.path.commonprefix([tuple(prompt) for prompt in prompts]))
+    return len(os.path.commonprefix(prompts))
 
 
 def worth_sharing(prefix: int, rows: int) -> bool:
@@ -48,7 +48,7 @@ def _groupings(prompts: Prompts, share: bool) -> Iterable[list[list[int]]]:
     yield [list(range(len(prompts)))]
     if not share:
         return
-    order = sorted(range(len(prompts)), key=lambda i: list(prompts[i]))
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i])
     same = [_common([prompts[a], prompts[b]]) for a, b in zip(order, order[1:])]
     least = 16
     while least <= max(same, default=0):

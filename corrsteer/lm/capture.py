@@ -146,7 +146,7 @@ class Capture:
 
     def _store(self, key: Hashable, h: Tensor, reading: Pass) -> None:
         """Called by a hook point with `h: [B, S, d]` in every pass."""
-        if reading.call is not None and reading.call.ahead:
+        if reading.call is not None and reading.call.prompt is not None and reading.end < reading.width:
             return  # the beginning of prompts, none of which is kept
         if reading is not self._reading:
             self._begin(h, reading)

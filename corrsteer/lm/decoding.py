@@ -20,7 +20,8 @@ class Decoding:
     seed : of the sampling. What a sample draws depends on it, its prompt and the step alone, see `lm/sampling.py`.
     batch_tokens : a batch holds at most this many tokens, padding and completions counted in.
     batch_size : and at most this many prompts.
-    cache_bytes : what the keys and values take at most that are repeated for a batch of trials.
+    cache_bytes : what the keys and values take at most that are repeated for a batch of trials, beside those that were
+        read of its prompts.
     """
 
     max_new_tokens: int = 32
@@ -39,6 +40,10 @@ class Decoding:
         checked["seed"] = whole("seed", self.seed, 0, LARGEST_SEED)
         checked["temperature"] = number("temperature", self.temperature, 0)
         checked["top_p"] = number("top_p", self.top_p, 0, 1)
+        if 0 < checked["temperature"] < 1e-6:
+            raise CorrSteerError(
+                f"temperature must be 0, which decodes greedily, or at least 1e-6, got {self.temperature:g}; take 0"
+            )
         if checked["top_p"] == 0:
             raise CorrSteerError("top_p must be above 0 and at most 1, got 0")
         for name, value in checked.items():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from corrsteer.arguments import check_type, shown
 from corrsteer.errors import CorrSteerError
-from corrsteer.lm import hook_points, prefill
+from corrsteer.lm import hook_points, own_passes, prefill
 from corrsteer.lm.batches import PASS, common_prefix, plan_batches, worth_sharing
 from corrsteer.lm.decoding import Decoding
 from corrsteer.lm.generation_settings import settings
@@ -30,8 +30,7 @@ from corrsteer.tasks import Task
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-# What calls of `generate` run in: given the rows of the batch that are left, and whether they have begun to be written.
-Within = Callable[[Sequence[int], bool], AbstractContextManager[Any]]
+Within = Callable[[Sequence[int]], AbstractContextManager[Any]]  # what `generate` runs in, given the rows that are left
 
 ENDED = 0.25  # share of a batch's rows that have to have ended before it is cut down to the others
 
@@ -96,7 +95,7 @@ class Generator:
         """What the model's cache can be used for again."""
         return prefill.reuse(self.model, self._settings)
 
-    def plan(self, prompts: Sequence[Sequence[int]], *, share: bool = True) -> list[list[int]]:
+    def plan(self, prompts: Sequence[list[int]], *, share: bool = True) -> list[list[int]]:
         """Batches of prompts, as indices; `share`, whether what those of a batch begin with may be read once."""
         batches = plan_batches(prompts, self.decoding, share=share)
         shares = share and any(self._prefix([prompts[i] for i in batch]) for batch in batches)
@@ -105,7 +104,7 @@ class Generator:
     @torch.inference_mode()
     def complete(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[list[int]],
         keys: Sequence[int],
         *,
         share: bool = True,
@@ -129,7 +128,7 @@ class Generator:
         return self.finish(Begun(batch, cache), keys, within, criteria)
 
     @torch.inference_mode()
-    def read(self, prompts: Sequence[Sequence[int]]) -> Begun:
+    def read(self, prompts: Sequence[list[int]]) -> Begun:
         """Read all but the last token of each prompt of a batch; where one has no other, nothing."""
         batch = self._pad(prompts)
         if min(map(len, prompts)) == 1:  # a row of padding alone
@@ -138,7 +137,8 @@ class Generator:
         prefix = min(self._prefix(prompts), first.width)
         cache = self._read_prefix(batch, prefix)
         if prefix < first.width:
-            cache = prefill.read(self.model, first, self._settings, cache)
+            with own_passes.prompts_of_width(batch.width):
+                cache = prefill.read(self.model, first, self._settings, cache)
         return Begun(batch, cache).reserve(self._room(batch))
 
     @torch.inference_mode()
@@ -151,7 +151,8 @@ class Generator:
     ) -> list[str]:
         """Completions of prompts that have been begun to be read, which this goes on with; otherwise as `complete`."""
         batch, cache = begun.prompts, begun.cache
-        within = within or (lambda rows, begun: contextlib.nullcontext())
+        width = batch.width
+        within = within or (lambda rows: contextlib.nullcontext())
         written: list[list[int]] = [[] for _ in keys]
         rows, left = list(range(len(keys))), self.decoding.max_new_tokens
         cuts = not criteria and left > 1 and bool(self.stops) and self.reuse.rows
@@ -160,10 +161,9 @@ class Generator:
             config.max_new_tokens, config.return_dict_in_generate = left, cuts
             stopping = [*criteria, _Enough(self.stops, batch.width, left)] if cuts else list(criteria)
             sampled = self.decoding.temperature > 0
-            step = self.decoding.max_new_tokens - left
-            samplers = [Sampler(self.decoding, [keys[row] for row in rows], batch.width - step)] if sampled else []
+            samplers = [Sampler(self.decoding, [keys[row] for row in rows], width)] if sampled else []
             generator: Any = self.model
-            with within(rows, step > 0):
+            with own_passes.prompts_of_width(width), within(rows):
                 output = generator.generate(
                     input_ids=batch.ids, attention_mask=batch.mask, generation_config=config,
                     logits_processor=samplers, stopping_criteria=stopping,
@@ -177,7 +177,8 @@ class Generator:
             if not cuts or not alive or not left:
                 break
             kept = torch.tensor(alive, dtype=torch.int64, device=ids.device)
-            cache = Cache.of(output).rows(kept)
+            cache = Cache.of(output)
+            cache.keep(kept)
             batch = batch.grown(ids).rows(kept)
             rows = [rows[at] for at in alive]
         cut = [tokens[: self._end(tokens)] for tokens in written]
@@ -201,16 +202,19 @@ class Generator:
         token: Any = self.tokenizer.pad_token_id
         return token if token is not None else self.stops[0] if self.stops else 0
 
-    def _pad(self, prompts: Sequence[Sequence[int]]) -> Prompts:
+    def _pad(self, prompts: Sequence[list[int]]) -> Prompts:
         return Prompts.pad(prompts, self._pad_token, hook_points.input_device(self.model))
 
-    def _prefix(self, prompts: Sequence[Sequence[int]]) -> int:
+    def _prefix(self, prompts: Sequence[list[int]]) -> int:
         """How many tokens that prompts begin with to read once."""
         prefix = common_prefix(prompts)
         return prefix if worth_sharing(prefix, len(prompts)) and self.reuse.prefix else 0
 
     def _read_prefix(self, batch: Prompts, prefix: int) -> Cache | None:
-        return prefill.read_prefix(self.model, batch, prefix, self._room(batch), self._settings) if prefix else None
+        if not prefix:
+            return None
+        with own_passes.prompts_of_width(batch.width):
+            return prefill.read_prefix(self.model, batch, prefix, self._room(batch), self._settings)
 
     def _room(self, batch: Prompts) -> int:
         """How many tokens of a batch are read in the end."""

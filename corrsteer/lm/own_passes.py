@@ -12,14 +12,15 @@ _now = threading.local()
 @contextlib.contextmanager
 def probe() -> Iterator[None]:
     """Passes of this thread are only to look at the model: nothing is captured or steered."""
-    with _set("probing"):
+    with _set("probing", True):
         yield
 
 
 @contextlib.contextmanager
-def read_ahead() -> Iterator[None]:
-    """Calls of `generate` in this thread read the beginning of longer prompts: none of their tokens is a last one."""
-    with _set("reading_ahead"):
+def prompts_of_width(width: int) -> Iterator[None]:
+    """Prompts of calls of `generate` in this thread have so many columns, whether it is given their beginning, or them
+    with what was generated before."""
+    with _set("width", width):
         yield
 
 
@@ -28,15 +29,15 @@ def probing() -> bool:
     return getattr(_now, "probing", False)
 
 
-def reading_ahead() -> bool:
-    """Whether `read_ahead` is open in this thread."""
-    return getattr(_now, "reading_ahead", False)
+def prompt_width() -> int | None:
+    """What `prompts_of_width` was told; None where calls are given whole prompts."""
+    return getattr(_now, "width", None)
 
 
 @contextlib.contextmanager
-def _set(name: str) -> Iterator[None]:
-    before = getattr(_now, name, False)
-    setattr(_now, name, True)
+def _set(name: str, value: object) -> Iterator[None]:
+    before = getattr(_now, name, None)
+    setattr(_now, name, value)
     try:
         yield
     finally:

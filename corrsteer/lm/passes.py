@@ -145,8 +145,7 @@ class Passes:
         calls, passes = self._local.calls, self._local.passes
         depth = len(passes)
         continues = any(_cached(kwargs.get(name)) != 0 for name in CACHES)
-        ahead = own_passes.reading_ahead()
-        call = Call(width, ids, continues, self._beams(args, kwargs), ahead=ahead)
+        call = Call(width, ids, continues, self._beams(args, kwargs), own_passes.prompt_width())
         calls.append(call)
         try:
             yield

@@ -11,16 +11,16 @@ import functools
 import inspect
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from corrsteer.lm import hook_points
 from corrsteer.lm.decoding import Decoding
-from corrsteer.lm.own_passes import probe, read_ahead
+from corrsteer.lm.own_passes import probe
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -101,8 +101,12 @@ class Cache:
     def rows(self, rows: Tensor) -> Cache:
         """A copy for some of its rows, each as often as asked for, `rows: [R]` int64; this one stays as it is."""
         copied = self.shared()
-        copied.value.reorder_cache(rows)
+        copied.keep(rows)
         return copied
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep some of its rows, `rows: [R]` int64, layer by layer: one's memory is freed before the next takes any."""
+        self.value.reorder_cache(rows)
 
 
 @dataclass(frozen=True)
@@ -127,12 +131,17 @@ class Begun:
         index = torch.tensor(rows, dtype=torch.int64, device=self.prompts.ids.device)
         return Begun(self.prompts.rows(index), None if self.cache is None else self.cache.rows(index))
 
+    @property
+    def nbytes(self) -> int:
+        """What its cache takes."""
+        return 0 if self.cache is None else self.cache.nbytes
+
     def most_rows(self, decoding: Decoding) -> int:
         """How many of its rows' completions fit in `decoding.cache_bytes`."""
         if self.cache is None:
             return decoding.batch_size
         n, width = self.prompts.ids.shape
-        row = self.cache.nbytes / n * (width + decoding.max_new_tokens) / width
+        row = self.cache.nbytes / n * (width + decoding.max_new_tokens - 1) / (width - 1)  # all but one token are read
         return max(1, int(decoding.cache_bytes // row))
 
 
@@ -146,10 +155,7 @@ def read(model: nn.Module, prompts: Prompts, settings: Any, cache: Cache | None 
     settings.max_new_tokens, settings.return_dict_in_generate, settings.do_sample = 1, True, False
     given = {} if cache is None else {cache.name: cache.value}
     generator: Any = model
-    with read_ahead():
-        output = generator.generate(
-            input_ids=prompts.ids, attention_mask=prompts.mask, generation_config=settings, **given
-        )
+    output = generator.generate(input_ids=prompts.ids, attention_mask=prompts.mask, generation_config=settings, **given)
     return Cache.of(output)
 
 
@@ -204,18 +210,22 @@ class Reuse:
 
 
 def reuse(model: nn.Module, settings: Any) -> Reuse:
-    """What a model's cache can be used for, tried once a model; the reason of what it cannot is logged."""
-    if model not in _known:
+    """What a model's cache can be used for, tried once for each way it is run; why it cannot is logged."""
+    own, anyone = getattr(model, "generation_config", None), cast(Any, model)
+    asked = (getattr(own, name, None) for name in ("use_cache", "cache_implementation"))
+    state = (model.training, anyone.dtype, *asked)
+    known = _known.setdefault(model, {})
+    if state not in known:
         with probe(), torch.inference_mode():
             tried = _Trial(model, settings)
-            _known[model] = Reuse(
-                tried.goes("trials of one prompt each read it anew", tried.exchange_rows),
+            known[state] = Reuse(
+                tried.goes("trials of one prompt each read it anew", tried.give_to_rows),
                 tried.goes("what prompts begin with is read in each", tried.share_prefix),
             )
-    return _known[model]
+    return known[state]
 
 
-_known: weakref.WeakKeyDictionary[nn.Module, Reuse] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Reuse]] = weakref.WeakKeyDictionary()
 
 
 class _Trial:
@@ -225,19 +235,17 @@ class _Trial:
         self._model: Any = model
         self._settings = copy.copy(settings)
         self._settings.output_logits, self._settings.return_dict_in_generate = True, True
-        self._settings.max_new_tokens, self._settings.eos_token_id = PROBE_NEW, None
+        self._settings.max_new_tokens = PROBE_NEW
         self._prompts = Prompts.pad(PROBE, 0, hook_points.input_device(model))
 
-    def goes(self, otherwise: str, attempt: Callable[[], tuple[Cache, int]]) -> bool:
-        """Whether generation goes on from a cache as without; `attempt` gives it, and how many tokens it is to hold."""
+    def goes(self, otherwise: str, attempt: Callable[[], Iterator[tuple[Prompts, Cache]]]) -> bool:
+        """Whether generation goes on from caches as without, for prompts and what `attempt` has read of them."""
         try:
-            cache, tokens = attempt()
-            _check_kind(cache, tokens)
-            got = self._logits(cache)
-            # half of the digits, as batches of other shapes round differently
-            close = torch.finfo(self._model.dtype).eps ** 0.5 * self._expected.abs().max()
-            if not bool(((got - self._expected).abs() <= close).all()):
-                raise ValueError("what follows is not what follows without")
+            for prompts, cache in attempt():
+                got = self._logits(prompts, cache)  # first, while what a model keeps on itself is of other rows
+                expected = self._logits(prompts)
+                if not bool(((got - expected).abs() <= self._close).all()):
+                    raise ValueError("what follows is not what follows without")
         except Exception as error:  # whatever a model raises where its cache is not meant to be used like that
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             name = type(self._model).__name__
@@ -245,29 +253,38 @@ class _Trial:
             return False
         return True
 
-    def exchange_rows(self) -> tuple[Cache, int]:
-        """A cache of all but the last token, two rows of which are exchanged."""
-        rows = torch.tensor([1, 0], dtype=torch.int64, device=self._prompts.ids.device)
-        first = self._prompts.rows(rows).begin(self._prompts.width - 1)
-        begun = Begun(first, read(self._model, first, self._settings)).reserve(self._prompts.width + PROBE_NEW)
-        assert begun.cache is not None
-        return begun.cache.rows(rows), first.width
+    def give_to_rows(self) -> Iterator[tuple[Prompts, Cache]]:
+        """Caches of all but the last token that are given to more rows, and to fewer."""
+        first = self._prompts.begin(self._prompts.width - 1)
+        cache = read(self._model, first, self._settings)
+        _check_kind(cache, first.width)
+        begun = Begun(self._prompts, cache).reserve(self._prompts.width + PROBE_NEW)
+        for rows in ([1, 0, 1], [1], [0, 1]):
+            some = begun.rows(rows)
+            assert some.cache is not None
+            yield some.prompts, some.cache
 
-    def share_prefix(self) -> tuple[Cache, int]:
+    def share_prefix(self) -> Iterator[tuple[Prompts, Cache]]:
         """A cache of what they begin with."""
         room = self._prompts.width + PROBE_NEW
-        return read_prefix(self._model, self._prompts, PROBE_SHARED, room, self._settings), PROBE_SHARED
+        cache = read_prefix(self._model, self._prompts, PROBE_SHARED, room, self._settings)
+        _check_kind(cache, PROBE_SHARED)
+        yield self._prompts, cache
 
     @functools.cached_property
-    def _expected(self) -> Tensor:
-        return self._logits()
+    def _close(self) -> float:
+        """How near is near enough: some times what rows of a larger batch differ by, which are rounded differently."""
+        few, rows = self._logits(self._prompts), torch.arange(8, device=self._prompts.ids.device) % 2
+        noise = (self._logits(self._prompts.rows(rows))[:2] - few).abs().max()
+        spread = (few - few.mean(-1, keepdim=True)).abs().max()
+        return float(16 * noise + 4 * torch.finfo(self._model.dtype).eps * spread)
 
-    def _logits(self, cache: Cache | None = None) -> Tensor:
+    def _logits(self, prompts: Prompts, cache: Cache | None = None) -> Tensor:
+        """Of what is generated greedily, `[B, PROBE_NEW, vocabulary]`."""
         given = {} if cache is None else {cache.name: cache.value}
         output = self._model.generate(
-            input_ids=self._prompts.ids, attention_mask=self._prompts.mask,
-            generation_config=copy.copy(self._settings), **given,
-        )  # fmt: skip
+            input_ids=prompts.ids, attention_mask=prompts.mask, generation_config=copy.copy(self._settings), **given
+        )
         return torch.stack(output.logits, 1).float()
 
 

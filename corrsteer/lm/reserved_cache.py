@@ -23,7 +23,7 @@ class ReservedLayer(DynamicLayer):
 
     def __init__(self, room: int):
         super().__init__()
-        self.room = room  # tokens in all
+        self.room: int = room  # tokens in all
         self._reserved: tuple[Tensor, ...] = ()
 
     def hold(self, keys: Tensor, values: Tensor, rows: Tensor | None = None) -> None:
@@ -31,7 +31,9 @@ class ReservedLayer(DynamicLayer):
         held = [_with_room(states, self.room, rows) for states in (keys, values)]
         self._reserved = tuple(reserved for reserved, _ in held)
         self.keys, self.values = (view for _, view in held)
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.dtype: torch.dtype = keys.dtype
+        self.device: torch.device = keys.device
+        self.is_initialized: bool = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Put these behind the others, and give all."""

@@ -22,7 +22,7 @@ from corrsteer.lm.decoding import Decoding
 MASK = 0xFFFFFFFF
 
 
-def sample_keys(prompts: Sequence[Sequence[int]]) -> list[int]:
+def sample_keys(prompts: Sequence[list[int]]) -> list[int]:
     """What tells samples apart: a hash of each prompt's token ids and of how many with the same came before."""
     seen: Counter[bytes] = Counter()
     keys = []

@@ -30,7 +30,7 @@ class Call:
     tokens : `[B, W]` ids of its prompts' tokens; None where it was given embeddings.
     continues : whether it was given a filled cache.
     beams : of its search, 1 where it is none.
-    ahead : whether it only reads the beginning of its prompts, so that none of their last tokens is among it.
+    prompt : width of its prompts where it is given their beginning, or what was generated before as well; else None.
     virtual : columns before the prompt that stand for no token, such as PEFT's virtual tokens.
     end : tokens read so far.
     passes : forward passes so far.
@@ -41,7 +41,7 @@ class Call:
     tokens: Tensor | None = None
     continues: bool = False
     beams: int = 1
-    ahead: bool = False
+    prompt: int | None = None
     virtual: int = 0
     end: int = 0
     passes: int = 0
@@ -69,7 +69,8 @@ class Call:
             self._begin(start, start + steps, cache, embedded)
         self.passes += 1
         self.end = start + steps
-        return Pass(*shape, start, (self.width or 0) + self.ahead, self.virtual, mask, call=self)
+        width = self.width or 0 if self.prompt is None else self.prompt
+        return Pass(*shape, start, width, self.virtual, mask, call=self)
 
     def _begin(self, start: int, end: int, cache: Any, embedded: bool) -> None:
         """What the first pass says of the call."""

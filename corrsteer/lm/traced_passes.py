@@ -106,7 +106,7 @@ class TracedPasses:
             raise CorrSteerError("a model with installed hooks generates in one thread at a time; wait for the other")
         before = self._width.clone()  # of a call around this one
         self._calls.append(threading.get_ident())
-        self._width.fill_(width + own_passes.reading_ahead())
+        self._width.fill_(own_passes.prompt_width() or width)
         try:
             yield
         finally:

@@ -1,7 +1,7 @@
 """The `cuda` backend: steering on NVIDIA GPUs with little to do on the host.
 
-A decode step's residuals are so few that what `steer_add` takes is the time of its launch. This one is a call of a C++
-function with numbers for arguments; Triton's, which does the same, has to bind and specialise its arguments first.
+For few residuals what `steer_add` takes is the time of its launch. This one is a call of a C++ function with numbers
+for arguments; Triton's, which does the same, has to bind and specialise its arguments first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// corrsteer._cuda: steering for decode steps, where what matters is the time that a launch takes from Python. So the
+// corrsteer._cuda: steering, where what matters for few residuals is the time that a launch takes from Python. So the
 // arguments are plain numbers and the dtype's name, and what cannot be a tensor's is refused before it reaches the GPU.
 
 #include <pybind11/pybind11.h>

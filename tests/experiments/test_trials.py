@@ -106,7 +106,9 @@ def test_prompts_are_read_once_for_all_trials(batch_size, head, cuts_early):
     results = run_trials(model, Tokens(), prompts, trials, decoding, progress=False)
     handle.remove()
     assert [result.completions for result in results] == expected
-    steps = [rows for rows, columns in seen if columns == 1 and rows > 0]
+    if head and batch_size == 1:  # otherwise some are read like a decode step
+        assert sum(rows for rows, columns in seen if columns > len(head)) == 6, "each prompt once"
+    steps = [rows for rows, columns in seen if columns == 1]
     if batch_size == 256 and not head:
         assert seen == [(6, 13), (36, 1)], "one prefill, then one token of every trial's every row"
     if batch_size == 256 and head:
@@ -183,6 +185,23 @@ def test_bad_trials_are_refused_before_anything_is_generated():
     ):
         with pytest.raises(CorrSteerError, match=message):
             Trial(**options)
+
+
+def test_trials_can_be_compared_and_kept_in_sets():
+    one = Trial(steering(architectures.build("llama"), (1,)))
+    assert one == one != Trial() and len({one, UNSTEERED}) == 2
+
+
+def test_steering_whole_prompts_alone_plans_no_shared_prefixes():
+    model = architectures.build("llama")
+    prompts = [rest for head in ([5] * 20, [9] * 20) for rest in (head + [11], head + [12, 13], head + [14])]
+    rows = [{"prompt": " ".join(map(str, prompt))} for prompt in prompts * 4]
+    whole = Task.from_rows(rows, grader=lambda completion, example: 0.0, answer_field=None)
+    seen = []
+    handle = hook_points.attach(model, HookPoint(0), lambda h: seen.append(tuple(h.shape[:2])))
+    run_trials(model, Tokens(), whole, [Trial(steering(model, (1,)), positions="all")], Decoding(1), progress=False)
+    handle.remove()
+    assert seen == [(24, 22)]
 
 
 def test_progress_shows_completions_and_the_leader(capsys):

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import weakref
 from types import SimpleNamespace
 
 import architectures
@@ -152,11 +153,47 @@ def test_rows_that_have_ended_leave_the_batch():
     assert all(rows <= max(1, left / (1 - generation.ENDED)) for rows, left in zip(steps[1:], unfinished))
 
 
+def test_keeping_some_rows_of_a_cache_takes_no_more_memory_than_all_did():
+    g = generator(tiny_models.tiny("llama"))
+    cache = g.read(PROMPTS).cache
+    before, first = cache.nbytes, weakref.ref(cache.value.layers[0].keys)
+    cache.keep(torch.tensor([2, 0]))
+    assert cache.nbytes == before / 2 and first() is None
+
+
+def test_a_model_that_remembers_the_rows_of_its_prompts_is_not_given_others():
+    """Qwen-VL keeps how far positions are shifted, a number a row, on itself."""
+    model = architectures.build("qwen3_vl", multimodal=True)
+    g = generator(model)
+    assert not g.reuse.rows
+    alone = [g.complete([prompt], [0], share=False)[0] for prompt in PROMPTS]
+    assert g.complete(PROMPTS, [0] * 4) == alone
+
+
+def test_a_state_that_takes_padding_in_is_not_given_to_rows_in_any_dtype():
+    for dtype in (torch.float32, torch.bfloat16):
+        assert not generator(architectures.build("recurrent_gemma").to(dtype)).reuse.rows
+
+
+def test_what_a_cache_can_be_used_for_is_tried_again_where_the_model_runs_in_another_way():
+    model = tiny_models.build("llama")
+    plain = generator(model).complete(PROMPTS, [0] * 4)
+    assert generator(model).reuse.rows
+    model.generation_config.use_cache = False
+    assert not generator(model).reuse.rows
+    assert generator(model).complete(PROMPTS, [0] * 4) == plain
+
+
+@pytest.mark.parametrize("stops", [False, True], ids=["to the end", "rows leave"])
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_what_is_steered_around_a_generation_is_the_same_with_a_shared_prefix(positions):
+def test_what_is_steered_around_a_generation_is_the_same_with_a_shared_prefix(positions, stops):
     """As where `grade` or `collect` runs inside `Steering.apply`."""
-    model = tiny_models.tiny("llama")
+    model = tiny_models.build("llama") if stops else tiny_models.tiny("llama")
     steering = Steering.from_vectors({f"blocks.{at}.hook_resid_post": torch.linspace(-2, 2, 32) for at in (0, 2)})
+    if stops:
+        with steering.apply(model, positions):
+            written = [generator(model).complete([prompt], [0], share=False)[0] for prompt in PROMPTS]
+        model.generation_config.eos_token_id = written[0][1]
     plain = generator(model).complete(PROMPTS, [0] * 4)
     with steering.apply(model, positions):
         alone = [generator(model).complete([prompt], [0], share=False)[0] for prompt in PROMPTS]

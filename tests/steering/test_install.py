@@ -16,7 +16,7 @@ from corrsteer import Steering, apply_rows
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm import interception, traced_passes
 from corrsteer.lm.hook_points import KINDS, HookPoint
-from corrsteer.lm.own_passes import read_ahead
+from corrsteer.lm.own_passes import prompts_of_width
 from corrsteer.lm.token_positions import POSITIONS
 
 LENGTHS, N = (2, 7, 5), 6
@@ -143,7 +143,7 @@ def test_the_beginning_of_prompts_that_is_read_ahead_has_no_last_token(positions
     with ONE.apply(model, positions):
         expected = model.generate(prompt, max_new_tokens=2, **options).logits
     with ONE.install(model, positions):
-        with read_ahead():
+        with prompts_of_width(len(PROMPTS[1])):
             cache = model.generate(prompt[:, :columns], max_new_tokens=1, **options).cache
         got = model.generate(prompt, cache=cache, max_new_tokens=2, **options).logits
     torch.testing.assert_close(got, expected)
