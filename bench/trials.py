@@ -37,7 +37,7 @@ from corrsteer.report.tables import table
 from corrsteer.rollouts.grading import grade
 
 FULL: dict[str, Any] = {
-    "rounds": 3, "samples": {"demo": 300, "random": 64}, "hidden": 512, "layers": 12, "lengths": (64, 128),
+    "rounds": 2, "samples": {"demo": 300, "random": 32}, "hidden": 512, "layers": 12, "lengths": (64, 128),
     "new": (1, 16), "shared": (0.0, 0.5, 0.9), "prefix_prompts": 64, "prefix_tokens": 96,
 }  # fmt: skip
 QUICK: dict[str, Any] = FULL | {
