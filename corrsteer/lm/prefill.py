@@ -274,7 +274,7 @@ class _Trial:
     @functools.cached_property
     def _close(self) -> float:
         """How near is near enough: some times what rows of a larger batch differ by, which are rounded differently."""
-        few, rows = self._logits(self._prompts), torch.arange(8, device=self._prompts.ids.device) % 2
+        few, rows = self._logits(self._prompts), torch.arange(8, dtype=torch.int64, device=self._prompts.ids.device) % 2
         noise = (self._logits(self._prompts.rows(rows))[:2] - few).abs().max()
         spread = (few - few.mean(-1, keepdim=True)).abs().max()
         return float(16 * noise + 4 * torch.finfo(self._model.dtype).eps * spread)
