@@ -37,8 +37,8 @@ from corrsteer.report.tables import table
 from corrsteer.rollouts.grading import grade
 
 FULL: dict[str, Any] = {
-    "rounds": 2, "samples": {"demo": 300, "random": 32}, "hidden": 512, "layers": 12, "lengths": (64, 128),
-    "new": (1, 16), "shared": (0.0, 0.5, 0.9), "prefix_prompts": 64, "prefix_tokens": 96,
+    "rounds": 1, "samples": {"demo": 100, "random": 12}, "hidden": 512, "layers": 12, "lengths": (64, 128),
+    "new": (1, 16), "shared": (0.0, 0.5, 0.9), "prefix_prompts": 16, "prefix_tokens": 96,
 }  # fmt: skip
 QUICK: dict[str, Any] = FULL | {
     "rounds": 1, "samples": {"demo": 12, "random": 6}, "hidden": 32, "layers": 3, "lengths": (4, 9), "new": (1, 3),
