@@ -166,12 +166,13 @@ def _complete(
     begun = generator.read([prompts[i] for i in batch]) if reads else None
     if begun is not None:
         most = min(most, begun.most_rows(generator.decoding), _most_trials(generator, begun) * len(batch))
+    places = {sample: at for at, sample in enumerate(batch)}
     for at in range(0, len(rows), most):
         some = rows[at : at + most]
         samples, within = [row.sample for row in some], _within(generator.model, kind, some)
         drawn = [keys[i] for i in samples]
         if begun is not None:
-            texts = generator.finish(begun.rows([batch.index(i) for i in samples]), drawn, within)
+            texts = generator.finish(begun.rows([places[i] for i in samples]), drawn, within)
         else:
             texts = generator.complete([prompts[i] for i in samples], drawn, share=shares, within=within)
         yield list(zip(some, texts))
