@@ -29,8 +29,8 @@ from corrsteer import (
     stability,
 )
 from corrsteer.arguments import LARGEST_SEED, number, numbers, share, whole, wholes
-from corrsteer.experiments.evaluation import mcnemar
 from corrsteer.lm.hook_points import HookPoint
+from corrsteer.stats.paired import mcnemar
 
 NO_NUMBERS = (math.nan, math.inf, -math.inf, True, False, None, "1", [1], 1j, np.float32("nan"), np.bool_(True),
               torch.tensor(True), torch.tensor(math.inf), np.array([1]))  # fmt: skip

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
 from torch import nn
 
-from corrsteer.arguments import whole
 from corrsteer.errors import CorrSteerError
 from corrsteer.experiments.seen_samples import overlap_notes
 from corrsteer.experiments.trials import UNSTEERED, Trial, run_trials
 from corrsteer.lm.decoding import Decoding
 from corrsteer.rollouts.grading import Graded
+from corrsteer.stats.paired import mcnemar
 from corrsteer.steering.steering import Steering
 from corrsteer.tasks import Task
 
@@ -156,10 +155,3 @@ def _compare(task: Task, before: Graded, after: Graded, notes: list[str]) -> Eva
         ],
         notes=notes,
     )
-
-
-def mcnemar(improved: int, worsened: int) -> float:
-    """Exact two-sided p-value of McNemar's test: a fair coin's chance of a split at least as uneven."""
-    improved, worsened = whole("improved", improved, 0), whole("worsened", worsened, 0)
-    n, least = improved + worsened, min(improved, worsened)
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(least + 1)) / 2**n)
