@@ -18,6 +18,7 @@ from corrsteer import (
     Run,
     SparseEncoder,
     Steering,
+    Trial,
     apply_rows,
     calibrate_scale,
     collect,
@@ -133,12 +134,16 @@ NUMBERS = {
     "top_p": lambda value: Decoding(top_p=value),
     "coefficient": lambda value: Steering.from_vectors(VECTORS, value),
     "by": lambda value: STEERING.features[0].scaled(value),
-    "scale": lambda value: STEERING.apply(None, scale=value).__enter__(),
-    "scale of evaluate": lambda value: evaluate(None, None, TASK, STEERING, scale=value),
+    "scale": lambda value: Steering([], torch.zeros(0, 3), scale=value),
     "scale of select": lambda value: pruned(scale=value),
     "scales": lambda value: calibrate_scale(None, None, STEERING, TASK, scales=[value]),
     "train": lambda value: TASK.split(train=value),
     "r (correlation)": lambda value: planning.interval_width(value, 50),
+}
+SCALES = {  # None is the steering's own
+    "scale of apply": lambda value: STEERING.apply(None, scale=value).__enter__(),
+    "scale of evaluate": lambda value: evaluate(None, None, TASK, STEERING, scale=value),
+    "scale of a trial": lambda value: Trial(STEERING, value),
 }
 SHARES = {
     "alpha": lambda value: choose(alpha=value),
@@ -167,6 +172,12 @@ def test_a_count_or_a_seed_that_is_no_whole_number_is_refused_before_anything_ru
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_that_is_not_finite_is_refused_before_anything_runs(name, value):
     refused(NUMBERS[name], name, value)
+
+
+@pytest.mark.parametrize("value", (math.nan, -math.inf, True, "1", torch.tensor(math.nan)), ids=repr)
+@pytest.mark.parametrize("name", SCALES)
+def test_a_scale_that_is_not_finite_is_refused_before_anything_runs(name, value):
+    refused(SCALES[name], name, value)
 
 
 @pytest.mark.parametrize("value", (math.nan, math.inf, 0, 1, 5, True, "0.5"), ids=repr)

@@ -113,7 +113,7 @@ def decoding(given: ModelSettings) -> Decoding:
 
 def recorded(provenance: dict[str, Any], part: str) -> dict[str, Any]:
     """The settings of a collection, but for what it does not decide: which part of the task, and how to steer."""
-    return provenance.get("settings", {}) | {"part": part, "positions": "generated", "limit": None}
+    return provenance.get("settings", {}) | {"part": part, "positions": None, "limit": None}
 
 
 def check_file(out: Path) -> None:

@@ -62,8 +62,8 @@ def evaluate(
     task: Task,
     steering: Steering | None,
     *,
-    positions: str = "generated",
-    scale: float = 1.0,
+    positions: str | None = None,
+    scale: float | None = None,
     decoding: Decoding | None = None,
     unsteered: Graded | None = None,
     progress: bool = True,
@@ -77,8 +77,8 @@ def evaluate(
     task: Task,
     steering: Mapping[str, Steering | None],
     *,
-    positions: str = "generated",
-    scale: float = 1.0,
+    positions: str | None = None,
+    scale: float | None = None,
     decoding: Decoding | None = None,
     unsteered: Graded | None = None,
     progress: bool = True,
@@ -91,8 +91,8 @@ def evaluate(
     task: Task,
     steering: Steering | Mapping[str, Steering | None] | None,
     *,
-    positions: str = "generated",
-    scale: float = 1.0,
+    positions: str | None = None,
+    scale: float | None = None,
     decoding: Decoding | None = None,
     unsteered: Graded | None = None,
     progress: bool = True,
@@ -104,7 +104,7 @@ def evaluate(
     model, tokenizer, task : what is evaluated, on samples that nothing was selected on.
     steering : None, or one without features, steers nothing. Of several, by name, each is compared with the same
         unsteered completions; what they share is computed once, see `run_trials`.
-    positions, scale : as for `Steering.apply`.
+    positions, scale : of all, as for `Steering.apply`; by default each steering's own.
     decoding : the same for all.
     unsteered : what `grade` gave for the same task and decoding, to save doing it again.
 

@@ -5,24 +5,25 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from corrsteer.arguments import check_type, numbers
 from corrsteer.errors import CorrSteerError
+from corrsteer.experiments.scale_grid import next_scale
 from corrsteer.experiments.seen_samples import SELECTED, overlap_notes, validated
 from corrsteer.experiments.trials import UNSTEERED, Trial, run_trials
 from corrsteer.lm.decoding import Decoding
 from corrsteer.rollouts.grading import Graded
-from corrsteer.steering.steering import Steering, check_application
+from corrsteer.steering.steering import Steering
 from corrsteer.tasks import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SCALES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+SCALES = (0.25, 0.5, 1.0, 2.0)  # to begin with
 
 
 @dataclass(frozen=True)
@@ -57,48 +58,86 @@ def calibrate_scale(
     steering: Steering,
     validation: Task,
     *,
-    scales: Sequence[float] = SCALES,
-    positions: str = "generated",
+    scales: Sequence[float] | None = None,
+    positions: str | None = None,
     decoding: Decoding | None = None,
     progress: bool = True,
 ) -> Steering:
-    """The same steering with its coefficients multiplied by the scale of the highest validation score.
+    """The same steering with the scale of the highest validation score.
 
-    Of scales that score the same the smallest is taken. If none does as well as no steering, the coefficients stay as
-    they are and a note says so. The whole curve, unsteered first, is kept in `provenance["calibration"]`. The chosen
-    score is the best of several, and so flatters: evaluate on other samples.
+    Of scales that score the same the smallest is taken. If none does as well as no steering, the scale stays as it is
+    and a note says so. The whole curve, unsteered first, is kept in `provenance["calibration"]`. The chosen score is
+    the best of several, and so flatters: evaluate on other samples.
 
     Parameters
     ----------
     validation : samples that the steering was not selected on.
-    scales : to try.
-    positions, decoding : as for `evaluate`.
+    scales : to try, and no others; by default 0.25 to 2, and as much less or more, by factors of 2, as long as that is
+        better.
+    positions : as for `Steering.apply`; the returned steering's own.
+    decoding : as for `evaluate`.
 
     Raises
     ------
     CorrSteerError : for scales that are 0 or not finite, and a steering without features.
     """
-    scales = check_scaling(steering, scales)
-    check_application(positions, 1.0)
-    trials = [Trial(steering, scale, positions, f"scale {scale:g}") for scale in scales]
-    graded = run_trials(model, tokenizer, validation, [UNSTEERED, *trials], decoding, progress=progress)
-    curve = [Point.of(scale, one, graded[0]) for scale, one in zip([0.0, *scales], graded)]
-    unsteered = graded[0]
-    best = max(curve[1:], key=lambda point: point.score)  # the first of equals
+    grows, scales = scales is None, check_scaling(steering, SCALES if scales is None else scales)
+    positions, _ = steering.applied_as(positions, None)
+    unsteered, curve = calibrated_curve(
+        model, tokenizer, [steering], validation, scales, grows, positions, decoding or Decoding(), progress
+    )
+    points = [Point.of(scale, one, unsteered) for scale, one in sorted(curve[0].items(), key=lambda item: abs(item[0]))]
+    best = max(points, key=lambda point: point.score)  # the first of equals
     notes, chosen = steering.notes + overlap_notes(validation, steering.provenance, (SELECTED,)), best.scale
     if best.score < unsteered.score:
-        chosen = 1.0
+        chosen = steering.scale
         notes.append(
-            f"no scale of {scales} did as well as unsteered on validation ({unsteered.score:.4f}), so the coefficients "
-            f"are as they were; try smaller ones, or other features"
+            f"no scale of {[point.scale for point in points]} did as well as unsteered on validation "
+            f"({unsteered.score:.4f}), so it stays at {chosen:g}; try smaller ones, or other features"
         )
-    recorded = {"scale": chosen, "curve": [asdict(point) for point in curve]}
-    if "calibration" in steering.provenance:  # whose scale is in the coefficients already
-        recorded["previous"] = steering.provenance["calibration"]
-    recorded["validation"] = {"task": validation.name, "n": len(validation), "positions": positions}
-    features = [feature.scaled(chosen) for feature in steering.features]
+    recorded = {
+        "scale": chosen,
+        "curve": [asdict(point) for point in [Point.of(0.0, unsteered, unsteered), *points]],
+        "validation": {"task": validation.name, "n": len(validation), "positions": positions},
+    }
     provenance = validated(steering.provenance, validation) | {"calibration": recorded}
-    return Steering(features, steering.directions, steering.table, notes, provenance)
+    return replace(steering, notes=notes, provenance=provenance, positions=positions, scale=chosen)
+
+
+def calibrated_curve(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    steerings: Sequence[Steering],
+    validation: Task,
+    scales: Sequence[float],
+    grows: bool,
+    positions: str,
+    decoding: Decoding,
+    progress: bool,
+) -> tuple[Graded, list[dict[float, Graded]]]:
+    """What is graded of no steering, and of each steering by scale.
+
+    Parameters
+    ----------
+    grows : whether each curve goes on at whichever end is best, see `next_scale`.
+    """
+    curves: list[dict[float, Graded]] = [{} for _ in steerings]
+    unsteered: Graded | None = None
+    wanted = [(at, scale) for at in range(len(steerings)) for scale in scales]
+    while wanted:
+        trials = [Trial(steerings[at], scale, positions, f"scale {scale:g}") for at, scale in wanted]
+        before = [UNSTEERED] if unsteered is None else []
+        graded = run_trials(model, tokenizer, validation, before + trials, decoding, progress=progress)
+        if unsteered is None:
+            unsteered = graded.pop(0)
+        for (at, scale), one in zip(wanted, graded):
+            curves[at][scale] = one
+        scores = [{scale: one.score for scale, one in curve.items()} for curve in curves]
+        highest = max(reward for one in [unsteered, *graded] for reward in one.rewards)
+        further = [next_scale(of_one, unsteered.score, highest) for of_one in scores] if grows else []
+        wanted = [(at, scale) for at, scale in enumerate(further) if scale is not None]
+    assert unsteered is not None, "there is a steering, and a scale"
+    return unsteered, curves
 
 
 def check_scaling(steering: Steering, scales: Sequence[float]) -> list[float]:

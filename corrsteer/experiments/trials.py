@@ -25,33 +25,44 @@ from corrsteer.lm.prefill import Begun
 from corrsteer.lm.sampling import sample_keys
 from corrsteer.rollouts.grading import Graded
 from corrsteer.steering.hooks import add_vectors
-from corrsteer.steering.steering import Steering, check_application, stack
+from corrsteer.steering.steering import Steering, stack
 from corrsteer.tasks import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True, eq=False)
+NOTHING = Steering([], torch.zeros(0, 0, dtype=torch.float32, device="cpu"))
+
+
+@dataclass(frozen=True, eq=False, init=False)
 class Trial:
     """A way to steer that is to be tried.
 
     Attributes
     ----------
     steering : None, or one without features, steers nothing.
-    scale, positions : as for `Steering.apply`.
+    scale, positions : as for `Steering.apply`; where they are not given, the steering's own.
     name : what to call it where the trials' progress is shown.
     """
 
-    steering: Steering | None = None
-    scale: float = 1.0
-    positions: str = "generated"
-    name: str = ""
+    steering: Steering | None
+    scale: float
+    positions: str
+    name: str
 
-    def __post_init__(self) -> None:
-        if self.steering is not None:
-            check_type("steering", self.steering, Steering, "a Steering")
-        object.__setattr__(self, "scale", check_application(self.positions, self.scale))
+    def __init__(
+        self,
+        steering: Steering | None = None,
+        scale: float | None = None,
+        positions: str | None = None,
+        name: str = "",
+    ):
+        if steering is not None:
+            check_type("steering", steering, Steering, "a Steering")
+        positions, scale = (steering or NOTHING).applied_as(positions, scale)
+        for field, value in (("steering", steering), ("scale", scale), ("positions", positions), ("name", name)):
+            object.__setattr__(self, field, value)
 
     @property
     def steers(self) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from corrsteer.ops.moments import COEFFICIENTS
 from corrsteer.steering.features import Feature
+
+SHOWN = 8  # finalists of a search
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], indent: str = "   ") -> str:
@@ -46,6 +49,58 @@ def feature_table(
             for f in features
         ],
     )
+
+
+def search_tables(searched: Mapping[str, Any]) -> str:
+    """What a search did: its race, the curves of its finalists, what was joined, and what it cost.
+
+    `searched` is `Steering.provenance["search"]`.
+    """
+    rounds = table(
+        ("samples", "trials", "left", "below unsteered", "below leader", "over budget", "unsteered", "leader"),
+        [
+            (
+                *(str(r[key]) for key in ("samples", "entered", "running", "worse_than_unsteered")),
+                *(str(r[key]) for key in ("worse_than_leader", "over_budget")),
+                f"{r['unsteered']:.3f}",
+                f"{r['leader']:.3f}",
+            )
+            for r in searched["rounds"]
+        ],
+        indent="",
+    )
+    parts = ["The race", rounds]
+    if searched["finalists"]:
+        best = searched["finalists"][:SHOWN]
+        parts += [
+            "",
+            f"The best {len(best)} of {len(searched['finalists'])} finalists: scores by scale (of so many samples)",
+        ]
+        parts += [
+            f"{_of(one['feature'])} ({one['positions']}): " + ", ".join(_point(p) for p in one["curve"]) for one in best
+        ]
+    for step in searched["joined"]:
+        verdict = "joined" if step["kept"] else "not joined, as it does no better than its standard error"
+        parts.append(
+            f"with {_of(step['feature'])}: {step['score']:.3f}, a gain of {step['gain']:+.3f} ± {step['error']:.3f}; "
+            f"{verdict}"
+        )
+    grid = searched["grid"]
+    parts += [
+        "",
+        f"{searched['trials']} trials of {searched['candidates']} features took {searched['completions']} completions; "
+        f"all of them at {len(grid['scales'])} scales on all {searched['samples']} samples would take "
+        f"{grid['completions']}",
+    ]
+    return "\n".join(parts)
+
+
+def _of(feature: Mapping[str, Any]) -> str:
+    return f"layer {feature['layer']} feature {feature['index']}"
+
+
+def _point(point: Mapping[str, Any]) -> str:
+    return f"{point['scale']:g} {point['score']:.3f} ({point['n']})"
 
 
 def _statistics(f: Feature, scored: bool, kinds: Sequence[str]) -> list[str]:

@@ -130,16 +130,16 @@ def test_patience_waits_for_the_layers_that_select_considers(layers, waited_for,
     assert asked == [waited_for] * 2
 
 
-def test_calibrate_writes_the_best_scale_into_the_coefficients(world, collected):
+def test_calibrate_writes_the_best_scale(world, collected):
     steering, scaled = world / "s.safetensors", world / "scaled.safetensors"
     run("select", world / "run", "--out", steering, "--strategy", "single")
     arguments = ("--steering", steering, "--out", scaled, "--try-scale", 2, "--try-scale", 50)
     found = json.loads(run("calibrate", *arguments, "--json").stdout)
     assert [point["scale"] for point in found["curve"]] == [0, 2, 50]
-    before, after = (Steering.load(path).features[0].coefficient for path in (steering, scaled))
-    assert after == pytest.approx(found["scale"] * before)
+    before, after = (Steering.load(path) for path in (steering, scaled))
+    assert after.scale == found["scale"] and after.features == before.features
     assert found["validation"]["n"] == 12 and Steering.load(scaled).provenance["calibration"]["curve"] == found["curve"]
-    assert f"scale {found['scale']:g}, written into the coefficients" in run("calibrate", *arguments).stdout
+    assert f"scale {found['scale']:g}, written to" in run("calibrate", *arguments).stdout
 
 
 def test_select_pruned_validates_on_the_runs_own_task(world, collected):
@@ -158,6 +158,30 @@ def test_select_pruned_validates_on_the_runs_own_task(world, collected):
     selection = Steering.load(pruned).provenance["selection"]
     assert selection["validation"] == {"task": "task", "n": 12, "positions": "generated", "scale": 300.0}
     assert features == [e["feature"] for e in selection["score_alone"] if e["score"] > selection["unsteered_score"]]
+
+
+def test_select_searches_and_what_follows_uses_the_scale_and_the_positions_that_it_found(world, collected):
+    out = world / "searched.safetensors"
+    arguments = ("--strategy", "search", "--part", "all", "--grader", "regex:^[02468]", "--candidates", 1, "--also-all")
+    result = json.loads(run("select", world / "run", *arguments, "--out", out, "--json").stdout)
+    steering, record = Steering.load(out), result["search"]
+    assert (result["scale"], result["positions"]) == (steering.scale, steering.positions)
+    assert record == steering.provenance["search"] and record["confirmation"]["n"] == 60
+    text = run("select", world / "run", *arguments, "--out", out).stdout
+    cost = f"{record['trials']} trials of {record['candidates']} features took {record['completions']} completions"
+    assert cost in text and f"scale {steering.scale:g}, positions {steering.positions}" in text
+    assert text.count(steering.notes[0]) == 1
+    asked = ("generate", "--steering", out, "--prompt", "1+2=", "--json")
+    own = run(*asked).stdout
+    assert own == run(*asked, "--scale", steering.scale, "--positions", steering.positions).stdout
+
+    short = run("select", world / "run", *arguments, "--completions", 10, ok=False)
+    assert "completions must be at least" in short.stderr
+
+
+def test_options_of_the_search_are_refused_without_it(world, collected):
+    result = run("select", world / "run", "--strategy", "pruned", "--candidates", 2, ok=False)
+    assert "--candidates can only be used with --strategy search" in result.stderr
 
 
 def test_without_json_results_are_text_on_stdout_and_progress_is_on_stderr(world, collected):
@@ -280,7 +304,7 @@ MISTAKES = {
     "the run is not there": (["select", "{world}/nothing"], "is not a saved run"),
     "an option goes with pruned only": (
         ["select", "{world}/run", "--scale", "2"],
-        "--scale can only be used with --strategy pruned",
+        "--scale can only be used with --strategy pruned or search",
     ),
     "the steering file is not there": (
         ["evaluate", "--steering", "no.safetensors"],

@@ -330,7 +330,7 @@ def test_a_decoder_that_is_gone_is_named_with_what_to_do(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     (
-        ({"strategy": "best"}, "strategy must be one of single, all, pruned, got 'best'"),
+        ({"strategy": "best"}, "strategy must be one of single, all, pruned, search, got 'best'"),
         ({"score": "kendall"}, "score must be one of pearson, point_biserial, .*, got 'kendall'"),
         ({"score": "auroc"}, "score 'auroc' and interval 'delta' need evidence, which this run does not hold"),
         ({"alpha": 0.05}, "alpha needs p-values, but the run has no permutations of the score 'pearson'; collect with"),
