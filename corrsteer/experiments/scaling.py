@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -100,6 +100,8 @@ def calibrate_each(
     progress: bool = True,
 ) -> list[Steering]:
     """`calibrate_scale` of several steerings, which share what is computed of prompts."""
+    if not steerings:
+        return []
     grows, wanted = scales is None, SCALES if scales is None else scales
     tried = [check_scaling(steering, wanted) for steering in steerings]
     at = [steering.applied_as(positions, None)[0] for steering in steerings]
@@ -109,6 +111,39 @@ def calibrate_each(
         _calibrated(steering, curve, unsteered, validation, where)
         for steering, curve, where in zip(steerings, curves, at)
     ]
+
+
+def calibrate_best(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    candidates: Mapping[str, Sequence[Steering]],
+    validation: Task,
+    *,
+    positions: str | None = None,
+    decoding: Decoding | None = None,
+    progress: bool = True,
+) -> dict[str, Steering]:
+    """Of the candidates of each name, the one that scores best on validation samples, at its best scale.
+
+    All are tried in one run, at scales as `calibrate_scale` tries by default. `provenance["calibration"]["candidates"]`
+    says of how many it is the best, which flatters its score the more.
+    """
+    flat = [(name, steering) for name, of_name in candidates.items() for steering in of_name]
+    steerings = [steering for _, steering in flat]
+    scaled = calibrate_each(
+        model, tokenizer, steerings, validation, positions=positions, decoding=decoding, progress=progress
+    )
+    best: dict[str, Steering] = {}
+    for (name, _), steering in zip(flat, scaled):
+        if name not in best or _best_score(steering) > _best_score(best[name]):
+            best[name] = steering
+    for name, steering in best.items():
+        steering.provenance["calibration"]["candidates"] = len(candidates[name])
+    return best
+
+
+def _best_score(steering: Steering) -> float:
+    return max(point["score"] for point in steering.provenance["calibration"]["curve"][1:])
 
 
 def _calibrated(
