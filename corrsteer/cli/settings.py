@@ -48,6 +48,9 @@ class TaskSettings(ChatSettings):
     split: str = Field(default="train", description="Split of a hub dataset.")
     prompt_field: str = Field(default="prompt", description="Name of the prompt in each row.")
     answer_field: str | None = Field(default="answer", description="Name of the answer in each row.")
+    category_field: str | None = Field(
+        default=None, description="Name of the category in each row, for results by category; '' for none."
+    )
     part: Literal["all", "train", "validation", "test"] = Field(
         default="all", description="all, or the train (80 %), validation (10 %) or test (10 %) part of the task."
     )
