@@ -105,10 +105,11 @@ class CollectSettings(TaskSettings, ModelSettings):
         "published SAE, or `identity` for the residual dimensions themselves.",
     )
     out: Path = Field(description="Directory to write the run to.")
-    pool: Literal["max", "mean"] = Field(
-        default="max", description="max or mean over a sample's tokens, for the correlation."
+    pool: Literal["max", "mean", "last_prompt"] = Field(
+        default="max",
+        description="max or mean over a sample's tokens, for the correlation; or last_prompt, its last prompt token.",
     )
-    coefficient_pool: Literal["max", "mean"] | None = Field(
+    coefficient_pool: Literal["max", "mean", "last_prompt"] | None = Field(
         default=None, description="The same for the coefficient; by default as pool."
     )
     positions: Literal["generated", "all"] = Field(
