@@ -16,6 +16,7 @@ from corrsteer import (
     Evidence,
     Moments,
     Run,
+    SearchOptions,
     SparseEncoder,
     Steering,
     Trial,
@@ -127,6 +128,10 @@ WHOLE = {
     "seed of the demo": lambda value: demo.tasks(value),
     "features of planning": lambda value: planning.chance_correlation(100, value),
     "batch_size": lambda value: Decoding(batch_size=value),
+    "candidates": lambda value: SearchOptions(candidates=value),
+    "most_features": lambda value: SearchOptions(most_features=value),
+    "completions": lambda value: SearchOptions(completions=value),
+    "seed of a search": lambda value: SearchOptions(seed=value),
     "k (activations)": lambda value: planning.samples_exact(value, 0.1, 0.1),
 }  # fmt: skip
 NUMBERS = {
@@ -140,7 +145,8 @@ NUMBERS = {
     "train": lambda value: TASK.split(train=value),
     "r (correlation)": lambda value: planning.interval_width(value, 50),
 }
-SCALES = {  # None is the steering's own
+OPTIONAL = {  # None is the steering's own, or no limit
+    "minutes": lambda value: SearchOptions(minutes=value),
     "scale of apply": lambda value: STEERING.apply(None, scale=value).__enter__(),
     "scale of evaluate": lambda value: evaluate(None, None, TASK, STEERING, scale=value),
     "scale of a trial": lambda value: Trial(STEERING, value),
@@ -150,6 +156,8 @@ SHARES = {
     "level": lambda value: inference.interval(EVIDENCE, level=value),
     "level of delta": lambda value: inference.delta_interval(EVIDENCE, value),
     "level of fisher": lambda value: inference.fisher_interval(torch.zeros(1), 9, value),
+    "alpha of a search": lambda value: SearchOptions(alpha=value),
+    "confirm": lambda value: SearchOptions(confirm=value),
     "power": lambda value: planning.detectable_correlation(100, power=value),
 }
 
@@ -175,9 +183,9 @@ def test_a_number_that_is_not_finite_is_refused_before_anything_runs(name, value
 
 
 @pytest.mark.parametrize("value", (math.nan, -math.inf, True, "1", torch.tensor(math.nan)), ids=repr)
-@pytest.mark.parametrize("name", SCALES)
-def test_a_scale_that_is_not_finite_is_refused_before_anything_runs(name, value):
-    refused(SCALES[name], name, value)
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_an_optional_number_that_is_not_finite_is_refused_before_anything_runs(name, value):
+    refused(OPTIONAL[name], name, value)
 
 
 @pytest.mark.parametrize("value", (math.nan, math.inf, 0, 1, 5, True, "0.5"), ids=repr)

@@ -25,7 +25,7 @@ def load_task(given: TaskSettings) -> Task:
     """The part of a task that was asked for."""
     options = {
         "grader": given.grader, "prompt_field": given.prompt_field, "answer_field": given.answer_field,
-        "chat": given.chat, "system": given.system,
+        "category_field": given.category_field or None, "chat": given.chat, "system": given.system,
     }  # fmt: skip
     if given.task.endswith((".jsonl", ".json")) or Path(given.task).is_file():
         task = Task.from_jsonl(given.task, **options)

@@ -48,6 +48,9 @@ class TaskSettings(ChatSettings):
     split: str = Field(default="train", description="Split of a hub dataset.")
     prompt_field: str = Field(default="prompt", description="Name of the prompt in each row.")
     answer_field: str | None = Field(default="answer", description="Name of the answer in each row.")
+    category_field: str | None = Field(
+        default=None, description="Name of the category in each row, for results by category; '' for none."
+    )
     part: Literal["all", "train", "validation", "test"] = Field(
         default="all", description="all, or the train (80 %), validation (10 %) or test (10 %) part of the task."
     )
@@ -102,10 +105,11 @@ class CollectSettings(TaskSettings, ModelSettings):
         "published SAE, or `identity` for the residual dimensions themselves.",
     )
     out: Path = Field(description="Directory to write the run to.")
-    pool: Literal["max", "mean"] = Field(
-        default="max", description="max or mean over a sample's tokens, for the correlation."
+    pool: Literal["max", "mean", "last_prompt"] = Field(
+        default="max",
+        description="max or mean over a sample's tokens, for the correlation; or last_prompt, its last prompt token.",
     )
-    coefficient_pool: Literal["max", "mean"] | None = Field(
+    coefficient_pool: Literal["max", "mean", "last_prompt"] | None = Field(
         default=None, description="The same for the coefficient; by default as pool."
     )
     positions: Literal["generated", "all"] = Field(

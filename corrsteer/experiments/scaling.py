@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -81,12 +81,76 @@ def calibrate_scale(
     ------
     CorrSteerError : for scales that are 0 or not finite, and a steering without features.
     """
-    grows, scales = scales is None, check_scaling(steering, SCALES if scales is None else scales)
-    positions, _ = steering.applied_as(positions, None)
-    unsteered, curve = calibrated_curve(
-        model, tokenizer, [steering], validation, scales, grows, positions, decoding or Decoding(), progress
+    (scaled,) = calibrate_each(
+        model, tokenizer, [steering], validation,
+        scales=scales, positions=positions, decoding=decoding, progress=progress,
+    )  # fmt: skip
+    return scaled
+
+
+def calibrate_each(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    steerings: Sequence[Steering],
+    validation: Task,
+    *,
+    scales: Sequence[float] | None = None,
+    positions: str | None = None,
+    decoding: Decoding | None = None,
+    progress: bool = True,
+) -> list[Steering]:
+    """`calibrate_scale` of several steerings, which share what is computed of prompts."""
+    if not steerings:
+        return []
+    grows, wanted = scales is None, SCALES if scales is None else scales
+    tried = [check_scaling(steering, wanted) for steering in steerings]
+    at = [steering.applied_as(positions, None)[0] for steering in steerings]
+    decoding = decoding or Decoding()
+    unsteered, curves = _curves(model, tokenizer, steerings, validation, tried, grows, at, decoding, progress)
+    return [
+        _calibrated(steering, curve, unsteered, validation, where)
+        for steering, curve, where in zip(steerings, curves, at)
+    ]
+
+
+def calibrate_best(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    candidates: Mapping[str, Sequence[Steering]],
+    validation: Task,
+    *,
+    positions: str | None = None,
+    decoding: Decoding | None = None,
+    progress: bool = True,
+) -> dict[str, Steering]:
+    """Of the candidates of each name, the one that scores best on validation samples, at its best scale.
+
+    All are tried in one run, at scales as `calibrate_scale` tries by default. `provenance["calibration"]["candidates"]`
+    says of how many it is the best, which flatters its score the more.
+    """
+    flat = [(name, steering) for name, of_name in candidates.items() for steering in of_name]
+    steerings = [steering for _, steering in flat]
+    scaled = calibrate_each(
+        model, tokenizer, steerings, validation, positions=positions, decoding=decoding, progress=progress
     )
-    points = [Point.of(scale, one, unsteered) for scale, one in sorted(curve[0].items(), key=lambda item: abs(item[0]))]
+    best: dict[str, Steering] = {}
+    for (name, _), steering in zip(flat, scaled):
+        if name not in best or _best_score(steering) > _best_score(best[name]):
+            best[name] = steering
+    for name, steering in best.items():
+        steering.provenance["calibration"]["candidates"] = len(candidates[name])
+    return best
+
+
+def _best_score(steering: Steering) -> float:
+    return max(point["score"] for point in steering.provenance["calibration"]["curve"][1:])
+
+
+def _calibrated(
+    steering: Steering, curve: dict[float, Graded], unsteered: Graded, validation: Task, positions: str
+) -> Steering:
+    """The steering with the scale that its curve says is best."""
+    points = [Point.of(scale, one, unsteered) for scale, one in sorted(curve.items(), key=lambda item: abs(item[0]))]
     best = max(points, key=lambda point: point.score)  # the first of equals
     notes, chosen = steering.notes + overlap_notes(validation, steering.provenance, (SELECTED,)), best.scale
     if best.score < unsteered.score:
@@ -104,36 +168,30 @@ def calibrate_scale(
     return replace(steering, notes=notes, provenance=provenance, positions=positions, scale=chosen)
 
 
-def calibrated_curve(
+def _curves(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     steerings: Sequence[Steering],
     validation: Task,
-    scales: Sequence[float],
+    scales: Sequence[Sequence[float]],
     grows: bool,
-    positions: str,
+    positions: Sequence[str],
     decoding: Decoding,
     progress: bool,
 ) -> tuple[Graded, list[dict[float, Graded]]]:
-    """What is graded of no steering, and of each steering by scale.
-
-    Parameters
-    ----------
-    grows : whether each curve goes on at whichever end is best, see `next_scale`.
-    """
+    """What is graded of no steering, and of each steering by scale; curves may grow where they are best."""
     curves: list[dict[float, Graded]] = [{} for _ in steerings]
-    unsteered: Graded | None = None
-    wanted = [(at, scale) for at in range(len(steerings)) for scale in scales]
+    wanted = [(at, scale) for at, of_one in enumerate(scales) for scale in of_one]
+    unsteered, highest = None, -math.inf
     while wanted:
-        trials = [Trial(steerings[at], scale, positions, f"scale {scale:g}") for at, scale in wanted]
+        trials = [Trial(steerings[at], scale, positions[at], f"scale {scale:g}") for at, scale in wanted]
         before = [UNSTEERED] if unsteered is None else []
         graded = run_trials(model, tokenizer, validation, before + trials, decoding, progress=progress)
-        if unsteered is None:
-            unsteered = graded.pop(0)
+        highest = max(highest, *(reward for one in graded for reward in one.rewards))
+        unsteered = graded.pop(0) if unsteered is None else unsteered
         for (at, scale), one in zip(wanted, graded):
             curves[at][scale] = one
         scores = [{scale: one.score for scale, one in curve.items()} for curve in curves]
-        highest = max(reward for one in [unsteered, *graded] for reward in one.rewards)
         further = [next_scale(of_one, unsteered.score, highest) for of_one in scores] if grows else []
         wanted = [(at, scale) for at, scale in enumerate(further) if scale is not None]
     assert unsteered is not None, "there is a steering, and a scale"

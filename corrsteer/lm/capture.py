@@ -46,7 +46,8 @@ class Capture:
     max_new_tokens : the longest generation, which is what buffers are sized by.
     exclude_tokens : token ids that are not kept of prompts, such as that of the BOS token, with `all`. The last token
         of a prompt is kept, whatever it is.
-    buffer_bytes : what the buffers of all points may take together. Past it, what was captured goes to `sink`.
+    buffer_bytes : what the buffers of all points may take together. Past it, what was captured goes to `sink`. The
+        residuals of last prompt tokens, one a row and point, are kept beside them.
     sink : called with (key, x, cu_seqlens) for each part of the capture that had to leave the buffer, in order of
         time. Without one, running out of budget is an error.
 
@@ -86,6 +87,7 @@ class Capture:
 
     def __enter__(self) -> Capture:
         self._buffer: dict[object, Tensor] = {}  # key -> [B, capacity, d], on the device of its layer
+        self._last_prompt: dict[object, Tensor] = {}  # key -> [B, d], which no flush takes
         self._capacity = 0
         self._prompt: Tensor  # [B, steps] bool, which of the first pass's tokens are kept
         self._kept: Tensor  # [B, capacity] bool, which of the buffered steps are kept
@@ -132,17 +134,28 @@ class Capture:
 
     def packed(self, key: Hashable) -> tuple[Tensor, Tensor]:
         """What the buffer holds of a hook point: `x [T, d]` in the model's dtype and `cu_seqlens [B + 1]` int32."""
+        self._check_captured(key)
+        kept = self._kept[:, : self._filled]
+        if key not in self._buffer:  # everything went to the sink
+            return self._empty[key], _cu_seqlens(kept).to(self._empty[key].device)
+        kept = kept.to(self._buffer[key].device)
+        return self._buffer[key][:, : self._filled][kept], _cu_seqlens(kept)
+
+    def last_prompt(self, key: Hashable) -> Tensor:
+        """The residual of each row's last prompt token at a hook point, `[B, d]` in the model's dtype.
+
+        It is there at any `positions`, whatever went to the sink.
+        """
+        self._check_captured(key)
+        return self._last_prompt[key]
+
+    def _check_captured(self, key: Hashable) -> None:
         if key not in self.points:
             raise CorrSteerError(f"key must be one of {', '.join(map(repr, self.points))}, got {key!r}")
         if not self._passes:
             raise CorrSteerError(
                 "nothing was captured; call model.generate inside the context, with the capture's stopping_criterion"
             )
-        kept = self._kept[:, : self._filled]
-        if key not in self._buffer:  # everything went to the sink
-            return self._empty[key], _cu_seqlens(kept).to(self._empty[key].device)
-        kept = kept.to(self._buffer[key].device)
-        return self._buffer[key][:, : self._filled][kept], _cu_seqlens(kept)
 
     def _store(self, key: Hashable, h: Tensor, reading: Pass) -> None:
         """Called by a hook point with `h: [B, S, d]` in every pass."""
@@ -152,6 +165,8 @@ class Capture:
             self._begin(h, reading)
         kept = self._prompt.to(h.device) if self._passes == 0 else None
         steps = 1 if kept is None else kept.shape[1]
+        if kept is not None:  # prompts are padded on the left, so they all end in the last column
+            self._last_prompt[key] = h[:, -1].clone()
         if kept is not None and steps > self._capacity:
             for at in range(0, steps, self._capacity):
                 part = slice(at, at + self._capacity)

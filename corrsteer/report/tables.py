@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from corrsteer.ops.moments import COEFFICIENTS
 from corrsteer.steering.features import Feature
+
+if TYPE_CHECKING:
+    from corrsteer.experiments.evaluation import CategoryEvaluation, Evaluation, Interval
 
 SHOWN = 8  # finalists of a search
 
@@ -101,6 +104,57 @@ def _of(feature: Mapping[str, Any]) -> str:
 
 def _point(point: Mapping[str, Any]) -> str:
     return f"{point['scale']:g} {point['score']:.3f} ({point['n']})"
+
+
+def evaluation_table(evaluations: Mapping[str, Evaluation], indent: str = "") -> str:
+    """Steerings that were evaluated together, one a row, and a table of categories for each, where there are any."""
+    several = len(evaluations) > 1
+    first = next(iter(evaluations.values()))
+    header = ("", "reward", "difference", "p", *["Holm p"] * several, "r-r", "r-w", "w-r", "w-w", "ratio",
+              "equal", "tokens/s")  # fmt: skip
+    unsteered = ("unsteered", _with_interval(first.unsteered, first.unsteered_interval), *["-"] * (len(header) - 3),
+                 f"{first.unsteered_tokens_per_second:.0f}")  # fmt: skip
+    rows = [
+        (
+            name,
+            _with_interval(e.steered, e.steered_interval),
+            _with_interval(e.difference, e.difference_interval, "+"),
+            f"{e.p_value:.2g}",
+            *[f"{e.p_holm:.2g}"] * several,
+            *map(str, e.transitions.values()),
+            "-" if e.side_effect_ratio is None else f"{e.side_effect_ratio:.3f}",
+            str(e.changed_equal),
+            f"{e.steered_tokens_per_second:.0f}",
+        )
+        for name, e in evaluations.items()
+    ]
+    legend = (
+        f"{first.n} samples; 95 % intervals; p: exact McNemar or sign test; r-w: right unsteered, wrong steered;\n"
+        f"ratio: side-effect ratio, the share of changed rewards that fell; equal: changed completions of equal reward"
+    )
+    legend = "\n".join(indent + line for line in legend.splitlines())
+    categories = [_category_table(name, e.categories, indent) for name, e in evaluations.items() if e.categories]
+    return "\n\n".join((table(header, [unsteered, *rows], indent) + "\n" + legend, *categories))
+
+
+def _category_table(name: str, categories: Mapping[str, CategoryEvaluation], indent: str) -> str:
+    header = (f"{name}, by category", "samples", "unsteered", "steered", "difference")
+    rows = [
+        (
+            category,
+            str(e.n),
+            _with_interval(e.unsteered, e.unsteered_interval),
+            _with_interval(e.steered, e.steered_interval),
+            _with_interval(e.difference, e.difference_interval, "+"),
+        )
+        for category, e in categories.items()
+    ]
+    return table(header, rows, indent)
+
+
+def _with_interval(value: float, interval: Interval, sign: str = "") -> str:
+    shown = "no interval" if interval is None else "[{1:{0}.3f}, {2:{0}.3f}]".format(sign, *interval)
+    return f"{value:{sign}.3f} {shown}"
 
 
 def _statistics(f: Feature, scored: bool, kinds: Sequence[str]) -> list[str]:

@@ -21,12 +21,15 @@ from corrsteer.errors import CorrSteerError
 from corrsteer.lm.capture import Capture
 from corrsteer.lm.generation import Generator
 from corrsteer.lm.hook_points import HookPoint
-from corrsteer.ops import Moments, RunningPool
+from corrsteer.ops import Moments
 from corrsteer.runs.options import Options
+from corrsteer.runs.pooling import RESIDUAL_POOLINGS, BatchPool
 from corrsteer.runs.run import Run
 from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.stats import stability
 from corrsteer.tasks import Example, Task
+
+_Moments = dict[int, dict[str, Moments]]  # layer -> pooling -> moments
 
 
 def shuffled_blocks(lengths: Sequence[int], block_size: int, seed: int) -> dict[int, list[int]]:
@@ -40,6 +43,27 @@ def shuffled_blocks(lengths: Sequence[int], block_size: int, seed: int) -> dict[
     blocks = dict(enumerate(order[at : at + block_size] for at in range(0, len(order), block_size)))
     first = max(blocks, key=lambda number: max(lengths[i] for i in blocks[number]))
     return {first: blocks.pop(first), **blocks}
+
+
+@dataclass
+class _Rows:
+    """What is known of a block's samples, a row each, before they enter the run.
+
+    Attributes
+    ----------
+    pooled, residuals : layer -> pooling -> `[N, d_sae]` activations and `[N, d_in]` residuals, float32.
+    rewards : `[N]` float64 on the CPU; NaN where a sample has not been graded, whose other rows are not set either.
+    """
+
+    pooled: dict[int, dict[str, Tensor]]
+    residuals: dict[int, dict[str, Tensor]]
+    rewards: Tensor
+
+    def keep(self, there: Tensor) -> None:
+        """Leave out all samples but these, of what is pooled."""
+        for of_layer in (*self.pooled.values(), *self.residuals.values()):
+            for pool, rows in of_layer.items():
+                of_layer[pool] = rows[there.to(rows.device)]
 
 
 @dataclass
@@ -59,35 +83,38 @@ class BlockCollector:
 
         What goes wrong in a batch leaves the run with those before it.
         """
-        pooled = {
-            layer: {
-                pool: torch.empty(len(block), e.d_sae, dtype=torch.float32, device=self._device(layer))
-                for pool in self.options.pools
-            }
-            for layer, e in self.encoders.items()
-        }
-        rewards = torch.full((len(block),), torch.nan, dtype=torch.float64, device="cpu")
+        rows = self._rows_of(len(block))
         try:
-            for rows in self.generator.plan([self.prompts[i] for i in block], share=self._shares):
-                self._batch([block[row] for row in rows], rows, pooled, rewards)
-                done(len(rows))
+            for batch in self.generator.plan([self.prompts[i] for i in block], share=self._shares):
+                self._batch([block[row] for row in batch], batch, rows)
+                done(len(batch))
         except BaseException:
             # Should folding fail as well, that has been noted, and the first reason is the one to give.
             with contextlib.suppress(Exception):
-                self._fold(number, block, pooled, rewards)
+                self._fold(number, block, rows)
             raise
-        self._fold(number, block, pooled, rewards)
+        self._fold(number, block, rows)
 
-    def _batch(self, batch: list[int], rows: list[int], pooled: dict[int, dict[str, Tensor]], rewards: Tensor) -> None:
-        """Generate, grade, encode and pool some examples, into these rows of a block's activations and rewards."""
+    def _rows_of(self, n: int) -> _Rows:
+        """Room for n samples."""
+
+        def rows(layer: int, pools: Sequence[str], width: int) -> dict[str, Tensor]:
+            device = self._device(layer)
+            return {pool: torch.empty(n, width, dtype=torch.float32, device=device) for pool in pools}
+
+        return _Rows(
+            {layer: rows(layer, self.options.pools, e.d_sae) for layer, e in self.encoders.items()},
+            {layer: rows(layer, RESIDUAL_POOLINGS, e.d_in) for layer, e in self.encoders.items()},
+            torch.full((n,), torch.nan, dtype=torch.float64, device="cpu"),
+        )
+
+    def _batch(self, batch: list[int], at: list[int], rows: _Rows) -> None:
+        """Generate, grade, encode and pool some examples, into these rows of their block."""
         examples = [self.task.examples[i] for i in batch]
-        running: dict[int, RunningPool] = {}
-
-        def take(layer: int, x: Tensor, cu_seqlens: Tensor) -> None:
-            if layer not in running:
-                running[layer] = RunningPool(self.encoders[layer], len(batch), self.options.backend)
-            running[layer].add(*self._checked(layer, x, cu_seqlens, examples))
-
+        pools = {
+            layer: BatchPool(encoder, len(batch), self.options.pools, self.options.backend)
+            for layer, encoder in self.encoders.items()
+        }
         generator = self.generator
         with Capture(
             generator.model,
@@ -97,62 +124,59 @@ class BlockCollector:
             max_new_tokens=generator.decoding.max_new_tokens,
             exclude_tokens=self.options.exclude_tokens,
             buffer_bytes=self.options.buffer_bytes,
-            sink=take,
+            sink=lambda layer, x, cu_seqlens: pools[layer].add(*self._checked(layer, x, cu_seqlens, examples)),
         ) as capture:
             completions = generator.complete(
                 [self.prompts[i] for i in batch], [self.keys[i] for i in batch],
                 share=self._shares, criteria=[capture.stopping_criterion],
             )  # fmt: skip
-        grades = [self.task.grade(completion, example) for completion, example in zip(completions, examples)]
-        for layer, encoder in self.encoders.items():
+        grades = [self.task.grade(written.text, example) for written, example in zip(completions, examples)]
+        for layer, pool in pools.items():
             x, cu_seqlens = self._checked(layer, *capture.packed(layer), examples)
-            if capture.flushed:
-                running[layer].add(x, cu_seqlens)
-                found = {pool: running[layer].result(pool) for pool in self.options.pools}
-            else:
-                pools = self.options.pools
-                pool = pools[0] if len(pools) == 1 else "both"
-                out = ops.encode_pool(x, cu_seqlens, encoder, pool, backend=self.options.backend)
-                found = dict(zip(("mean", "max"), out)) if isinstance(out, tuple) else {pool: out}
-            for pool, values in found.items():
-                pooled[layer][pool][rows] = values
-        rewards[rows] = torch.tensor(grades, dtype=torch.float64, device="cpu")
+            last_prompt = capture.last_prompt(layer).to(x.device)  # it is among the tokens that were checked
+            for into, found in zip((rows.pooled, rows.residuals), pool.finish(x, cu_seqlens, last_prompt)):
+                for name, values in found.items():
+                    into[layer][name][at] = values
+        rows.rewards[at] = torch.tensor(grades, dtype=torch.float64, device="cpu")
 
-    def _fold(self, number: int, block: list[int], pooled: dict[int, dict[str, Tensor]], rewards: Tensor) -> None:
+    def _fold(self, number: int, block: list[int], rows: _Rows) -> None:
         """Fold what there is of a block into the run: all of it, or nothing."""
-        there = rewards.isfinite().nonzero()[:, 0]
+        there = rows.rewards.isfinite().nonzero()[:, 0]
         if len(there) == 0:
             return
-        whole = len(there) == len(block)
-        fresh = {
-            layer: {pool: Moments(state.d_sae, device=state.device) for pool, state in states.items()}
-            for layer, states in self.run.moments.items()
-        }
-        known = self.run.rewards.clone()
-        known[[block[i] for i in there.tolist()]] = rewards[there]
+        run, y = self.run, rows.rewards[there]
+        known = run.rewards.clone()
+        known[[block[i] for i in there.tolist()]] = y
         with _uninterrupted():
-            for layer, pools in pooled.items():
-                for pool, rows in pools.items():
-                    pools[pool] = rows if whole else rows[there.to(rows.device)]
-                    y = rewards[there].to(rows.device)
-                    ops.update_moments(pools[pool], y, fresh[layer][pool], backend=self.options.backend)
-                    fresh[layer][pool].merge(self.run.moments[layer][pool])
+            if len(there) < len(block):
+                rows.keep(there)
+            moments = self._updated(run.moments, rows.pooled, y)
+            residuals = self._updated(run.residuals, rows.residuals, y)
             try:
-                for layer, pools in pooled.items():
-                    for pool, rows in pools.items():
-                        self.run.evidence[layer][pool].update(
-                            rows, rewards[there], number, backend=self.options.backend
-                        )
+                for layer, pools in rows.pooled.items():
+                    for pool, pooled in pools.items():
+                        run.evidence[layer][pool].update(pooled, y, number, backend=self.options.backend)
             except Exception:
                 # Part of the layers have the block now, and a copy of everything is too much to keep for this.
-                self.run.evidence = {}
-                self.run.notes.append("a block could not be added to the evidence, so there are no intervals or tests")
+                run.evidence = {}
+                run.notes.append("a block could not be added to the evidence, so there are no intervals or tests")
                 raise
             finally:
-                self.run.moments, self.run.rewards = fresh, known
-            kept = {layer: evidences[self.run.pool] for layer, evidences in self.run.evidence.items()}
+                run.moments, run.residuals, run.rewards = moments, residuals, known
+            kept = {layer: evidences[run.pool] for layer, evidences in run.evidence.items()}
             if kept:
-                self.run.snapshots.append(stability.snapshot(kept))
+                run.snapshots.append(stability.snapshot(kept))
+
+    def _updated(self, states: _Moments, rows: Mapping[int, Mapping[str, Tensor]], y: Tensor) -> _Moments:
+        """Moments with a block's rows folded in; those given are left as they are."""
+        fresh: _Moments = {layer: {} for layer in states}
+        for layer, pools in rows.items():
+            for pool, of_pool in pools.items():
+                state = states[layer][pool]
+                fresh[layer][pool] = Moments(state.d_sae, device=state.device)
+                ops.update_moments(of_pool, y.to(state.device), fresh[layer][pool], backend=self.options.backend)
+                fresh[layer][pool].merge(state)
+        return fresh
 
     @property
     def _shares(self) -> bool:

@@ -21,6 +21,7 @@ from corrsteer.runs.blocks import BlockCollector, shuffled_blocks
 from corrsteer.runs.excluded import excluded_tokens
 from corrsteer.runs.options import Options
 from corrsteer.runs.placement import place
+from corrsteer.runs.pooling import RESIDUAL_POOLINGS
 from corrsteer.runs.provenance import provenance
 from corrsteer.runs.run import Run
 from corrsteer.sae.encoder import SparseEncoder
@@ -79,7 +80,8 @@ def collect(
     encoders : layer -> encoder. An encoder that does not say where it was trained reads the layer's output. Each is
         moved to its layer's device.
     task : prompts and their grader.
-    pool : `max` or `mean` over a sample's kept steps, for the correlation.
+    pool : `max` or `mean` over a sample's kept steps, for the correlation; or `last_prompt`, the activation at the last
+        prompt token alone, which is kept beside the others in any case.
     coefficient_pool : the same for the coefficient; by default `pool`.
     positions : `generated`, the kept steps of the generation, or `all`, the prompt as well.
     exclude_tokens : ids of prompt tokens that `all` leaves out; by default the BOS token and those that the encoders'
@@ -92,7 +94,7 @@ def collect(
     bootstrap : replicates for bootstrap intervals, which take 24 bytes each a feature. Other intervals need none.
     scores : which scores to keep permutations of, and what that takes, see `Evidence`.
     block_size : examples in a block, whose pooled activations are kept until the last of them is graded: 4 bytes a
-        feature and example. No batch is larger.
+        feature, pooling and example. No batch is larger.
     shuffle_seed : of the examples' order, the permutations and the bootstrap.
     patience : stop early when for so many blocks no layer's best feature has changed, and their intervals lie above
         those of the next ones. P-values are of the samples collected, as if that many had been planned.
@@ -100,7 +102,8 @@ def collect(
         `corrsteer.experiments.selection.selectable` gives those that `select` considers.
     buffer_bytes : memory for captured residuals. Past it they are encoded and pooled as they come; the result is
         the same.
-    statistics_bytes : the most memory that evidence and a block's pooled activations may take, for all layers.
+    statistics_bytes : the most memory that evidence and a block's pooled activations and residuals may take, for all
+        layers.
     backend : a backend's name; by default the fastest that can.
 
     Raises
@@ -124,7 +127,7 @@ def collect(
     elif exclude_tokens is None:
         exclude_tokens = excluded_tokens(tokenizer, encoders.values())
     options = Options(
-        pool=pool, coefficient_pool=coefficient_pool or pool, positions=positions,
+        pool=pool, coefficient_pool=pool if coefficient_pool is None else coefficient_pool, positions=positions,
         permutations=permutations, bootstrap=bootstrap, scores=scores, block_size=block_size,
         shuffle_seed=shuffle_seed, patience=patience, patience_layers=patience_layers, buffer_bytes=buffer_bytes,
         statistics_bytes=statistics_bytes, backend=backend, exclude_tokens=exclude_tokens,
@@ -145,6 +148,10 @@ def collect(
     run = Run(
         moments={
             layer: {name: Moments(encoder.d_sae, device=devices[layer]) for name in options.pools}
+            for layer, encoder in encoders.items()
+        },
+        residuals={
+            layer: {name: Moments(encoder.d_in, device=devices[layer]) for name in RESIDUAL_POOLINGS}
             for layer, encoder in encoders.items()
         },
         points=points,
@@ -193,7 +200,10 @@ def _allocate_evidence(
     planned = all_of(dict.fromkeys(encoders, "meta"))
     kept = sum(evidence.nbytes for of_layer in planned.values() for evidence in of_layer.values())
     block = min(options.block_size, samples)
-    held = sum(4 * block * encoder.d_sae * len(options.pools) for encoder in encoders.values())
+    held = sum(
+        4 * block * (encoder.d_sae * len(options.pools) + encoder.d_in * len(RESIDUAL_POOLINGS))
+        for encoder in encoders.values()
+    )
     remedy = (
         f"evidence takes {kept / 2**30:.3g} GiB (8 bytes a feature, permutation and score, three times that a "
         f"bootstrap replicate, and for scores of histograms as often as there are bins), a block of {block} samples "

@@ -6,11 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from corrsteer.arguments import whole, wholes
+from corrsteer.arguments import shown, whole, wholes
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm.capture import KEPT_POSITIONS
 from corrsteer.lm.token_positions import check_positions
 from corrsteer.ops import registry
+from corrsteer.runs.pooling import LAST_PROMPT, POOLINGS
 from corrsteer.sae.encoder import SIGNED, SparseEncoder
 from corrsteer.stats.evidence import BINNED, Evidence, known_scores
 from corrsteer.types import Device
@@ -39,9 +40,10 @@ class Options:
 
     def __post_init__(self) -> None:
         check_positions(self.positions, KEPT_POSITIONS)
-        for name in self.pools:
-            if name not in ("mean", "max"):
-                raise CorrSteerError(f"pool must be mean or max, got {name!r}")
+        for name in ("pool", "coefficient_pool"):
+            pool: Any = getattr(self, name)
+            if not isinstance(pool, str) or pool not in POOLINGS:
+                raise CorrSteerError(f"{name} must be one of {', '.join(POOLINGS)}, got {shown(pool)}")
         checked: dict[str, Any] = {
             name: whole(name, getattr(self, name), least)
             for name, least in (
@@ -69,8 +71,8 @@ class Options:
 
     @property
     def pools(self) -> tuple[str, ...]:
-        """The poolings that are wanted, each once."""
-        return tuple(dict.fromkeys((self.pool, self.coefficient_pool)))
+        """The poolings that are kept, each once."""
+        return tuple(dict.fromkeys((self.pool, self.coefficient_pool, LAST_PROMPT)))
 
     def check_encoders(self, encoders: Mapping[int, SparseEncoder]) -> None:
         """Raise unless what is asked of these encoders and layers can be had."""

@@ -21,15 +21,19 @@ from corrsteer.errors import CorrSteerError
 from corrsteer.files import sync_folder, to_json, write_tensors, write_utf8
 from corrsteer.lm.hook_points import HookPoint
 from corrsteer.ops import Moments
+from corrsteer.runs.pooling import POOLINGS
 from corrsteer.sae.sources import Decoder, open_decoder
 from corrsteer.stats import inference, scores
 from corrsteer.stats.evidence import Evidence
 from corrsteer.stats.stability import Leader, Snapshot
 from corrsteer.types import PathLike
 
-FORMAT = "corrsteer.run/2"
+FORMAT = "corrsteer.run/3"
 INDEX, NEXT = "run.json", "run.json.next"  # what a run is made of, and the same of one that is being written
-OWN = re.compile(r"(layer_\d+\.(mean|max)(\.evidence)?|rewards)(\.\d+)?\.safetensors")  # a run's files, and no other
+KINDS = {"moments": Moments, "evidence": Evidence, "residuals": Moments}  # what is kept of each layer and pooling
+OWN = re.compile(  # a run's files, and no other
+    rf"(layer_\d+\.({'|'.join(POOLINGS)})(\.evidence|\.residuals)?|rewards)(\.\d+)?\.safetensors"
+)
 
 
 @dataclass
@@ -40,6 +44,8 @@ class Run:
     ----------
     moments : layer -> pooling -> `Moments`.
     evidence : layer -> pooling -> `Evidence`, with permutations and bootstrap for `pool` alone.
+    residuals : layer -> `mean` (over kept steps) or `last_prompt` -> `Moments` of the residual stream's d dimensions at
+        the layer's hook point; `coefficient("contrastive")` is the difference of class means.
     snapshots : which features were in front after how many samples, oldest first.
     points : layer -> hook point.
     decoders : layer -> where decoder rows are read from.
@@ -56,6 +62,7 @@ class Run:
     pool: str
     coefficient_pool: str
     evidence: dict[int, dict[str, Evidence]] = field(default_factory=dict)
+    residuals: dict[int, dict[str, Moments]] = field(default_factory=dict)
     snapshots: list[Snapshot] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -102,7 +109,7 @@ class Run:
         return self._tested[score, self.n]
 
     def save(self, directory: PathLike) -> None:
-        """Write the run to a directory: `run.json`, the rewards and each layer's moments and evidence.
+        """Write the run to a directory: `run.json`, the rewards and each layer's moments, evidence and residuals.
 
         A run that is there is replaced, and any other file left alone. The new run is written beside the old one,
         which takes room for both, and takes its place in one step: whatever happens, the directory holds one or the
@@ -124,9 +131,8 @@ class Run:
         _remove(directory, cut_off)
         try:
             write_utf8(directory / NEXT, text)
-            for layer, states in (*self.moments.items(), *self.evidence.items()):
-                for pool, state in states.items():
-                    state.save(directory / names[layer, pool, type(state)])
+            for part, state in self._states().items():
+                state.save(directory / names[part])
             write_tensors(directory / names["rewards"], {"rewards": self.rewards}, {})
             os.replace(directory / NEXT, directory / INDEX)
         except BaseException as error:
@@ -137,13 +143,21 @@ class Run:
         sync_folder(directory)
         _remove(directory, old)
 
+    def _states(self) -> dict[tuple[str, int, str], Moments | Evidence]:
+        """What is kept of layers, by kind, layer and pooling."""
+        return {
+            (kind, layer, pool): state
+            for kind in KINDS
+            for layer, states in getattr(self, kind).items()
+            for pool, state in states.items()
+        }
+
     def _names(self, directory: Path, reusable: set[str]) -> dict[Any, str]:
         """A file name for every part, none of which is taken."""
         parts: dict[Any, str] = {"rewards": "rewards"}
-        for layer, states in self.moments.items():
-            parts |= {(layer, pool, Moments): f"layer_{layer}.{pool}" for pool in states}
-        for layer, states in self.evidence.items():
-            parts |= {(layer, pool, Evidence): f"layer_{layer}.{pool}.evidence" for pool in states}
+        for kind, layer, pool in self._states():
+            ending = "" if kind == "moments" else f".{kind}"
+            parts[kind, layer, pool] = f"layer_{layer}.{pool}{ending}"
 
         def numbered(number: int) -> dict[Any, str]:
             ending = ".safetensors" if number == 1 else f".{number}.safetensors"
@@ -162,8 +176,10 @@ class Run:
                 str(layer): {
                     "point": str(point),
                     "decoder": self.decoders[layer].source,
-                    "moments": {pool: names[layer, pool, Moments] for pool in self.moments[layer]},
-                    "evidence": {pool: names[layer, pool, Evidence] for pool in self.evidence.get(layer, ())},
+                }
+                | {
+                    kind: {pool: names[kind, layer, pool] for pool in getattr(self, kind).get(layer, ())}
+                    for kind in KINDS
                 }
                 for layer, point in self.points.items()
             },
@@ -195,18 +211,10 @@ class Run:
                 raise ValueError(f"it names files that are not a run's, {sorted(strange)}")
             layers = {int(layer): entry for layer, entry in described["layers"].items()}
             run = cls(
-                moments={
-                    layer: {pool: Moments.load(directory / name) for pool, name in entry["moments"].items()}
-                    for layer, entry in layers.items()
-                },
                 points={layer: HookPoint.parse(entry["point"]) for layer, entry in layers.items()},
                 decoders={layer: open_decoder(entry["decoder"]) for layer, entry in layers.items()},
                 rewards=load_file(str(directory / described["rewards"]))["rewards"],
-                evidence={
-                    layer: {pool: Evidence.load(directory / name) for pool, name in entry["evidence"].items()}
-                    for layer, entry in layers.items()
-                    if entry["evidence"]
-                },
+                **{kind: _load(directory, layers, kind) for kind in KINDS},
                 snapshots=[_snapshot(entry) for entry in described["snapshots"]],
                 **{key: described[key] for key in ("pool", "coefficient_pool", "notes", "provenance")},
             )
@@ -231,9 +239,18 @@ class Run:
                 raise TypeError(f"{name} is no {kind.__name__}")
 
 
+def _load(directory: Path, layers: Mapping[int, Any], kind: str) -> dict[int, dict[str, Any]]:
+    """What was kept of one kind, layer -> pooling -> state, of the layers of which something was."""
+    return {
+        layer: {pool: KINDS[kind].load(directory / name) for pool, name in entry[kind].items()}
+        for layer, entry in layers.items()
+        if entry[kind]
+    }
+
+
 def _named(described: dict[str, Any]) -> set[str]:
     """The files that a run's description names."""
-    kinds = (entry[kind] for entry in described["layers"].values() for kind in ("moments", "evidence"))
+    kinds = (entry[kind] for entry in described["layers"].values() for kind in KINDS)
     return {described["rewards"], *(name for names in kinds for name in names.values())}
 
 

@@ -41,6 +41,7 @@ def world(tmp_path_factory):
         sae.save_model(home / f"sae{layer}")
     rng = random.Random(0)
     rows = [{"prompt": f"{rng.randrange(100)}+{rng.randrange(1000)}=", "answer": "."} for _ in range(120)]
+    rows = [row | {"size": "long" if len(row["prompt"]) > 6 else "short"} for row in rows]
     (home / "task.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = {
         "model": str(home / "model"),
@@ -48,6 +49,7 @@ def world(tmp_path_factory):
         "task": str(home / "task.jsonl"),
         "grader": "regex:^[02468]",
         "max_new_tokens": 3,
+        "category_field": "size",
     }
     (home / "collect.yaml").write_text(yaml.safe_dump(settings))
     return home
@@ -84,10 +86,17 @@ def test_collect_select_evaluate_and_generate_hand_over_to_each_other(world, col
     other = world / "other.safetensors"
     run("select", world / "run", "--strategy", "single", "--out", other)
     both = json.loads(run("evaluate", "--steering", steering, "--steering", other, "--json").stdout)["steerings"]
-    assert list(both) == [str(steering), str(other)] and both[str(steering)] == evaluated
+    assert list(both) == [str(steering), str(other)]
+    alone = {"p_holm", "unsteered_tokens_per_second", "steered_tokens_per_second"}
+    assert {k: v for k, v in both[str(steering)].items() if k not in alone} == {
+        k: v for k, v in evaluated.items() if k not in alone
+    }
     table = run("evaluate", "--steering", steering, "--steering", other).stdout
-    scores = " +".join(f"{result['steered']:.4f}" for result in both.values())
-    assert re.search(rf"^steered reward +{scores}$", table, re.M)
+    for path in (steering, other):
+        result = both[str(path)]
+        low, high = result["steered_interval"]
+        row = re.search(rf"^{path.stem} +{result['steered']:.3f} \[{low:.3f}, {high:.3f}\] .*", table, re.M)
+        assert row and row[0].split()[-7:-3] == [str(n) for n in result["transitions"].values()]
     strong = json.loads(run("evaluate", "--steering", steering, "--scale", 50, "--part", "all", "--json").stdout)
     assert strong["n"] == 120 and strong["improved"] + strong["worsened"] + strong["changed_equal"] > 0
 
@@ -95,6 +104,22 @@ def test_collect_select_evaluate_and_generate_hand_over_to_each_other(world, col
         run("generate", "--steering", steering, "--prompt", "1+2=", "--prompt", "3+", "--scale", 50, "--json").stdout
     )["completions"]
     assert [p["prompt"] for p in pairs] == ["1+2=", "3+"] and any(p["steered"] != p["unsteered"] for p in pairs)
+
+
+def test_evaluate_prints_the_categories_that_collect_was_told_of(world, collected, tmp_path):
+    steering = tmp_path / "s.safetensors"
+    run("select", world / "run", "--out", steering)
+    of = json.loads(run("evaluate", "--steering", steering, "--json").stdout)["categories"]
+    assert list(of) == ["long", "short"] and sum(category["n"] for category in of.values()) == 12
+    table = run("evaluate", "--steering", steering).stdout
+    for name, category in of.items():
+        low, high = category["difference_interval"]
+        difference = f"{category['difference']:+.3f} \\[{low:+.3f}, {high:+.3f}\\]".replace("+", "\\+")
+        assert re.search(rf"^{name} +{category['n']} .* {difference}$", table, re.M)
+    without = json.loads(run("evaluate", "--steering", steering, "--category-field", "", "--json").stdout)
+    assert without["categories"] == {}
+    missing = run("evaluate", "--steering", steering, "--category-field", "subject", ok=False).output
+    assert "task.jsonl:1: no category: field 'subject' is missing or null among prompt, answer, size" in missing
 
 
 def test_alpha_drops_what_chance_explains_and_says_so_in_words(world, collected):
@@ -110,8 +135,10 @@ def test_alpha_drops_what_chance_explains_and_says_so_in_words(world, collected)
 
 def test_scores_permutations_and_bootstrap_are_collected_as_asked(world, tmp_path):
     arguments = ("--score", "auroc", "--permutations", 19, "--bootstrap", 30, "--block-size", 32, "--shuffle-seed", 7)
-    run("collect", "--config", world / "collect.yaml", "--out", tmp_path / "run", *arguments)
-    evidence = Run.load(tmp_path / "run").evidence[1]["max"]
+    run("collect", "--config", world / "collect.yaml", "--out", tmp_path / "run", "--pool", "last_prompt", *arguments)
+    kept = Run.load(tmp_path / "run")
+    assert (kept.pool, kept.coefficient_pool, list(kept.moments[1])) == ("last_prompt", "last_prompt", ["last_prompt"])
+    evidence = kept.evidence[1]["last_prompt"]
     assert (evidence.permutations, evidence.bootstrap, evidence.seed) == (19, 30, 7)
     assert evidence.scores == ("pearson", "auroc") and evidence.blocks == {0, 1, 2}
     arguments = ("--score", "auroc", "--interval", "bootstrap", "--json")

@@ -2,9 +2,11 @@
 
 import pytest
 import tiny_pipeline
+import torch
 from test_selection import DECODING, made_run
 
 from corrsteer import CorrSteerError, Decoding, Steering, calibrate_scale, demo, evaluate, run_trials, select
+from corrsteer.experiments.scaling import calibrate_best
 from corrsteer.steering.features import Feature
 
 
@@ -89,6 +91,18 @@ def test_samples_are_steered_at_the_positions_asked_for(world, monkeypatch):
     scaled = calibrate_scale(model, tokenizer, steering, tiny_pipeline.task(4), **settings)
     assert scaled.positions == "prompt"
     assert asked == ["prompt"] == [scaled.provenance["calibration"]["validation"]["positions"]]
+
+
+def test_the_best_of_several_candidates_is_each_at_its_best_scale(world):
+    model, tokenizer, steering = world
+    validation, settings = tiny_pipeline.task(24, seed=5), {"decoding": DECODING, "progress": False}
+    harmful = Steering(steering.features, -steering.directions)
+    best = calibrate_best(model, tokenizer, {"both": [harmful, steering], "harmful": [harmful]}, validation, **settings)
+    alone = calibrate_scale(model, tokenizer, steering, validation, **settings)
+    assert torch.equal(best["both"].directions, steering.directions) and best["both"].scale == alone.scale == 8
+    record = best["both"].provenance["calibration"]
+    assert record["curve"] == alone.provenance["calibration"]["curve"] and record["candidates"] == 2
+    assert best["harmful"].provenance["calibration"]["candidates"] == 1
 
 
 def test_a_single_sample_has_no_standard_error(world):

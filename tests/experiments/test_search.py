@@ -86,7 +86,7 @@ def test_completions_are_counted_and_fewer_than_of_a_grid_and_none_of_the_race_i
     joined = record["trials"] - len({id(trial) for _, _, trials in race for trial in trials if trial.steers})
     assert joined == 0, "every trial that is counted was run"
     entered = record["rounds"][-1]["entered"]
-    assert record["grid"]["completions"] == 150 * (18 * len(scales) + 1 + record["trials"] - entered)
+    assert record["grid"]["completions"] == 150 * (record["candidates"] * len(scales) + 1 + record["trials"] - entered)
 
 
 def test_the_curve_of_a_finalist_is_of_graded_completions(world, found):
@@ -113,13 +113,14 @@ def test_the_same_seed_gives_the_same_search(world, found):
 
 
 def test_a_budget_of_completions_holds(world, found):
-    budget = 2000
+    budget = found.provenance["search"]["completions"] // 2
     limited = searched(world, completions=budget)
     record = limited.provenance["search"]
     assert record["completions"] <= budget < found.provenance["search"]["completions"]
     assert record["confirmation"]["confirmed"]
     assert any(note.startswith("the budget ended a race for") for note in limited.notes)
-    with pytest.raises(CorrSteerError, match=r"completions must be at least \d+, for 54 trials of 16 samples"):
+    assert record["rounds"][-1]["over_budget"] > 0
+    with pytest.raises(CorrSteerError, match=r"completions must be at least \d+, for \d+ trials of 16 samples"):
         searched(world, completions=1000)
 
 

@@ -83,6 +83,7 @@ def teacher_forced(architecture, prompts, tokens, stops, positions, points=POINT
             handle.remove()
         start = 0 if positions == "all" else len(prompt) - 1
         rows.append({key: h[start : len(prompt) - 1 + kept] for key, h in row.items()})
+        rows[-1] |= {("last of the prompt", key): h[len(prompt) - 1] for key, h in row.items()}
     return rows
 
 
@@ -93,6 +94,8 @@ def assert_captured(capture, rows, points=POINTS):
         assert cu_seqlens.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
         assert cu_seqlens.dtype == torch.int32
         torch.testing.assert_close(x, torch.cat([row[key] for row in rows]), rtol=1e-4, atol=1e-4)
+        last = torch.stack([row["last of the prompt", key] for row in rows])
+        torch.testing.assert_close(capture.last_prompt(key), last, rtol=1e-4, atol=1e-4)
 
 
 # What is kept
@@ -159,7 +162,7 @@ def test_a_static_cache_changes_nothing(architecture, positions):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_is_captured_has_the_dtype_of_the_model(dtype):
     capture, _ = captured(tiny("llama", dtype), prompts_of(LENGTHS), [], 3)
-    assert {capture.packed(key)[0].dtype for key in POINTS} == {dtype}
+    assert {tensor.dtype for key in POINTS for tensor in (capture.packed(key)[0], capture.last_prompt(key))} == {dtype}
 
 
 def test_capturing_does_not_change_what_is_generated():
@@ -189,7 +192,7 @@ def test_tokens_that_are_excluded_are_left_out_of_prompts_by_their_id_but_for_th
     if positions == "all":
         kept = [[at for at, token in enumerate(prompt[:-1]) if token != bos] for prompt in prompts]
         kept = [at + list(range(len(prompt) - 1, len(prompt) + 3)) for at, prompt in zip(kept, prompts)]
-        rows = [{key: h[at] for key, h in row.items()} for row, at in zip(rows, kept)]
+        rows = [row | {key: row[key][at] for key in POINTS} for row, at in zip(rows, kept)]
     assert_captured(capture, rows)
 
 
@@ -274,6 +277,7 @@ def test_parts_that_left_the_buffer_and_what_stayed_make_up_the_whole_capture(po
         whole_x, whole_cu = whole.packed(key)
         for row, expected in enumerate(whole_x.tensor_split(whole_cu[1:-1].tolist())):
             assert torch.equal(torch.cat([part[row] for part in parts[key]]), expected)
+        assert torch.equal(capture.last_prompt(key), whole.last_prompt(key))
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -389,8 +393,9 @@ def test_generating_by_another_model_or_in_another_thread_is_refused(stop_tokens
 
 def test_asking_for_a_capture_before_anything_was_generated_is_refused():
     with Capture(tiny("llama"), POINTS, stop_tokens=[]) as capture:
-        with pytest.raises(CorrSteerError, match="nothing was captured"):
-            capture.packed(1)
+        for ask in (capture.packed, capture.last_prompt):
+            with pytest.raises(CorrSteerError, match="nothing was captured"):
+                ask(1)
 
 
 def test_asking_for_a_hook_point_that_was_not_captured_is_refused():

@@ -45,9 +45,11 @@ def gather(model, **settings):
 
 
 @torch.no_grad()
-def pooled_in_plain_torch(model, layer, encoder, task, how, positions, exclude_tokens=()):
-    """Moments from one sample at a time, each a forward pass over prompt and completion, without a cache."""
-    tokenizer, moments = tiny_pipeline.tokenizer(), Moments(encoder.d_sae)
+def one_at_a_time(model, layer, encoder, task, positions, exclude_tokens=()):
+    """Moments by pooling, of activations and of residuals, from one sample at a time without a cache or padding."""
+    tokenizer = tiny_pipeline.tokenizer()
+    of_features = {pool: Moments(encoder.d_sae) for pool in ("max", "mean", "last_prompt")}
+    of_residuals = {pool: Moments(encoder.d_in) for pool in ("mean", "last_prompt")}
     newline = tokenizer.convert_tokens_to_ids("\n")
     for example in task.examples:
         ids = tokenizer(example.prompt)["input_ids"]
@@ -61,31 +63,111 @@ def pooled_in_plain_torch(model, layer, encoder, task, how, positions, exclude_t
         kept = list(range(prompt - 1, prompt - 1 + max(1, len(generated))))
         if positions == "all":
             kept = [at for at in range(prompt - 1) if ids[at] not in exclude_tokens] + kept
-        z = encode(states[kept], encoder)
-        pooled = z.mean(0) if how == "mean" else z.amax(0)
-        reward = task.grade(tokenizer.decode(generated, skip_special_tokens=True), example)
-        update_moments(pooled[None], torch.tensor([reward]), moments)
-    return moments
+        z, h = encode(states, encoder), states.float()
+        y = torch.tensor([task.grade(tokenizer.decode(generated, skip_special_tokens=True), example)])
+        for pool, pooled in (("max", z[kept].amax(0)), ("mean", z[kept].mean(0)), ("last_prompt", z[prompt - 1])):
+            update_moments(pooled[None], y, of_features[pool])
+        for pool, pooled in (("mean", h[kept].mean(0)), ("last_prompt", h[prompt - 1])):
+            update_moments(pooled[None], y, of_residuals[pool])
+    return of_features, of_residuals
 
 
+def assert_same_moments(moments, expected, tolerance=2e-4):
+    """Of the same poolings, the same numbers."""
+    assert list(moments) == list(expected)
+    for pool in expected:
+        for name, a, b in zip(Moments.STATE, moments[pool].state(), expected[pool].state()):
+            where = f"{pool} {name}"
+            torch.testing.assert_close(
+                a, b, rtol=tolerance, atol=tolerance, msg=lambda m, where=where: f"{where}: {m}"
+            )
+
+
+SMALL = 2 * 16 * 2 * 128 * 4  # bytes of two steps of sixteen rows at two layers
+
+
+@pytest.mark.parametrize("buffer_bytes", (1 << 30, SMALL), ids=("whole", "in parts"))
 @pytest.mark.parametrize("positions", ("generated", "all"))
-@pytest.mark.parametrize("pool", ("mean", "max"))
-def test_collect_equals_one_sample_at_a_time_without_cache_or_padding(model, pool, positions):
-    run = gather(model, pool=pool, positions=positions)
+def test_collect_equals_one_sample_at_a_time_without_cache_or_padding(model, positions, buffer_bytes):
+    run = gather(model, pool="max", coefficient_pool="mean", positions=positions, buffer_bytes=buffer_bytes)
     assert 0 < run.rewards.mean() < 1, "the reward must vary for this to mean anything"
     for layer, encoder in tiny_pipeline.encoders().items():
         bos = tiny_pipeline.tokenizer().bos_token_id
-        expected = pooled_in_plain_torch(model, layer, encoder, tiny_pipeline.task(), pool, positions, [bos])
-        for name, a, b in zip(Moments.STATE, run.moments[layer][pool].state(), expected.state()):
-            torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}")
+        expected = one_at_a_time(model, layer, encoder, tiny_pipeline.task(), positions, [bos])
+        assert_same_moments(run.moments[layer], expected[0])
+        assert_same_moments(run.residuals[layer], expected[1])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("pool", ("mean", "max", "last_prompt"))
+def test_one_pooling_alone_is_what_it_is_beside_others(dtype, pool):
+    model = tiny_pipeline.model().to(dtype)
+    both, alone = gather(model, pool="max", coefficient_pool="mean"), gather(model, pool=pool)
+    kept = dict.fromkeys((pool, "last_prompt"))
+    assert_same_moments(alone.moments[1], {name: both.moments[1][name] for name in kept}, 1e-5)
+    assert_same_moments(alone.residuals[1], both.residuals[1], 0)
+    assert alone.provenance["model_dtype"] == str(dtype)
+
+
+def test_the_last_prompt_token_is_pooled_alone_whatever_is_kept_besides(model):
+    """What is written cannot change it, nor can the prompt before it: it is all that one new token leaves."""
+    one = gather(model, decoding=Decoding(max_new_tokens=1, batch_size=16))
+    for settings in ({}, {"positions": "all"}, {"positions": "all", "buffer_bytes": SMALL}):
+        run = gather(model, **settings)
+        for layer in run.moments:
+            for mine, its in ((run.moments, one.moments), (run.residuals, one.residuals)):
+                a, b = mine[layer]["last_prompt"].z_mean, its[layer]["last_prompt"].z_mean
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+                assert not torch.allclose(mine[layer][next(iter(mine[layer]))].z_mean, b, rtol=1e-2)
+
+
+def test_one_new_token_is_encoded_once_for_all_poolings(model, monkeypatch):
+    calls = []
+
+    def counted(*arguments, **options):
+        calls.append(1)
+        return encode_pool(*arguments, **options)
+
+    monkeypatch.setattr("corrsteer.ops.encode_pool", counted)
+    settings = {"task": tiny_pipeline.task(16), "coefficient_pool": "mean"}
+    run = gather(model, decoding=Decoding(max_new_tokens=1, batch_size=16), **settings)
+    assert len(calls) == 2, "once a layer"
+    for layer in run.moments:
+        same = [run.moments[layer][pool].state() for pool in ("max", "mean", "last_prompt")]
+        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*same))
+    for pool, expected in (("last_prompt", 2), ("max", 4)):
+        calls.clear()
+        gather(model, task=tiny_pipeline.task(16), pool=pool)
+        assert len(calls) == expected, pool
+
+
+def test_only_the_pooling_that_is_tested_is_permuted(model):
+    for pool in ("max", "last_prompt"):
+        run = gather(model, pool=pool, permutations=50, bootstrap=20)
+        for evidences in run.evidence.values():
+            assert {name: (e.permutations, e.bootstrap) for name, e in evidences.items()} == {
+                pool: (50, 20)} | {name: (0, 0) for name in {"last_prompt"} - {pool}}  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ("single", "all"))
+def test_features_are_selected_by_their_activation_at_the_last_prompt_token(model, strategy):
+    run = gather(model, pool="last_prompt", permutations=50)
+    best = {layer: run.moments[layer]["last_prompt"].correlation()[0].max(0) for layer in (1, 2)}
+    ranked = sorted(best, key=lambda layer: -float(best[layer].values))
+    features = select(run, strategy).features
+    layers = ranked[:1] if strategy == "single" else [1, 2]
+    assert [(f.layer, f.index) for f in features] == [(layer, int(best[layer].indices)) for layer in layers]
+    for f in features:
+        of_layer = run.moments[f.layer]["last_prompt"].coefficient("mean_positive")
+        assert f.coefficient == float(of_layer[0, f.index]) and f.p_adjusted is not None
 
 
 def test_the_prompt_is_kept_whole_where_that_is_asked_for(model):
-    run = gather(model, positions="all", exclude_tokens=())
+    run = gather(model, positions="all", exclude_tokens=(), coefficient_pool="mean")
     for layer, encoder in tiny_pipeline.encoders().items():
-        expected = pooled_in_plain_torch(model, layer, encoder, tiny_pipeline.task(), "max", "all")
-        for a, b in zip(run.moments[layer]["max"].state(), expected.state()):
-            torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4)
+        expected = one_at_a_time(model, layer, encoder, tiny_pipeline.task(), "all")
+        assert_same_moments(run.moments[layer], expected[0])
+        assert_same_moments(run.residuals[layer], expected[1])
     without = gather(model, positions="all")
     assert not torch.equal(without.moments[1]["max"].z_mean, run.moments[1]["max"].z_mean)
     assert (without.provenance["exclude_tokens"], run.provenance["exclude_tokens"]) == ([1], [])
@@ -111,20 +193,10 @@ def test_a_tokenizer_without_a_bos_token_excludes_nothing():
     assert excluded_tokens(tokenizer, tiny_pipeline.encoders().values()) == ()
 
 
-@pytest.mark.parametrize("positions", ("generated", "all"))
-def test_a_buffer_too_small_for_the_batch_gives_the_same_result(model, positions):
-    settings = {"positions": positions, "pool": "max", "coefficient_pool": "mean"}
-    whole, parts = gather(model, **settings), gather(model, buffer_bytes=2 * 16 * 2 * 128 * 4, **settings)
-    for layer in whole.moments:
-        for pool in ("max", "mean"):
-            for a, b in zip(whole.moments[layer][pool].state(), parts.moments[layer][pool].state()):
-                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
 def test_collected_evidence_is_of_the_same_samples_and_says_the_same_r(model):
     run = gather(model, coefficient_pool="mean", permutations=50, bootstrap=20, block_size=16)
     for layer in run.moments:
-        for pool in ("max", "mean"):
+        for pool in ("max", "mean", "last_prompt"):
             evidence = run.evidence[layer][pool]
             assert evidence.n == run.n == 40 and evidence.blocks == {0, 1, 2}
             torch.testing.assert_close(
@@ -150,9 +222,15 @@ def test_evidence_depends_on_the_seed_and_the_blocks_and_not_on_batches(model):
 
 
 def test_statistics_that_would_not_fit_are_refused_with_their_size_before_anything_is_generated(model, monkeypatch):
+    settings = {"permutations": 0, "encoders": tiny_pipeline.encoders((1,), d_sae=100)}
+    evidence = sum(evidence.nbytes for evidence in gather(model, **settings).evidence[1].values())
+    needed = evidence + 40 * 4 * (2 * 100 + 2 * 128)  # and a block's rows, of two poolings of features and residuals
+    gather(model, statistics_bytes=needed, **settings)
     monkeypatch.setattr(model, "generate", lambda *a, **k: pytest.fail("generated"), raising=False)
+    with pytest.raises(CorrSteerError, match=f"statistics_bytes must be at least {needed}, got {needed - 1}: evidence"):
+        gather(model, statistics_bytes=needed - 1, **settings)
     with pytest.raises(CorrSteerError, match=r"statistics_bytes must be at least 80\d+, got 10000000: evidence takes"):
-        gather(model, permutations=100_000, encoders=tiny_pipeline.encoders((1,), d_sae=100), statistics_bytes=10**7)
+        gather(model, statistics_bytes=10**7, **(settings | {"permutations": 100_000}))
 
 
 def test_patience_stops_a_collection_whose_best_features_are_clear(model, monkeypatch):
@@ -194,6 +272,8 @@ def test_a_part_of_a_block_is_of_the_samples_that_were_graded(model):
     fresh = gather(model, task=dataclasses.replace(task, examples=tuple(task.examples[i] for i in there)))
     assert torch.equal(part.rewards[there], fresh.rewards) and 0 < fresh.rewards.mean() < 1
     for layer in fresh.moments:
+        assert_same_moments(part.moments[layer], fresh.moments[layer], 1e-4)
+        assert_same_moments(part.residuals[layer], fresh.residuals[layer], 1e-4)
         torch.testing.assert_close(part.correlation(layer), fresh.correlation(layer), rtol=0, atol=1e-5)
         evidence = part.evidence[layer]["max"]
         torch.testing.assert_close(scores.correlation(evidence), part.correlation(layer), rtol=0, atol=1e-9)
@@ -234,7 +314,7 @@ def test_evidence_that_cannot_be_added_to_is_given_up_and_the_rest_of_the_run_ke
 
     def fails(self, *arguments, **options):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 8:  # the second layer of the second block, of two poolings a layer
             raise MemoryError("no room")
         return update(self, *arguments, **options)
 
@@ -242,7 +322,8 @@ def test_evidence_that_cannot_be_added_to_is_given_up_and_the_rest_of_the_run_ke
     with pytest.raises(CollectionStopped, match="no room") as stopped:
         gather(model, block_size=16)
     run = stopped.value.run
-    assert run.n == 32 and run.evidence == {} and "no intervals or tests" in run.notes[0]
+    assert run.n == run.residuals[2]["mean"].n == 32
+    assert run.evidence == {} and "no intervals or tests" in run.notes[0]
     assert not run.testable() and select(run, "all").features[0].statistics.p_adjusted is None
 
 
@@ -338,7 +419,10 @@ def test_a_saved_run_is_the_same_when_loaded(model, tmp_path):
     run.save(tmp_path / "run")
     loaded = Run.load(tmp_path / "run")
     for layer in run.moments:
-        for pool in ("max", "mean"):
+        for pool in ("mean", "last_prompt"):
+            pairs = zip(run.residuals[layer][pool].state(), loaded.residuals[layer][pool].state())
+            assert all(torch.equal(a, b) for a, b in pairs) and loaded.residuals[layer][pool].n == 40
+        for pool in ("max", "mean", "last_prompt"):
             pairs = zip(run.moments[layer][pool].state(), loaded.moments[layer][pool].state())
             assert all(torch.equal(a, b) for a, b in pairs)
             assert torch.equal(run.evidence[layer][pool].sums, loaded.evidence[layer][pool].sums)
@@ -392,15 +476,16 @@ def test_a_failure_between_layers_leaves_the_run_as_it_was_before_the_batch(mode
 
     def update(*arguments, **options):
         calls.append(1)
-        if len(calls) == 4:  # the second layer of the second batch
+        if len(calls) == 7:  # the second layer of the second batch, of two poolings a layer
             raise failure
         return encode_pool(*arguments, **options)
 
-    monkeypatch.setattr("corrsteer.runs.blocks.ops.encode_pool", update)
+    monkeypatch.setattr("corrsteer.ops.encode_pool", update)
     with pytest.raises(CollectionStopped, match="(out of memory|interrupted).*the 16 samples") as stopped:
         gather(model)
     run = stopped.value.run
-    assert run.moments[1]["max"].n == run.moments[2]["max"].n == int(run.rewards.isfinite().sum()) == 16
+    states = [m for of in (run.moments, run.residuals) for by_pool in of.values() for m in by_pool.values()]
+    assert {m.n for m in states} == {int(run.rewards.isfinite().sum())} == {16} and len(states) == 8
 
 
 def test_a_wrapper_around_the_model_is_seen_through(model):
@@ -451,7 +536,12 @@ REFUSED = {
         {"encoders": tiny_pipeline.encoders((9,))},
         "outside the model, whose layers are 0..3",
     ),
-    "an unknown pool": ({"pool": "sum"}, "pool must be mean or max, got 'sum'"),
+    "an unknown pool": ({"pool": "sum"}, "^pool must be one of max, mean, last_prompt, got 'sum'"),
+    "an unknown pool of coefficients": (
+        {"coefficient_pool": "both"},
+        "^coefficient_pool must be one of max, mean, last_prompt, got 'both'",
+    ),
+    "a pool that is no word": ({"pool": ["max"]}, "^pool must be one of max, mean, last_prompt, got list"),
     "unknown positions": ({"positions": "prompt"}, "positions must be one of generated, all, got 'prompt'"),
     "a prompt longer than the context": (
         {"task": Task.from_rows([{"prompt": "1" * 125, "answer": "1"}])},
@@ -503,7 +593,8 @@ def test_activations_that_are_not_numbers_stop_before_any_moments_change(bad):
         CollectionStopped, match="activations at blocks.2.hook_resid_post are NaN or infinite for"
     ) as stopped:
         gather(broken)
-    assert stopped.value.run.moments[1]["max"].n == stopped.value.run.moments[2]["max"].n == 0
+    run = stopped.value.run
+    assert {m.n for of in (run.moments, run.residuals) for by in of.values() for m in by.values()} == {0}
 
 
 def test_an_interrupt_from_the_keyboard_keeps_what_was_collected(model):
