@@ -308,11 +308,28 @@ def trials(study: Path) -> str:
     )
 
 
+def search(study: Path) -> str:
+    """What search takes against the exhaustive grid, as measured; or how to measure it."""
+    from bench import search
+
+    if not study.exists():
+        return "Not measured yet: `python -m bench.search`, on a machine that does nothing else."
+    result = json.loads(study.read_text(encoding="utf-8"))
+    return "\n\n".join(
+        [
+            _title(result),
+            "\n".join(f"- {line}" for line in search.summary(result)),
+            *_markdown(search.HEADER, search.rows(result)),
+        ]
+    )
+
+
 # document -> its blocks: name, what makes it, and of which file or folder under bench/results
 DOCUMENTS: dict[str, tuple[tuple[str, Callable[[Path], str], str], ...]] = {
     "README.md": (("speed", lambda folder: speed(load(folder)), "."),),
     "docs/benchmarks.md": (
         ("trials", trials, "studies/trials.json"),
+        ("search", search, "studies/search.json"),
         ("hooks", hooks, "studies/hooks.json"),
         ("benchmarks", lambda folder: section(load(folder)), "."),
     ),

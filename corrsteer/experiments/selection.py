@@ -109,7 +109,7 @@ def select(
         raise CorrSteerError(f"strategy {strategy!r} steers the model: give model, tokenizer and validation")
     ranked = _rank(run, choices)
     options = options or SearchOptions()
-    features = _candidates(run, choices, options.candidates) if searches else ranked.best
+    features = candidates(run, choices, options.candidates) if searches else ranked.best
     if strategy == "single":
         features = sorted(features, key=lambda f: -abs(f.ranked_by))[:1]
     if not searches and _no_positive_reward(run):
@@ -139,7 +139,7 @@ def select(
     return steering
 
 
-def _candidates(run: Run, choices: Choices, k: int) -> list[Feature]:
+def candidates(run: Run, choices: Choices, k: int) -> list[Feature]:
     """The features to search among: the k that rank best of every layer, pooling and sign, each once."""
     found: dict[tuple[int | None, int | None, bool], Feature] = {}
     signs = ("positive", "negative") if choices.direction == "both" else (choices.direction,)
