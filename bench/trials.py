@@ -30,7 +30,7 @@ from bench.timing import WallTimer, interleaved, ratio, summary
 from corrsteer import Decoding, Steering, Task, Trial, demo, run_trials
 from corrsteer.compatibility import installed
 from corrsteer.experiments.trials import UNSTEERED
-from corrsteer.lm.generation import Generator, stop_tokens, tokenize
+from corrsteer.lm.generation import Completion, Generator, stop_tokens, tokenize
 from corrsteer.lm.hook_points import decoder_layers
 from corrsteer.lm.sampling import sample_keys
 from corrsteer.report.tables import table
@@ -243,7 +243,7 @@ def prefix_row(model: nn.Module, grid: dict[str, Any], shared: int, new: int) ->
     ]
     generator, keys = Generator(model, Numbers(), Decoding(max_new_tokens=new)), sample_keys(prompts)
 
-    def run(share: bool) -> list[str]:
+    def run(share: bool) -> list[Completion]:
         return generator.complete(prompts, keys, share=share)
 
     same = sum(a == b for a, b in zip(run(True), run(False)))

@@ -32,6 +32,7 @@ _HOME = {
     "select": "experiments.selection",
     "calibrate_scale": "experiments.scaling",
     "evaluate": "experiments.evaluation",
+    "SearchOptions": "experiments.search",
     "Trial": "experiments.trials",
     "run_trials": "experiments.trials",
     "CorrSteerError": "errors",
@@ -52,6 +53,7 @@ __all__ = [
     "HookPoint",
     "Moments",
     "Run",
+    "SearchOptions",
     "SparseEncoder",
     "Steering",
     "Task",
@@ -81,6 +83,7 @@ if TYPE_CHECKING:
     from corrsteer.errors import BackendUnavailable, CorrSteerError
     from corrsteer.experiments.evaluation import evaluate
     from corrsteer.experiments.scaling import calibrate_scale
+    from corrsteer.experiments.search import SearchOptions
     from corrsteer.experiments.selection import select
     from corrsteer.experiments.trials import Trial, run_trials
     from corrsteer.lm.capture import Capture

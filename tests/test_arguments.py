@@ -16,8 +16,10 @@ from corrsteer import (
     Evidence,
     Moments,
     Run,
+    SearchOptions,
     SparseEncoder,
     Steering,
+    Trial,
     apply_rows,
     calibrate_scale,
     collect,
@@ -29,8 +31,8 @@ from corrsteer import (
     stability,
 )
 from corrsteer.arguments import LARGEST_SEED, number, numbers, share, whole, wholes
-from corrsteer.experiments.evaluation import mcnemar
 from corrsteer.lm.hook_points import HookPoint
+from corrsteer.stats.paired import mcnemar
 
 NO_NUMBERS = (math.nan, math.inf, -math.inf, True, False, None, "1", [1], 1j, np.float32("nan"), np.bool_(True),
               torch.tensor(True), torch.tensor(math.inf), np.array([1]))  # fmt: skip
@@ -126,6 +128,10 @@ WHOLE = {
     "seed of the demo": lambda value: demo.tasks(value),
     "features of planning": lambda value: planning.chance_correlation(100, value),
     "batch_size": lambda value: Decoding(batch_size=value),
+    "candidates": lambda value: SearchOptions(candidates=value),
+    "most_features": lambda value: SearchOptions(most_features=value),
+    "completions": lambda value: SearchOptions(completions=value),
+    "seed of a search": lambda value: SearchOptions(seed=value),
     "k (activations)": lambda value: planning.samples_exact(value, 0.1, 0.1),
 }  # fmt: skip
 NUMBERS = {
@@ -133,18 +139,25 @@ NUMBERS = {
     "top_p": lambda value: Decoding(top_p=value),
     "coefficient": lambda value: Steering.from_vectors(VECTORS, value),
     "by": lambda value: STEERING.features[0].scaled(value),
-    "scale": lambda value: STEERING.apply(None, scale=value).__enter__(),
-    "scale of evaluate": lambda value: evaluate(None, None, TASK, STEERING, scale=value),
+    "scale": lambda value: Steering([], torch.zeros(0, 3), scale=value),
     "scale of select": lambda value: pruned(scale=value),
     "scales": lambda value: calibrate_scale(None, None, STEERING, TASK, scales=[value]),
     "train": lambda value: TASK.split(train=value),
     "r (correlation)": lambda value: planning.interval_width(value, 50),
+}
+OPTIONAL = {  # None is the steering's own, or no limit
+    "minutes": lambda value: SearchOptions(minutes=value),
+    "scale of apply": lambda value: STEERING.apply(None, scale=value).__enter__(),
+    "scale of evaluate": lambda value: evaluate(None, None, TASK, STEERING, scale=value),
+    "scale of a trial": lambda value: Trial(STEERING, value),
 }
 SHARES = {
     "alpha": lambda value: choose(alpha=value),
     "level": lambda value: inference.interval(EVIDENCE, level=value),
     "level of delta": lambda value: inference.delta_interval(EVIDENCE, value),
     "level of fisher": lambda value: inference.fisher_interval(torch.zeros(1), 9, value),
+    "alpha of a search": lambda value: SearchOptions(alpha=value),
+    "confirm": lambda value: SearchOptions(confirm=value),
     "power": lambda value: planning.detectable_correlation(100, power=value),
 }
 
@@ -167,6 +180,12 @@ def test_a_count_or_a_seed_that_is_no_whole_number_is_refused_before_anything_ru
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_that_is_not_finite_is_refused_before_anything_runs(name, value):
     refused(NUMBERS[name], name, value)
+
+
+@pytest.mark.parametrize("value", (math.nan, -math.inf, True, "1", torch.tensor(math.nan)), ids=repr)
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_an_optional_number_that_is_not_finite_is_refused_before_anything_runs(name, value):
+    refused(OPTIONAL[name], name, value)
 
 
 @pytest.mark.parametrize("value", (math.nan, math.inf, 0, 1, 5, True, "0.5"), ids=repr)

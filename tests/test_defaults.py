@@ -91,7 +91,8 @@ def whole_way(model, folder):
     found = said_of(folder)
     steering = Steering.load(folder / "steering.safetensors")
     found |= {f"vector at {point}": vector for point, vector in steering.vectors(model).items()}
-    found["evaluation"] = repr(evaluate(model, tokenizer, task, steering, decoding=DECODING).to_dict())
+    evaluation = evaluate(model, tokenizer, task, steering, decoding=DECODING).to_dict()
+    found["evaluation"] = repr({k: v for k, v in evaluation.items() if not k.endswith("tokens_per_second")})
     scaled = calibrate_scale(model, tokenizer, steering, task, decoding=DECODING, progress=False)
     found["scaled"] = repr((scaled.features, scaled.provenance["calibration"]))
     return found

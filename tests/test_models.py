@@ -23,8 +23,8 @@ def whole_way(model, positions="all"):
             encoders=tiny_pipeline.encoders(), **options,
         )  # fmt: skip
         result = evaluate(model, tokenizer, tiny_pipeline.task(20, seed=2), steering, scale=2.0, **options)
-        found += [[(f.layer, f.index) for f in steering.features], result.to_dict()]
-    assert found[1]["changed_equal"] + found[1]["improved"] + found[1]["worsened"] > 0
+        found += [[(f.layer, f.index) for f in steering.features], result]
+    assert found[1].changed_equal + found[1].improved + found[1].worsened > 0
     return [run.rewards.tolist(), *found]
 
 

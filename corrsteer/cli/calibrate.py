@@ -15,29 +15,33 @@ from corrsteer.cli.settings import CalibrateSettings
 @command
 def calibrate(
     steering: Annotated[Path, typer.Option(help="Steering file that `corrsteer select` wrote.")],
-    out: Annotated[Path, typer.Option(help="Steering file to write, with the chosen scale in its coefficients.")],
+    out: Annotated[Path, typer.Option(help="Steering file to write, with the chosen scale in it.")],
     given: Given[CalibrateSettings],
     try_scale: Annotated[
-        list[float] | None, typer.Option(help="A scale to try; give it again for more. By default 0.25 to 3.")
+        list[float] | None,
+        typer.Option(
+            help="A scale to try, and no others; give it again for more. By default 0.25 to 2, and further by factors "
+            "of 2 as long as that is better."
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
     """Choose how strongly to steer, by the score of the validation part of the task that was collected on."""
     from corrsteer.cli import inputs
-    from corrsteer.experiments.scaling import SCALES, calibrate_scale, check_scaling
+    from corrsteer.experiments.scaling import calibrate_scale, check_scaling
     from corrsteer.report.tables import table
     from corrsteer.steering.steering import Steering
 
     inputs.check_file(out)
     loaded = Steering.load(steering)
-    scales = check_scaling(loaded, SCALES if try_scale is None else try_scale)
+    check_scaling(loaded, try_scale or [1.0])  # before a model is loaded
     settings = given.read(inputs.recorded(loaded.provenance, "validation"))
     validation = inputs.load_task(settings)
     model, tokenizer = inputs.load_model(settings)
     loaded.check(model)
     scaled = calibrate_scale(
         model, tokenizer, loaded, validation,
-        scales=scales, positions=settings.positions, decoding=inputs.decoding(settings),
+        scales=try_scale, positions=settings.positions, decoding=inputs.decoding(settings),
     )  # fmt: skip
     scaled.save(out)
     found = scaled.provenance["calibration"]
@@ -55,5 +59,5 @@ def calibrate(
         ],
         indent="",
     )
-    done = f"scale {found['scale']:g}, written into the coefficients of {out}"
+    done = f"scale {found['scale']:g}, written to {out}"
     emit({"out": str(out), **found}, json, f"{text}\n{done}", scaled.notes)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from corrsteer.cli.app import Json, command, emit
 from corrsteer.cli.options import Given
 from corrsteer.cli.settings import EvaluateSettings
-
-if TYPE_CHECKING:
-    from corrsteer.experiments.evaluation import Evaluation
 
 
 @command
@@ -26,11 +24,12 @@ def evaluate(
     """Score a task unsteered and steered. What is not given is as it was when the run was collected.
 
     By default that is the test part of the task that the (first) steering was collected on. Several steerings are
-    compared with the same unsteered completions, and take little longer than one.
+    compared with the same unsteered completions, and take little longer than one; Holm's p is of all of them together.
+    With --category-field there are results of each category too.
     """
     from corrsteer.cli import inputs
     from corrsteer.experiments.evaluation import evaluate as evaluate_
-    from corrsteer.report.tables import table
+    from corrsteer.report.tables import evaluation_table
     from corrsteer.steering.steering import Steering
 
     loaded = {str(path): Steering.load(path) for path in steering}
@@ -44,27 +43,16 @@ def evaluate(
         model, tokenizer, task, loaded,
         positions=settings.positions, scale=settings.scale, decoding=inputs.decoding(settings),
     )  # fmt: skip
-    columns = [_column(result) for result in results.values()]
-    header = ("samples", *(str(result.n) for result in results.values()))
-    rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
     if len(results) == 1:
-        result = next(iter(results.values()))
-        emit(result.to_dict(), json, table(header, rows, indent=""), result.notes)
+        ((name, result),) = results.items()
+        emit(result.to_dict(), json, evaluation_table({_label(name, loaded): result}), result.notes)
         return
-    text = table(("", *results), [header, *rows], indent="")
+    text = evaluation_table({_label(name, loaded): result for name, result in results.items()})
     notes = [f"{name}: {note}" for name, result in results.items() for note in result.notes]
     emit({"steerings": {name: result.to_dict() for name, result in results.items()}}, json, text, notes)
 
 
-def _column(result: Evaluation) -> dict[str, str]:
-    """What is printed of an evaluation."""
-    ratio = "no reward changed" if result.side_effect_ratio is None else f"{result.side_effect_ratio:.3f}"
-    return {
-        "unsteered reward": f"{result.unsteered:.4f}",
-        "steered reward": f"{result.steered:.4f}",
-        "improved": str(result.improved),
-        "worsened": str(result.worsened),
-        "changed, reward equal": str(result.changed_equal),
-        "side-effect ratio": ratio,
-        "McNemar exact p": f"{result.p_value:.3g}",
-    }
+def _label(path: str, paths: Iterable[str]) -> str:
+    """A file's name, for which a table has room, where it tells it from the others."""
+    stem = Path(path).stem
+    return stem if sum(Path(other).stem == stem for other in paths) == 1 else path

@@ -25,7 +25,7 @@ def load_task(given: TaskSettings) -> Task:
     """The part of a task that was asked for."""
     options = {
         "grader": given.grader, "prompt_field": given.prompt_field, "answer_field": given.answer_field,
-        "chat": given.chat, "system": given.system,
+        "category_field": given.category_field or None, "chat": given.chat, "system": given.system,
     }  # fmt: skip
     if given.task.endswith((".jsonl", ".json")) or Path(given.task).is_file():
         task = Task.from_jsonl(given.task, **options)
@@ -113,7 +113,7 @@ def decoding(given: ModelSettings) -> Decoding:
 
 def recorded(provenance: dict[str, Any], part: str) -> dict[str, Any]:
     """The settings of a collection, but for what it does not decide: which part of the task, and how to steer."""
-    return provenance.get("settings", {}) | {"part": part, "positions": "generated", "limit": None}
+    return provenance.get("settings", {}) | {"part": part, "positions": None, "limit": None}
 
 
 def check_file(out: Path) -> None:

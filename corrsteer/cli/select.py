@@ -10,20 +10,21 @@ import typer
 
 from corrsteer.cli.app import Json, command, emit
 from corrsteer.cli.options import Given
-from corrsteer.cli.settings import EvaluateSettings
+from corrsteer.cli.settings import SEARCH, SelectSettings
 from corrsteer.errors import CorrSteerError
 
 
 @command
 def select(
     run: Annotated[Path, typer.Argument(help="Directory that `corrsteer collect` wrote.")],
-    given: Given[EvaluateSettings],
+    given: Given[SelectSettings],
     out: Annotated[Path, typer.Option(help="Steering file to write.")] = Path("steering.safetensors"),
     strategy: Annotated[
         str,
         typer.Option(
-            help="single (the best feature of all layers), all (the best of each layer), or pruned (those that alone "
-            "beat the unsteered score on the validation part of the run's task)."
+            help="single (the best feature of all layers), all (the best of each layer), pruned (those that alone "
+            "beat the unsteered score on the validation part of the run's task) or search (what does best there, of "
+            "many features and scales)."
         ),
     ] = "all",
     score: Annotated[
@@ -45,39 +46,57 @@ def select(
     ] = "maxT",
     interval: Annotated[str, typer.Option(help="delta, bootstrap or fisher.")] = "delta",
     coefficient: Annotated[
-        str, typer.Option(help="mean_positive, mean_positive_active or contrastive.")
-    ] = "mean_positive",
-    direction: Annotated[str, typer.Option(help="positive, negative or both: correlations to select.")] = "positive",
+        str | None,
+        typer.Option(
+            help="mean_positive, mean_positive_active or contrastive; by default the first, and to search the second."
+        ),
+    ] = None,
+    direction: Annotated[
+        str | None,
+        typer.Option(
+            help="positive, negative or both: correlations to select; by default positive, and to search both."
+        ),
+    ] = None,
     layer: Annotated[list[int] | None, typer.Option(help="Only these layers; by default all but layer 0.")] = None,
     top_k: Annotated[int, typer.Option(help="Rows of each layer's table.")] = 5,
     json: Json = False,
 ) -> None:
     """Choose features and coefficients from a collected run, and write a steering file.
 
-    The model, its task and how it is steered are options of `--strategy pruned`; by default they are as collected.
+    The model, its task and how it is steered are options of `--strategy pruned` and `search`; by default they are as
+    collected.
     """
     from corrsteer.cli import inputs
-    from corrsteer.experiments.selection import Choices
+    from corrsteer.experiments.search import SearchOptions
+    from corrsteer.experiments.selection import STEERED, chosen
     from corrsteer.experiments.selection import select as select_
-    from corrsteer.report.tables import feature_table
+    from corrsteer.report.tables import feature_table, search_tables
     from corrsteer.runs.run import Run
 
     inputs.check_file(out)
     loaded = Run.load(run)
-    choices = Choices(strategy, score, alpha, correction, interval, coefficient, direction, layer, top_k)
+    choices = chosen(strategy, score, alpha, correction, interval, coefficient, direction, layer, top_k)
     choices = choices.checked(loaded)  # before a model is loaded
-    pruning: dict[str, Any] = {}
-    if strategy == "pruned":
+    trials: dict[str, Any] = {}
+    searching = [f"--{name.replace('_', '-')}" for name in SEARCH]
+    if strategy in STEERED:
+        if strategy != "search" and (strange := [name for name in given.names if name in searching]):
+            raise CorrSteerError(f"{', '.join(strange)} can only be used with --strategy search")
         settings = given.read(inputs.recorded(loaded.provenance, "validation"))
-        validation = inputs.load_task(settings)
-        model, tokenizer = inputs.load_model(settings)
-        pruning = {
-            "model": model, "tokenizer": tokenizer, "validation": validation, "decoding": inputs.decoding(settings),
-            "positions": settings.positions, "scale": settings.scale,
-        }  # fmt: skip
+        trials = {"scale": 1.0 if settings.scale is None else settings.scale, "decoding": inputs.decoding(settings)}
+        trials["positions"] = settings.positions or "generated"
+        if strategy == "search":
+            names = {name: getattr(settings, name) for name in SEARCH if name not in ("also_all", "search_seed")}
+            trials["options"] = SearchOptions(**names, seed=settings.search_seed)
+            if settings.also_all:
+                trials["positions"] = tuple(dict.fromkeys((trials["positions"], "all")))
+        trials["validation"] = inputs.load_task(settings)
+        trials["model"], trials["tokenizer"] = inputs.load_model(settings)
     elif given.names:
-        raise CorrSteerError(f"{', '.join(given.names)} can only be used with --strategy pruned, which runs the model")
-    steering = select_(loaded, **vars(choices), **pruning)
+        raise CorrSteerError(
+            f"{', '.join(given.names)} can only be used with --strategy pruned or search, which run the model"
+        )
+    steering = select_(loaded, **vars(choices), **trials)
     if not steering.features:
         raise CorrSteerError("; ".join(steering.notes))
     steering.save(out)
@@ -87,6 +106,13 @@ def select(
         "table": {str(at): [asdict(f) for f in rows] for at, rows in steering.table.items()},
         "notes": steering.notes,
     }
+    searched, notes = steering.provenance.get("search"), steering.notes
+    if searched:
+        result |= {"positions": steering.positions, "scale": steering.scale, "search": searched}
     rows = [f for layer_rows in steering.table.values() for f in layer_rows]
     text = feature_table(rows, {"selected": steering.features}, every_coefficient=True)
-    emit(result, json, f"{text}\n{len(steering.features)} features written to {out}", steering.notes)
+    if searched:
+        text += "\n\n" + search_tables(searched)
+        text += f"\n{steering.notes[0]}\nscale {steering.scale:g}, positions {steering.positions}"
+        notes = notes[1:]  # the confirmation, which has been said
+    emit(result, json, f"{text}\n{len(steering.features)} features written to {out}", notes)

@@ -48,6 +48,9 @@ class TaskSettings(ChatSettings):
     split: str = Field(default="train", description="Split of a hub dataset.")
     prompt_field: str = Field(default="prompt", description="Name of the prompt in each row.")
     answer_field: str | None = Field(default="answer", description="Name of the answer in each row.")
+    category_field: str | None = Field(
+        default=None, description="Name of the category in each row, for results by category; '' for none."
+    )
     part: Literal["all", "train", "validation", "test"] = Field(
         default="all", description="all, or the train (80 %), validation (10 %) or test (10 %) part of the task."
     )
@@ -79,15 +82,18 @@ class ModelSettings(Settings):
 class PositionSettings(Settings):
     """Where a steering is applied."""
 
-    positions: Literal["generated", "all", "prompt"] = Field(
-        default="generated", description="generated, all or prompt: which tokens are steered."
+    positions: Literal["generated", "all", "prompt"] | None = Field(
+        default=None,
+        description="generated, all or prompt: which tokens are steered; by default as the steering file says.",
     )
 
 
 class SteeringSettings(PositionSettings):
     """How a steering is applied."""
 
-    scale: float = Field(default=1.0, description="Multiplies the steering coefficients.")
+    scale: float | None = Field(
+        default=None, description="Multiplies the steering coefficients; by default as the steering file says."
+    )
 
 
 class CollectSettings(TaskSettings, ModelSettings):
@@ -165,7 +171,28 @@ class CollectSettings(TaskSettings, ModelSettings):
 
 
 class EvaluateSettings(TaskSettings, ModelSettings, SteeringSettings):
-    """What `corrsteer evaluate` needs, and `corrsteer select --strategy pruned` for its validation."""
+    """What `corrsteer evaluate` needs."""
+
+
+class SelectSettings(EvaluateSettings):
+    """What `corrsteer select --strategy pruned` needs for its validation, and `--strategy search` for the search."""
+
+    also_all: bool = Field(default=False, description="Search: try every feature at all positions as well.")
+    candidates: int = Field(
+        default=3, ge=1, description="Search: features to try of each layer, pooling and sign of the correlation."
+    )
+    most_features: int = Field(default=3, ge=1, description="Search: the most features that are steered together.")
+    confirm: float = Field(
+        default=0.5, gt=0, lt=1, description="Search: share of the validation prompts that are kept to confirm it by."
+    )
+    completions: int | None = Field(
+        default=None, ge=1, description="Search: the most completions that may be generated; by default no limit."
+    )
+    minutes: float | None = Field(default=None, gt=0, description="Search: the most time, by the speed so far.")
+    search_seed: int = Field(default=0, ge=0, description="Search: seed of the order of samples.")
+
+
+SEARCH = tuple(name for name in SelectSettings.model_fields if name not in EvaluateSettings.model_fields)
 
 
 class CalibrateSettings(TaskSettings, ModelSettings, PositionSettings):
@@ -228,7 +255,7 @@ def _yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CorrSteerError(f"config {path} must be a mapping of settings, got {type(values).__name__}")
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
-    known = CollectSettings.model_fields | EvaluateSettings.model_fields
+    known = CollectSettings.model_fields | SelectSettings.model_fields
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -22,31 +22,30 @@ def prune(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     validation: Task,
-    positions: str,
-    scale: float,
     decoding: Decoding,
     progress: bool,
 ) -> Steering:
     """Keep the features that, steered alone, beat the unsteered validation score (CorrSteer-P)."""
-
-    alone = [
-        Trial(Steering([feature], direction[None]), scale, positions, feature.name)
-        for feature, direction in zip(steering.features, steering.directions)
-    ]
+    alone = [Trial(one, name=one.features[0].name) for one in steering.alone()]
     graded = run_trials(model, tokenizer, validation, [UNSTEERED, *alone], decoding, progress=progress)
     unsteered, *scores = [one.score for one in graded]
     kept = [at for at, value in enumerate(scores) if value > unsteered]
     steering.provenance["selection"] |= {
-        "validation": {"task": validation.name, "n": len(validation), "positions": positions, "scale": scale},
+        "validation": {
+            "task": validation.name,
+            "n": len(validation),
+            "positions": steering.positions,
+            "scale": steering.scale,
+        },
         "unsteered_score": unsteered,
         "score_alone": [{"feature": asdict(f), "score": value} for f, value in zip(steering.features, scores)],
         "decoding": asdict(decoding),
     }
     notes = [] if kept else [f"no feature, steered alone, beat the unsteered validation score of {unsteered:.4f}"]
-    return Steering(
-        [steering.features[at] for at in kept],
-        steering.directions[kept],
-        steering.table,
-        notes + steering.notes + overlap_notes(validation, steering.provenance, (SELECTED,)),
-        validated(steering.provenance, validation),
+    return replace(
+        steering,
+        features=[steering.features[at] for at in kept],
+        directions=steering.directions[kept],
+        notes=notes + steering.notes + overlap_notes(validation, steering.provenance, (SELECTED,)),
+        provenance=validated(steering.provenance, validation),
     )

@@ -1,8 +1,7 @@
-"""`select`: from what was collected to a `Steering`, by one of the paper's three strategies."""
+"""`select`: from what was collected to a `Steering`, by one of the paper's three strategies or by search."""
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,21 +13,25 @@ from torch import Tensor, nn
 from corrsteer.arguments import check_type, share, whole, wholes
 from corrsteer.errors import CorrSteerError
 from corrsteer.experiments.pruning import prune
+from corrsteer.experiments.ranking import Ranking, in_direction
+from corrsteer.experiments.search import SearchOptions, search
 from corrsteer.experiments.seen_samples import SELECTED
 from corrsteer.lm.decoding import Decoding
-from corrsteer.ops.moments import COEFFICIENTS, NEGATIVE, POSITIVE
+from corrsteer.lm.token_positions import POSITIONS
+from corrsteer.ops.moments import COEFFICIENTS
 from corrsteer.runs.run import Run
 from corrsteer.sae.encoder import SparseEncoder
-from corrsteer.stats import inference, scores
-from corrsteer.stats.evidence import SCORES
-from corrsteer.steering.features import CHANCE, Feature, FeatureStatistics
+from corrsteer.stats import inference
+from corrsteer.stats.evidence import BINNED, SCORES
+from corrsteer.steering.features import CHANCE, Feature
 from corrsteer.steering.steering import Steering, check_application
 from corrsteer.tasks import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-STRATEGIES = ("single", "all", "pruned")
+STRATEGIES = ("single", "all", "pruned", "search")
+STEERED = ("pruned", "search")  # strategies that run the model
 DIRECTIONS = ("positive", "negative", "both")
 CORRECTIONS = {"maxT": "p_adjusted", "layer": "p_layer", "bh": "q"}  # and what `Significance` calls them
 
@@ -41,39 +44,48 @@ def select(
     alpha: float | None = None,
     correction: str = "maxT",
     interval: str = "delta",
-    coefficient: str = "mean_positive",
-    direction: str = "positive",
+    coefficient: str | None = None,
+    direction: str | None = None,
     layers: Iterable[int] | None = None,
     top_k: int = 10,
     encoders: Mapping[int, SparseEncoder] | None = None,
     model: nn.Module | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     validation: Task | None = None,
-    positions: str = "generated",
+    positions: str | Sequence[str] = "generated",
     scale: float = 1.0,
+    options: SearchOptions | None = None,
     decoding: Decoding | None = None,
     progress: bool = True,
 ) -> Steering:
-    """Select features and set their coefficients (CorrSteer-S, -A and -P).
+    """Select features and set their coefficients (CorrSteer-S, -A and -P, and by search).
 
     Parameters
     ----------
     run : what `collect` returned.
     strategy : `single`, the one feature with the highest correlation over all layers; `all`, the top feature of
-        every layer; `pruned`, those of `all` whose feature, steered alone, beats the unsteered validation score.
+        every layer; `pruned`, those of `all` whose feature, steered alone, beats the unsteered validation score;
+        `search`, what does best on validation samples of the features that correlate best, by every pooling that the
+        run holds, alone and together, at the scale that is best.
     score : what features are ranked by, see `scores.score`; `pearson`, as the paper.
     alpha : keep only features whose p-value, corrected for their number, is at most this. By default nothing is
         dropped, and a note says which of the selected features chance alone could explain.
     correction : `maxT`, the chance that any feature of any layer does as well (family-wise, Westfall & Young);
         `layer`, any feature of its layer; `bh`, the false discovery rate (Benjamini & Hochberg).
     interval : of the correlation, 95 %: `delta`, `bootstrap` or `fisher`, see `inference`.
-    coefficient : `mean_positive`, `mean_positive_active` or `contrastive`, see `Moments.coefficient`.
-    direction : `positive` correlations, `negative` ones (steered with -|c|), or `both`, by |r|.
+    coefficient : `mean_positive`, `mean_positive_active` or `contrastive`, see `Moments.coefficient`. By default
+        `mean_positive`, as published; to search, `mean_positive_active`, or of a feature that is not active where the
+        reward is positive, its mean over all samples in which it is.
+    direction : `positive` correlations, `negative` ones (steered with -|c|), or `both`, by |r|. By default `positive`,
+        as published; to search, `both`, some of each.
     layers : which layers to select from; by default all but layer 0.
     top_k : rows of each layer's table.
     encoders : where decoder rows are read from, if not where the run's encoders came from.
-    model, tokenizer, validation : for `pruned`: the model, and the task whose score decides.
-    positions, scale, decoding : for `pruned`: how candidates are steered and completions generated.
+    model, tokenizer, validation : for `pruned` and `search`: the model, and the task whose score decides.
+    positions, scale : what the steering is to be applied at and by; for `pruned` also how each feature is tried. To
+        search, one or more positions to try, and the middle of the scales to begin with.
+    options : of the search.
+    decoding : for `pruned` and `search`: how completions are generated.
 
     Returns
     -------
@@ -84,30 +96,40 @@ def select(
     CorrSteerError : for unknown choices, and where the run does not hold what they need.
     """
     check_type("run", run, Run, "a Run, as collect returns")
-    choices = Choices(strategy, score, alpha, correction, interval, coefficient, direction, layers, top_k).checked(run)
-    pruned = None
-    if strategy == "pruned":
-        if model is None or tokenizer is None or validation is None:
-            raise CorrSteerError("strategy 'pruned' steers the model: give model, tokenizer and validation")
-        scale = check_application(positions, scale)
-        pruned = functools.partial(prune, model=model, tokenizer=tokenizer, validation=validation)
+    searches = strategy == "search"
+    choices = chosen(strategy, score, alpha, correction, interval, coefficient, direction, layers, top_k).checked(run)
+    tried = [positions] if isinstance(positions, str) else list(positions)
+    if not tried or len(tried) > 1 and not searches:
+        raise CorrSteerError(f"positions must be one of {', '.join(POSITIONS)}, or more to search, got {positions!r}")
+    for one in tried:
+        scale = check_application(one, scale)
+    if options is not None and not searches:
+        raise CorrSteerError(f"options are of strategy 'search', got strategy {strategy!r}; leave them out")
+    if strategy in STEERED and (model is None or tokenizer is None or validation is None):
+        raise CorrSteerError(f"strategy {strategy!r} steers the model: give model, tokenizer and validation")
     ranked = _rank(run, choices)
-    chosen = ranked.best
+    options = options or SearchOptions()
+    features = _candidates(run, choices, options.candidates) if searches else ranked.best
     if strategy == "single":
-        chosen = sorted(chosen, key=lambda f: -abs(f.ranked_by))[:1]
-    if _no_positive_reward(run):
-        chosen = []
+        features = sorted(features, key=lambda f: -abs(f.ranked_by))[:1]
+    if not searches and _no_positive_reward(run):
+        features = []
     steering = Steering(
-        chosen,
-        _directions(run, chosen, encoders),
+        features,
+        _directions(run, features, encoders),
         ranked.table,
-        _reasons(run, choices, chosen, ranked.dropped) + run.notes,
+        _reasons(run, choices, features, ranked.dropped) + run.notes,
         _provenance(run, choices),
+        tried[0],
+        scale,
     )
-    if pruned and chosen:
-        steering = pruned(
-            steering, positions=positions, scale=scale, decoding=decoding or Decoding(), progress=progress
-        )
+    if features and model is not None and tokenizer is not None and validation is not None and strategy in STEERED:
+        decoding = decoding or Decoding()
+        if searches:
+            alone = steering.alone()
+            steering = search(alone, model, tokenizer, validation, tried, scale, decoding, options, progress)
+        else:
+            steering = prune(steering, model, tokenizer, validation, decoding, progress)
     by_chance = [f for f in steering.features if f.by_chance]
     if by_chance and alpha is None:
         steering.notes.append(
@@ -115,6 +137,19 @@ def select(
             f"(adjusted p > {CHANCE}): " + ", ".join(f"{f.name} (p {f.p_adjusted:.2f})" for f in by_chance)
         )
     return steering
+
+
+def _candidates(run: Run, choices: Choices, k: int) -> list[Feature]:
+    """The features to search among: the k that rank best of every layer, pooling and sign, each once."""
+    found: dict[tuple[int | None, int | None, bool], Feature] = {}
+    signs = ("positive", "negative") if choices.direction == "both" else (choices.direction,)
+    for layer in choices.layers or ():
+        for pool in dict.fromkeys((run.pool, *run.moments[layer])):  # the run's own first
+            ranking = Ranking(run, choices.score, choices.coefficient, choices.interval, pool)
+            for sign in signs:
+                for feature in ranking.top(layer, sign, k):
+                    found.setdefault((layer, feature.index, feature.ranked_by < 0), ranking.with_strength(feature))
+    return [feature for feature in found.values() if feature.coefficient]
 
 
 def _provenance(run: Run, choices: Choices) -> dict[str, Any]:
@@ -161,6 +196,8 @@ class Choices:
         ):
             if getattr(self, name) not in known:
                 raise CorrSteerError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.strategy == "search":
+            self._check_search()
         alpha = None if self.alpha is None else share("alpha", self.alpha)
         if alpha is not None:
             self._check_alpha(alpha, run)
@@ -174,6 +211,18 @@ class Choices:
             raise CorrSteerError(f"layers must be among those collected, {sorted(run.moments)}, got {unknown}")
         return replace(self, alpha=alpha, layers=layers, top_k=whole("top_k", self.top_k, 1))
 
+    def _check_search(self) -> None:
+        if self.alpha is not None:
+            raise CorrSteerError(
+                f"alpha must be left out to search, where trials decide and not p-values, got {self.alpha}; that of "
+                f"the confirmation is one of the search's options"
+            )
+        if self.score in BINNED:
+            raise CorrSteerError(
+                f"score must be one that every pooling has to search, and histograms are kept of one, got "
+                f"{self.score!r}; use {', '.join(name for name in SCORES if name not in BINNED)}"
+            )
+
     def _check_alpha(self, alpha: float, run: Run) -> None:
         if run.n and not run.testable(self.score):
             raise CorrSteerError(
@@ -186,6 +235,24 @@ class Choices:
                 f"alpha must be at least {smallest:.3g}, the smallest p-value of {run.permutations} "
                 f"permutations, got {alpha:g}; collect with {math.ceil(1 / alpha) - 1} permutations or more"
             )
+
+
+def chosen(
+    strategy: str,
+    score: str,
+    alpha: float | None,
+    correction: str,
+    interval: str,
+    coefficient: str | None,
+    direction: str | None,
+    layers: Iterable[int] | None,
+    top_k: int,
+) -> Choices:
+    """Choices, with what a strategy takes by default where nothing is chosen."""
+    searches = strategy == "search"
+    coefficient = coefficient or ("mean_positive_active" if searches else "mean_positive")
+    direction = direction or ("both" if searches else "positive")
+    return Choices(strategy, score, alpha, correction, interval, coefficient, direction, layers, top_k)
 
 
 @dataclass(frozen=True)
@@ -205,18 +272,18 @@ class _Ranked:
 
 
 def _rank(run: Run, choices: Choices) -> _Ranked:
-    described, layers = _Describer(run, choices), set(choices.layers or ())
+    ranking, layers = Ranking(run, choices.score, choices.coefficient, choices.interval), set(choices.layers or ())
     ranked = _Ranked({}, [], [])
     for layer in sorted(run.moments):
-        value = described.value(layer)
-        rank = {"positive": value, "negative": -value, "both": value.abs()}[choices.direction]
-        ranked.table[layer] = best = described.best(layer, value, rank, choices.top_k)
+        value = ranking.value(layer)
+        rank = in_direction(value, choices.direction)
+        ranked.table[layer] = best = ranking.best(layer, value, rank, choices.top_k)
         if layer not in layers:
             continue
         if best and choices.alpha is not None:
             p = getattr(run.significance(choices.score)[layer], CORRECTIONS[choices.correction]).to(rank.device)
             ranked.dropped.append(float(p[best[0].index]))
-            best = described.best(layer, value, rank * (p <= choices.alpha), 1)
+            best = ranking.best(layer, value, rank * (p <= choices.alpha), 1)
         ranked.best.extend(best[:1])
     return ranked
 
@@ -235,7 +302,7 @@ def _reasons(run: Run, choices: Choices, chosen: Sequence[Feature], dropped: Seq
         reasons.append("no sample was collected")
     elif not bool(moments.label_varies()[0]):
         pass  # the run's own notes say so
-    elif _no_positive_reward(run):
+    elif choices.strategy != "search" and _no_positive_reward(run):
         reasons.append(
             "no reward was above 0, so every coefficient, a mean over the samples with reward > 0, would be 0; "
             "shift the reward so that good samples have a positive one"
@@ -266,70 +333,6 @@ def _none_survives(run: Run, least: float, choices: Choices) -> str:
         f"chance alone could explain what ranks best (smallest corrected p {least:.3g}); collect more samples, or "
         f"steer along none of it"
     )
-
-
-@dataclass(frozen=True)
-class _Describer:
-    """What is said of a run's features, by the score and coefficient asked for."""
-
-    run: Run
-    choices: Choices
-
-    def value(self, layer: int) -> Tensor:
-        """Each feature's score, `[d_sae]`."""
-        if self.choices.score == "pearson":
-            return self.run.correlation(layer)
-        return scores.score(self.run.evidence[layer][self.run.pool], self.choices.score)
-
-    def best(self, layer: int, value: Tensor, rank: Tensor, k: int) -> list[Feature]:
-        """The k features that rank best, of scores `value`; those whose rank is not above 0 are never among them."""
-        run, (best, indices) = self.run, rank.topk(min(k, len(rank)))
-        indices = indices[best > 0]
-        if len(indices) == 0:
-            return []
-        moments, of_coefficient = run.moments[layer][run.pool], run.moments[layer][run.coefficient_pool]
-        r, value = run.correlation(layer)[indices], value[indices]
-        group = moments.group_frequency()[:, 0, indices]
-        every = {kind: of_coefficient.coefficient(kind)[0, indices] for kind in COEFFICIENTS}
-        c, errors = every[self.choices.coefficient], {}
-        columns = {
-            "correlation": r,
-            "frequency": moments.frequency()[indices],
-            "frequency_positive": group[POSITIVE],
-            "frequency_negative": group[NEGATIVE],
-        }
-        if self.choices.score != "pearson":
-            columns["score"] = value
-        if layer in run.evidence:
-            evidence, other = (run.evidence[layer][pool] for pool in (run.pool, run.coefficient_pool))
-            columns["low"], columns["high"] = inference.interval(evidence, self.choices.interval, features=indices)
-            errors = {kind: inference.coefficient_error(other, of_coefficient, kind, indices) for kind in COEFFICIENTS}
-            columns["coefficient_error"] = errors[self.choices.coefficient]
-        if run.testable(self.choices.score):
-            tested = run.significance(self.choices.score)[layer]
-            for name, p in (("value", tested.p), ("layer", tested.p_layer), ("adjusted", tested.p_adjusted)):
-                columns[f"p_{name}"] = p[indices.to(p.device)]
-            columns["q_value"] = tested.q[indices.to(tested.q.device)]
-        known: dict[str, list[Any]] = {name: _known(column) for name, column in columns.items()}
-        pairs = {kind: (_known(every[kind]), _known(errors[kind])) for kind in errors}
-        return [
-            Feature(
-                hook_point=str(run.points[layer]),
-                coefficient=chosen,
-                layer=layer,
-                index=index,
-                statistics=FeatureStatistics(
-                    **{name: column[at] for name, column in known.items()},
-                    coefficients={kind: [value[at], error[at]] for kind, (value, error) in pairs.items()} or None,
-                ),
-            )
-            for at, (index, chosen) in enumerate(zip(indices.tolist(), torch.where(value < 0, -c.abs(), c).tolist()))
-        ]
-
-
-def _known(column: Tensor) -> list[float | None]:
-    """Numbers as JSON can have them."""
-    return [None if math.isnan(number) else number for number in column.tolist()]
 
 
 def _directions(run: Run, features: list[Feature], encoders: Mapping[int, SparseEncoder] | None) -> Tensor:

@@ -7,6 +7,7 @@ to there, and what was read is given to a row of each trial; rows of different t
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,39 +20,50 @@ from corrsteer.arguments import check_type
 from corrsteer.compatibility import warn_once
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm.decoding import Decoding
-from corrsteer.lm.generation import Generator, Within, tokenize
+from corrsteer.lm.generation import Completion, Generator, Within, tokenize
 from corrsteer.lm.hook_points import HookPoint
 from corrsteer.lm.prefill import Begun
 from corrsteer.lm.sampling import sample_keys
 from corrsteer.rollouts.grading import Graded
 from corrsteer.steering.hooks import add_vectors
-from corrsteer.steering.steering import Steering, check_application, stack
+from corrsteer.steering.steering import Steering, stack
 from corrsteer.tasks import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True, eq=False)
+NOTHING = Steering([], torch.zeros(0, 0, dtype=torch.float32, device="cpu"))
+
+
+@dataclass(frozen=True, eq=False, init=False)
 class Trial:
     """A way to steer that is to be tried.
 
     Attributes
     ----------
     steering : None, or one without features, steers nothing.
-    scale, positions : as for `Steering.apply`.
+    scale, positions : as for `Steering.apply`; where they are not given, the steering's own.
     name : what to call it where the trials' progress is shown.
     """
 
-    steering: Steering | None = None
-    scale: float = 1.0
-    positions: str = "generated"
-    name: str = ""
+    steering: Steering | None
+    scale: float
+    positions: str
+    name: str
 
-    def __post_init__(self) -> None:
-        if self.steering is not None:
-            check_type("steering", self.steering, Steering, "a Steering")
-        object.__setattr__(self, "scale", check_application(self.positions, self.scale))
+    def __init__(
+        self,
+        steering: Steering | None = None,
+        scale: float | None = None,
+        positions: str | None = None,
+        name: str = "",
+    ):
+        if steering is not None:
+            check_type("steering", steering, Steering, "a Steering")
+        positions, scale = (steering or NOTHING).applied_as(positions, scale)
+        for field, value in (("steering", steering), ("scale", scale), ("positions", positions), ("name", name)):
+            object.__setattr__(self, field, value)
 
     @property
     def steers(self) -> bool:
@@ -84,7 +96,9 @@ def run_trials(
 
     Returns
     -------
-    Graded completions of each trial, in the task's order.
+    Graded completions of each trial, in the task's order. Their seconds add up to those of all: rows that are written
+    in one batch share its time by their tokens, whatever their trials, and the time of what is read for several
+    batches is shared by all their rows alike.
 
     Raises
     ------
@@ -106,8 +120,8 @@ def run_trials(
             for kind in kinds:
                 rows = [_Row(trial, vector, sample) for trial, vector in kind.trials.items() for sample in batch]
                 for written in _complete(generator, kind, batch, rows, prompts, keys):
-                    for row, completion in written:
-                        results.add(row.trial, row.sample, completion)
+                    for row, completion, seconds in written:
+                        results.add(row.trial, row.sample, completion, seconds)
                     bar.set_postfix_str(results.leader(), refresh=False)
                     bar.update(len(written))
     return results.graded()
@@ -143,6 +157,14 @@ def _kinds(model: nn.Module, trials: Sequence[Trial]) -> list[_Kind]:
     return kinds
 
 
+class _Written(NamedTuple):
+    """What was written in a row, and its share of the time."""
+
+    row: _Row
+    completion: Completion
+    seconds: float
+
+
 class _Row(NamedTuple):
     """A sample of a trial, and which vector the trial adds."""
 
@@ -158,12 +180,16 @@ def _complete(
     rows: list[_Row],
     prompts: Sequence[list[int]],
     keys: Sequence[int],
-) -> Iterator[list[tuple[_Row, str]]]:
+) -> Iterator[list[_Written]]:
     """Complete rows whose samples are those of a batch, some at a time."""
     most = generator.decoding.rows(max(len(prompts[i]) for i in batch))
     shares = kind.positions == "generated"
     reads = shares and len(kind.trials) > 1 and generator.reuse.rows
+    started = time.perf_counter()
     begun = generator.read([prompts[i] for i in batch]) if reads else None
+    if begun is not None and torch.accelerator.is_available():
+        torch.accelerator.synchronize()  # otherwise the rows that are written first would pay for all
+    reading = (time.perf_counter() - started) / len(rows)
     if begun is not None:
         most = min(most, begun.most_rows(generator.decoding), _most_trials(generator, begun) * len(batch))
     places = {sample: at for at, sample in enumerate(batch)}
@@ -171,11 +197,13 @@ def _complete(
         some = rows[at : at + most]
         samples, within = [row.sample for row in some], _within(generator.model, kind, some)
         drawn = [keys[i] for i in samples]
+        started = time.perf_counter()
         if begun is not None:
-            texts = generator.finish(begun.rows([places[i] for i in samples]), drawn, within)
+            written = generator.finish(begun.rows([places[i] for i in samples]), drawn, within)
         else:
-            texts = generator.complete([prompts[i] for i in samples], drawn, share=shares, within=within)
-        yield list(zip(some, texts))
+            written = generator.complete([prompts[i] for i in samples], drawn, share=shares, within=within)
+        writing = (time.perf_counter() - started) / sum(completion.tokens for completion in written)
+        yield [_Written(row, each, reading + writing * each.tokens) for row, each in zip(some, written)]
 
 
 def _most_trials(generator: Generator, begun: Begun) -> int:
@@ -212,12 +240,15 @@ class _Results:
         self._task, self._decoding, self._trials = task, decoding, trials
         self._completions = [[""] * len(task) for _ in trials]
         self._rewards = [[0.0] * len(task) for _ in trials]
+        self._tokens, self._seconds = [0] * len(trials), [0.0] * len(trials)
         self._sums, self._counts = [0.0] * len(trials), [0] * len(trials)
 
-    def add(self, trial: int, sample: int, completion: str) -> None:
+    def add(self, trial: int, sample: int, completion: Completion, seconds: float) -> None:
         """Grade a completion."""
-        reward = self._task.grade(completion, self._task.examples[sample])
-        self._completions[trial][sample], self._rewards[trial][sample] = completion, reward
+        reward = self._task.grade(completion.text, self._task.examples[sample])
+        self._completions[trial][sample], self._rewards[trial][sample] = completion.text, reward
+        self._tokens[trial] += completion.tokens
+        self._seconds[trial] += seconds
         self._sums[trial] += reward
         self._counts[trial] += 1
 
@@ -230,4 +261,5 @@ class _Results:
     def graded(self) -> list[Graded]:
         """All of them."""
         identity = self._task.identity
-        return [Graded(c, r, identity, self._decoding) for c, r in zip(self._completions, self._rewards)]
+        found = zip(self._completions, self._rewards, self._tokens, self._seconds)
+        return [Graded(c, r, identity, self._decoding, tokens, seconds) for c, r, tokens, seconds in found]

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,13 @@ def stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[in
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
+class Completion(NamedTuple):
+    """What was written, and in how many tokens; one that ended it is counted, as it was generated too."""
+
+    text: str
+    tokens: int
+
+
 @dataclass(frozen=True)
 class Generator:
     """Completes prompts of tokens with a model."""
@@ -110,7 +117,7 @@ class Generator:
         share: bool = True,
         criteria: Sequence[Any] = (),
         within: Within | None = None,
-    ) -> list[str]:
+    ) -> list[Completion]:
         """Completions of a batch of prompts, cut before their first stop token.
 
         Parameters
@@ -148,7 +155,7 @@ class Generator:
         keys: Sequence[int],
         within: Within | None = None,
         criteria: Sequence[Any] = (),
-    ) -> list[str]:
+    ) -> list[Completion]:
         """Completions of prompts that have been begun to be read, which this goes on with; otherwise as `complete`."""
         batch, cache = begun.prompts, begun.cache
         width = batch.width
@@ -181,8 +188,11 @@ class Generator:
             cache.keep(kept)
             batch = batch.grown(ids).rows(kept)
             rows = [rows[at] for at in alive]
-        cut = [tokens[: self._end(tokens)] for tokens in written]
-        return self.tokenizer.batch_decode(cut, skip_special_tokens=True)
+        ends = [self._end(tokens) for tokens in written]
+        cut = [tokens[:end] for tokens, end in zip(written, ends)]
+        texts = self.tokenizer.batch_decode(cut, skip_special_tokens=True)
+        counts = (end + (end < len(tokens)) for tokens, end in zip(written, ends))
+        return [Completion(text, tokens) for text, tokens in zip(texts, counts)]
 
     def _end(self, tokens: Sequence[int]) -> int:
         """Where a completion ends: before its first stop token."""

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from corrsteer.ops.moments import COEFFICIENTS
 from corrsteer.steering.features import Feature
+
+if TYPE_CHECKING:
+    from corrsteer.experiments.evaluation import CategoryEvaluation, Evaluation, Interval
+
+SHOWN = 8  # finalists of a search
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], indent: str = "   ") -> str:
@@ -46,6 +52,109 @@ def feature_table(
             for f in features
         ],
     )
+
+
+def search_tables(searched: Mapping[str, Any]) -> str:
+    """What a search did: its race, the curves of its finalists, what was joined, and what it cost.
+
+    `searched` is `Steering.provenance["search"]`.
+    """
+    rounds = table(
+        ("samples", "trials", "left", "below unsteered", "below leader", "over budget", "unsteered", "leader"),
+        [
+            (
+                *(str(r[key]) for key in ("samples", "entered", "running", "worse_than_unsteered")),
+                *(str(r[key]) for key in ("worse_than_leader", "over_budget")),
+                f"{r['unsteered']:.3f}",
+                f"{r['leader']:.3f}",
+            )
+            for r in searched["rounds"]
+        ],
+        indent="",
+    )
+    parts = ["The race", rounds]
+    if searched["finalists"]:
+        best = searched["finalists"][:SHOWN]
+        parts += [
+            "",
+            f"The best {len(best)} of {len(searched['finalists'])} finalists: scores by scale (of so many samples)",
+        ]
+        parts += [
+            f"{_of(one['feature'])} ({one['positions']}): " + ", ".join(_point(p) for p in one["curve"]) for one in best
+        ]
+    for step in searched["joined"]:
+        verdict = "joined" if step["kept"] else "not joined, as it does no better than its standard error"
+        parts.append(
+            f"with {_of(step['feature'])}: {step['score']:.3f}, a gain of {step['gain']:+.3f} ± {step['error']:.3f}; "
+            f"{verdict}"
+        )
+    grid = searched["grid"]
+    parts += [
+        "",
+        f"{searched['trials']} trials of {searched['candidates']} features took {searched['completions']} completions; "
+        f"all of them at {len(grid['scales'])} scales on all {searched['samples']} samples would take "
+        f"{grid['completions']}",
+    ]
+    return "\n".join(parts)
+
+
+def _of(feature: Mapping[str, Any]) -> str:
+    return f"layer {feature['layer']} feature {feature['index']}"
+
+
+def _point(point: Mapping[str, Any]) -> str:
+    return f"{point['scale']:g} {point['score']:.3f} ({point['n']})"
+
+
+def evaluation_table(evaluations: Mapping[str, Evaluation], indent: str = "") -> str:
+    """Steerings that were evaluated together, one a row, and a table of categories for each, where there are any."""
+    several = len(evaluations) > 1
+    first = next(iter(evaluations.values()))
+    header = ("", "reward", "difference", "p", *["Holm p"] * several, "r-r", "r-w", "w-r", "w-w", "ratio",
+              "equal", "tokens/s")  # fmt: skip
+    unsteered = ("unsteered", _with_interval(first.unsteered, first.unsteered_interval), *["-"] * (len(header) - 3),
+                 f"{first.unsteered_tokens_per_second:.0f}")  # fmt: skip
+    rows = [
+        (
+            name,
+            _with_interval(e.steered, e.steered_interval),
+            _with_interval(e.difference, e.difference_interval, "+"),
+            f"{e.p_value:.2g}",
+            *[f"{e.p_holm:.2g}"] * several,
+            *map(str, e.transitions.values()),
+            "-" if e.side_effect_ratio is None else f"{e.side_effect_ratio:.3f}",
+            str(e.changed_equal),
+            f"{e.steered_tokens_per_second:.0f}",
+        )
+        for name, e in evaluations.items()
+    ]
+    legend = (
+        f"{first.n} samples; 95 % intervals; p: exact McNemar or sign test; r-w: right unsteered, wrong steered;\n"
+        f"ratio: side-effect ratio, the share of changed rewards that fell; equal: changed completions of equal reward"
+    )
+    legend = "\n".join(indent + line for line in legend.splitlines())
+    categories = [_category_table(name, e.categories, indent) for name, e in evaluations.items() if e.categories]
+    return "\n\n".join((table(header, [unsteered, *rows], indent) + "\n" + legend, *categories))
+
+
+def _category_table(name: str, categories: Mapping[str, CategoryEvaluation], indent: str) -> str:
+    header = (f"{name}, by category", "samples", "unsteered", "steered", "difference")
+    rows = [
+        (
+            category,
+            str(e.n),
+            _with_interval(e.unsteered, e.unsteered_interval),
+            _with_interval(e.steered, e.steered_interval),
+            _with_interval(e.difference, e.difference_interval, "+"),
+        )
+        for category, e in categories.items()
+    ]
+    return table(header, rows, indent)
+
+
+def _with_interval(value: float, interval: Interval, sign: str = "") -> str:
+    shown = "no interval" if interval is None else "[{1:{0}.3f}, {2:{0}.3f}]".format(sign, *interval)
+    return f"{value:{sign}.3f} {shown}"
 
 
 def _statistics(f: Feature, scored: bool, kinds: Sequence[str]) -> list[str]:

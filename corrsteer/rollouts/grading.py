@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -27,17 +28,26 @@ class Graded:
     Attributes
     ----------
     task, decoding : what was graded, and how it was generated.
+    tokens : generated in all, with those that ended a completion.
+    seconds : that generating them took, prompts read and texts decoded, but not graded.
     """
 
     completions: list[str]
     rewards: list[float]
     task: TaskIdentity
     decoding: Decoding
+    tokens: int
+    seconds: float = field(compare=False)
 
     @property
     def score(self) -> float:
         """Mean reward."""
         return sum(self.rewards) / len(self.rewards)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens a second, of all rows of a batch together."""
+        return self.tokens / self.seconds
 
     def check(self, task: Task, decoding: Decoding) -> None:
         """Raise unless this is of the task, generated like that."""
@@ -75,14 +85,18 @@ def grade(
     prompts = tokenize(model, tokenizer, task, decoding)
     generator, keys = Generator(model, tokenizer, decoding), sample_keys(prompts)
     completions, rewards = [""] * len(task), [0.0] * len(task)
-    total = done = 0.0
+    total = done = seconds = 0.0
+    tokens = 0
     with tqdm(total=len(task), unit="sample", desc=f"grade {task.name}", disable=not progress) as bar:
         for batch in generator.plan(prompts):
-            texts = generator.complete([prompts[i] for i in batch], [keys[i] for i in batch])
-            for i, text in zip(batch, texts):
+            started = time.perf_counter()
+            written = generator.complete([prompts[i] for i in batch], [keys[i] for i in batch])
+            seconds += time.perf_counter() - started
+            for i, (text, count) in zip(batch, written):
                 completions[i], rewards[i] = text, task.grade(text, task.examples[i])
                 total += rewards[i]
+                tokens += count
             done += len(batch)
             bar.set_postfix_str(f"reward {total / done:.3f}", refresh=False)
             bar.update(len(batch))
-    return Graded(completions, rewards, task.identity, decoding)
+    return Graded(completions, rewards, task.identity, decoding, tokens, seconds)

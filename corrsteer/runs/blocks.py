@@ -130,7 +130,7 @@ class BlockCollector:
                 [self.prompts[i] for i in batch], [self.keys[i] for i in batch],
                 share=self._shares, criteria=[capture.stopping_criterion],
             )  # fmt: skip
-        grades = [self.task.grade(completion, example) for completion, example in zip(completions, examples)]
+        grades = [self.task.grade(written.text, example) for written, example in zip(completions, examples)]
         for layer, pool in pools.items():
             x, cu_seqlens = self._checked(layer, *capture.packed(layer), examples)
             last_prompt = capture.last_prompt(layer).to(x.device)  # it is among the tokens that were checked

@@ -25,6 +25,7 @@ class FeatureStatistics:
         its layer, to any of all layers, and the false discovery rate; see `inference.Significance`.
     coefficient_error : the coefficient's standard error.
     coefficients : every kind of coefficient, as `Moments.coefficient` gives it, and its standard error, by kind.
+    pool : how its activations over a sample's tokens became one number, for all of the above but the coefficients.
     """
 
     correlation: float
@@ -40,6 +41,7 @@ class FeatureStatistics:
     q_value: float | None = None
     coefficient_error: float | None = None
     coefficients: dict[str, list[float | None]] | None = None
+    pool: str | None = None
 
 
 @dataclass(frozen=True)

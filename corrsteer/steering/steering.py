@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -33,7 +33,7 @@ from corrsteer.types import PathLike
 
 M = TypeVar("M", bound=nn.Module)
 
-FORMAT = "corrsteer.steering/3"
+FORMAT = "corrsteer.steering/4"
 
 
 @dataclass
@@ -48,6 +48,8 @@ class Steering:
     notes : what a user should know about the selection, such as why it is empty.
     provenance : model, SAEs, task, strategy and settings, and the samples it was selected and validated on; anything
         JSON can hold.
+    positions, scale : which tokens are steered, and what coefficients are multiplied by, wherever it is used and
+        nothing else is said; see `apply`.
     """
 
     features: list[Feature]
@@ -55,8 +57,11 @@ class Steering:
     table: dict[int, list[Feature]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict, repr=False)
+    positions: str = "generated"
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
+        self.scale = check_application(self.positions, self.scale)
         if self.directions.dim() != 2 or len(self.directions) != len(self.features):
             raise CorrSteerError(
                 f"directions must be [{len(self.features)}, d], one per feature, got {list(self.directions.shape)}"
@@ -86,6 +91,13 @@ class Steering:
         features = [Feature(name, coefficient) for name in vectors]
         return cls(features, torch.stack([vector.detach().float().cpu() for vector in vectors.values()]))
 
+    def alone(self) -> list[Steering]:
+        """Each of its features as a steering of that feature alone, with the same table, notes and provenance."""
+        return [
+            replace(self, features=[feature], directions=direction[None])
+            for feature, direction in zip(self.features, self.directions)
+        ]
+
     def vectors(self, model: nn.Module | None = None) -> dict[HookPoint, Tensor]:
         """The sum Σ c_i d_i of each hook point, `[d]` float32."""
         directions = self.directions.float()
@@ -99,7 +111,7 @@ class Steering:
         return sums
 
     def apply(
-        self, model: nn.Module, positions: str = "generated", scale: float = 1.0
+        self, model: nn.Module, positions: str | None = None, scale: float | None = None
     ) -> contextlib.AbstractContextManager[None]:
         """Steer every row of a model's passes for as long as the context lasts.
 
@@ -110,8 +122,9 @@ class Steering:
         ----------
         model : a Hugging Face causal language model of the same width, on any devices and in any dtype.
         positions : `generated` (the last prompt token and every generated token), `all` (every token that is not
-            padding) or `prompt`. Outside `generate`, whatever a pass reads without a cache is a prompt.
-        scale : multiplies the coefficients.
+            padding) or `prompt`; by default the steering's own. Outside `generate`, whatever a pass reads without a
+            cache is a prompt.
+        scale : multiplies the coefficients; by default the steering's own.
 
         Raises
         ------
@@ -119,8 +132,13 @@ class Steering:
         """
         return apply_rows(model, [self], None, positions=positions, scale=scale)
 
+    def applied_as(self, positions: str | None, scale: float | None) -> tuple[str, float]:
+        """The positions and the scale that are meant: its own where they are None."""
+        positions = self.positions if positions is None else positions
+        return positions, check_application(positions, self.scale if scale is None else scale)
+
     def install(
-        self, model: nn.Module, positions: str = "generated", scale: float = 1.0, points: Iterable[str] = ()
+        self, model: nn.Module, positions: str | None = None, scale: float | None = None, points: Iterable[str] = ()
     ) -> Installed:
         """Steer by hooks that stay on the model and that `torch.compile` keeps. Install them before it compiles.
 
@@ -144,19 +162,20 @@ class Steering:
         CorrSteerError : if the model has another width or no such layer, or is already compiled. And in a call of
             `generate` for prompts padded on the right, guidance, and a prompt read in chunks of one token.
         """
-        return Installed(model, self, positions, scale, points)
+        return Installed(model, self, *self.applied_as(positions, scale), points)
 
-    def fold_into(self, model: M, scale: float = 1.0) -> M:
-        """Make this steering, at all positions, a part of the model: of the biases that write to the residual stream.
+    def fold_into(self, model: M, scale: float | None = None) -> M:
+        """Make this steering a part of the model: of the biases that write to the residual stream.
 
-        The model is changed in place and can be saved; whatever reads its checkpoint needs no hook. It gives what
-        `apply(model, positions="all", scale=scale)` gives. Where a layer has no bias and the model's configuration has
-        an option that gives it one, such as Llama's `mlp_bias`, the option is set.
+        The model is changed in place and can be saved; whatever reads its checkpoint needs no hook. A bias is added at
+        every token: whatever the steering's own positions, it gives what `apply(model, positions="all")` gives. Where a
+        layer has no bias and the model's configuration has an option that gives it one, such as Llama's `mlp_bias`, the
+        option is set.
 
         Parameters
         ----------
         model : a Hugging Face causal language model.
-        scale : multiplies the coefficients; -1 takes off what was folded in.
+        scale : multiplies the coefficients; by default the steering's own. Its negative takes off what was folded in.
 
         Returns
         -------
@@ -169,7 +188,7 @@ class Steering:
             first layer. The model is left as it was.
         """
         warn_once()
-        tables = stack(model, [self], [number("scale", scale)])
+        tables = stack(model, [self], [self.applied_as("all", scale)[1]])
         fold_vectors(model, {point: table[0] for point, table in tables.items()})
         return model
 
@@ -180,6 +199,8 @@ class Steering:
             "table": {str(layer): [asdict(f) for f in rows] for layer, rows in self.table.items()},
             "notes": self.notes,
             "provenance": self.provenance,
+            "positions": self.positions,
+            "scale": self.scale,
         }
         tensors = {"directions": self.directions.cpu().float().contiguous()}
         write_tensors(path, tensors, {"format": FORMAT, "steering": to_json(described)})
@@ -197,24 +218,28 @@ class Steering:
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise CorrSteerError(
-                        f"{path} is not a steering file of this version: its format must be {FORMAT!r}, "
-                        f"got {metadata.get('format')!r}; select again"
-                    )
-                directions = file.get_tensor("directions")
+                found = metadata.get("format")
+                directions = file.get_tensor("directions") if found == FORMAT else None
+            if directions is None:
+                raise CorrSteerError(
+                    f"{path} is not a steering file of this version: its format must be {FORMAT!r}, got {found!r}; "
+                    f"select again"
+                )
             described = json.loads(metadata["steering"])
-            steering = cls(
+            arguments = (
                 [Feature.from_dict(f) for f in described["features"]],
                 directions,
                 {int(layer): [Feature.from_dict(f) for f in rows] for layer, rows in described["table"].items()},
-                described["notes"],
-                described["provenance"],
+                *(described[name] for name in ("notes", "provenance", "positions", "scale")),
             )
         except CorrSteerError:
             raise
         except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise CorrSteerError(f"{path} is damaged ({error}); select again or fetch the file again") from None
+        try:
+            steering = cls(*arguments)
+        except CorrSteerError as error:
+            raise CorrSteerError(f"{path} is damaged, as {error}; select again or fetch the file again") from None
         if model is not None:
             steering.check(model)
         return steering
@@ -243,12 +268,11 @@ class Installed:
 
     Attributes
     ----------
-    steering, scale : what is added; None where nothing is.
+    steering, scale : what is added; no steering where nothing is.
     """
 
     def __init__(self, model: nn.Module, steering: Steering, positions: str, scale: float, points: Iterable[str]):
         warn_once()
-        scale = check_application(positions, scale)
         if isinstance(points, str):
             raise CorrSteerError(f"points must be a sequence of hook points, such as [{points!r}], got {points!r}")
         further = [HookPoint.parse(name, model) for name in points]
@@ -259,21 +283,26 @@ class Installed:
         self.steering: Steering | None = steering
         self.scale: float = scale
 
-    def set(self, steering: Steering | None, scale: float = 1.0) -> None:
+    def set(self, steering: Steering | None, scale: float | None = None) -> None:
         """Steer by another steering, or by another scale, from now on; by None, steer by nothing.
 
-        Nothing is compiled anew.
+        Nothing is compiled anew. Positions are those of the installation, whatever the steering's own; the scale is by
+        default the steering's own.
 
         Raises
         ------
         CorrSteerError : if the steering has another width, or a hook point at which no hook was installed.
         """
-        scale = number("scale", scale)
-        self._vectors.set({} if steering is None else self._of(steering, scale))
-        self.steering, self.scale = steering, scale
+        if steering is None:
+            self._vectors.set({})
+        else:
+            check_type("steering", steering, Steering, "a Steering")
+            _, scale = steering.applied_as(None, scale)
+            self._vectors.set(self._of(steering, scale))
+            self.scale = scale
+        self.steering = steering
 
     def _of(self, steering: Steering, scale: float) -> dict[HookPoint, Tensor]:
-        check_type("steering", steering, Steering, "a Steering")
         return {point: table[0] for point, table in stack(self._model, [steering], [scale]).items()}
 
     def remove(self) -> None:
@@ -300,8 +329,8 @@ def apply_rows(
     steerings: Sequence[Steering],
     rows: Sequence[int] | None,
     *,
-    positions: str = "generated",
-    scale: float = 1.0,
+    positions: str | None = None,
+    scale: float | None = None,
 ) -> Iterator[None]:
     """Steer each row of a batch by its own steering for as long as the context lasts.
 
@@ -310,19 +339,26 @@ def apply_rows(
     steerings : V steerings.
     rows : which of them each of the batch's B rows gets, -1 for none; None gives every row the first.
     model, positions, scale : as for `Steering.apply`.
+
+    Raises
+    ------
+    CorrSteerError : where steerings have different positions of their own and none are given, among others.
     """
     warn_once()
-    scale = check_application(positions, scale)
+    asked = [steering.applied_as(positions, scale) for steering in steerings]
+    meant = sorted({of_one for of_one, _ in asked})
+    if len(meant) != 1:
+        raise CorrSteerError(f"steerings must be one or more of the same positions, got {meant}; give positions")
     chosen = None
     if rows is not None:
         numbers = wholes("rows", rows)
         if not all(-1 <= row < len(steerings) for row in numbers):
             raise CorrSteerError(f"rows must lie in -1..{len(steerings) - 1}, got {numbers}")
         chosen = torch.tensor(numbers, dtype=torch.int32, device="cpu")
-    tables = stack(model, steerings, [scale] * len(steerings))
+    tables = stack(model, steerings, [of_one for _, of_one in asked])
     vectors = {point: table[0] for point, table in tables.items()}
-    installed = installed_on(model, vectors, positions) if chosen is None else None
-    with add_vectors(model, tables, chosen, positions) if installed is None else installed.applied(vectors):
+    installed = installed_on(model, vectors, meant[0]) if chosen is None else None
+    with add_vectors(model, tables, chosen, meant[0]) if installed is None else installed.applied(vectors):
         yield
 
 

@@ -27,6 +27,7 @@ class Task:
     """Examples and the grader that scores their completions.
 
     ``grader_name`` is what provenance records, ``part`` which part of a task it is, such as ``train``.
+    ``category_field`` is the key of `Example.fields` that holds an example's category, None where there are none.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Task:
     chat: bool = False
     system: str | None = None
     part: str = "all"
+    category_field: str | None = None
 
     def __post_init__(self) -> None:
         if self.system is not None and not self.chat:
@@ -68,6 +70,15 @@ class Task:
                 f"{example.source}: grader {self.grader_name} must return a finite number, got {reward!r:.80}"
             )
         return float(reward)
+
+    def category(self, example: Example) -> str | None:
+        """Of which category an example is; None where the task has none."""
+        if self.category_field is None:
+            return None
+        try:
+            return _category(example.fields, self.category_field)
+        except TaskError as error:
+            raise TaskError(f"{example.source}: {error}") from None
 
     def prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """Each example's prompt as the model reads it.
@@ -136,6 +147,7 @@ class Task:
         name: str = "task",
         prompt_field: str = "prompt",
         answer_field: str | None = "answer",
+        category_field: str | None = None,
         chat: bool = False,
         system: str | None = None,
         source: str | None = None,
@@ -150,6 +162,8 @@ class Task:
             A name of `corrsteer.tasks.graders`, ``regex:PATTERN``, ``module:function``, or a callable.
         answer_field
             None leaves every key but the prompt in `Example.fields`, for graders that need no answer.
+        category_field
+            What `evaluate` also gives results by, such as a subject: a string or a number in every row.
         system
             A system message before each prompt, with ``chat=True``.
         source
@@ -157,8 +171,8 @@ class Task:
         """
         source = source or name
         numbered = ((f"{source}:{number}", row) for number, row in enumerate(rows, start=1))
-        examples, grader_name, grade = _read(numbered, grader, prompt_field, answer_field, source)
-        return cls(name, examples, grade, grader_name, chat, system)
+        examples, grader_name, grade = _read(numbered, grader, prompt_field, answer_field, category_field, source)
+        return cls(name, examples, grade, grader_name, chat, system, category_field=category_field)
 
     @classmethod
     def from_jsonl(
@@ -168,6 +182,7 @@ class Task:
         name: str | None = None,
         prompt_field: str = "prompt",
         answer_field: str | None = "answer",
+        category_field: str | None = None,
         chat: bool = False,
         system: str | None = None,
         source: str | None = None,
@@ -179,8 +194,10 @@ class Task:
         path = Path(path)
         source = source or path.name
         lines = _numbered_lines(path, source)
-        examples, grader_name, grade = _read(lines, grader, prompt_field, answer_field, source, parse=_parse_line)
-        return cls(name or path.stem, examples, grade, grader_name, chat, system)
+        examples, grader_name, grade = _read(
+            lines, grader, prompt_field, answer_field, category_field, source, parse=_parse_line
+        )
+        return cls(name or path.stem, examples, grade, grader_name, chat, system, category_field=category_field)
 
     @classmethod
     def from_dataset(
@@ -192,6 +209,7 @@ class Task:
         name: str | None = None,
         prompt_field: str = "prompt",
         answer_field: str | None = "answer",
+        category_field: str | None = None,
         chat: bool = False,
         system: str | None = None,
         source: str | None = None,
@@ -210,7 +228,9 @@ class Task:
         rows = _pick_split(rows, split, origin)
         read_split = getattr(rows, "split", None)
         source = source or (f"{origin}[{read_split}]" if read_split else origin)
-        return cls.from_rows(rows, grader, name or origin, prompt_field, answer_field, chat, system, source)
+        return cls.from_rows(
+            rows, grader, name or origin, prompt_field, answer_field, category_field, chat, system, source
+        )
 
 
 def _read(
@@ -218,6 +238,7 @@ def _read(
     grader: str | Grader,
     prompt_field: str,
     answer_field: str | None,
+    category_field: str | None,
     source: str,
     parse: Callable[[Any], Any] = lambda row: row,
 ) -> tuple[tuple[Example, ...], str, Grader]:
@@ -233,10 +254,13 @@ def _read(
             answer = _answer(row, answer_field, needs_answer)
             if answer is not None:
                 graders.check_answer(grader_name, answer)
+            if category_field is not None:
+                _category(row, category_field)
         except TaskError as error:
             bad.append(f"{where}: {error}")
         else:
-            fields = {key: value for key, value in row.items() if key not in (prompt_field, answer_field)}
+            taken = {prompt_field, answer_field} - {category_field}
+            fields = {key: value for key, value in row.items() if key not in taken}
             examples.append(Example(prompt, answer, fields, where))
     if bad:
         more = f" (and {len(bad) - 1} more bad)" if len(bad) > 1 else ""
@@ -274,6 +298,18 @@ def _answer(row: Mapping[str, Any], key: str | None, needed: bool) -> str | tupl
     raise TaskError(
         f"the answer, field {key!r}, must be a string, a number or a list of these, got {value!r:.40}: {advice}"
     )
+
+
+def _category(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    if value is None or value != value:  # NaN is how tables say that there is none
+        fields = ", ".join(map(str, row)) or "none"
+        raise TaskError(
+            f"no category: field {key!r} is missing or null among {fields}: set category_field, or leave it out"
+        )
+    if not isinstance(value, (str, Real)) or not str(value).strip():
+        raise TaskError(f"the category, field {key!r}, must be a non-empty string or a number, got {value!r:.40}")
+    return str(value)
 
 
 def _check_characters(what: str, key: str | None, text: str) -> None:

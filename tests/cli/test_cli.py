@@ -41,6 +41,7 @@ def world(tmp_path_factory):
         sae.save_model(home / f"sae{layer}")
     rng = random.Random(0)
     rows = [{"prompt": f"{rng.randrange(100)}+{rng.randrange(1000)}=", "answer": "."} for _ in range(120)]
+    rows = [row | {"size": "long" if len(row["prompt"]) > 6 else "short"} for row in rows]
     (home / "task.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = {
         "model": str(home / "model"),
@@ -48,6 +49,7 @@ def world(tmp_path_factory):
         "task": str(home / "task.jsonl"),
         "grader": "regex:^[02468]",
         "max_new_tokens": 3,
+        "category_field": "size",
     }
     (home / "collect.yaml").write_text(yaml.safe_dump(settings))
     return home
@@ -84,10 +86,17 @@ def test_collect_select_evaluate_and_generate_hand_over_to_each_other(world, col
     other = world / "other.safetensors"
     run("select", world / "run", "--strategy", "single", "--out", other)
     both = json.loads(run("evaluate", "--steering", steering, "--steering", other, "--json").stdout)["steerings"]
-    assert list(both) == [str(steering), str(other)] and both[str(steering)] == evaluated
+    assert list(both) == [str(steering), str(other)]
+    alone = {"p_holm", "unsteered_tokens_per_second", "steered_tokens_per_second"}
+    assert {k: v for k, v in both[str(steering)].items() if k not in alone} == {
+        k: v for k, v in evaluated.items() if k not in alone
+    }
     table = run("evaluate", "--steering", steering, "--steering", other).stdout
-    scores = " +".join(f"{result['steered']:.4f}" for result in both.values())
-    assert re.search(rf"^steered reward +{scores}$", table, re.M)
+    for path in (steering, other):
+        result = both[str(path)]
+        low, high = result["steered_interval"]
+        row = re.search(rf"^{path.stem} +{result['steered']:.3f} \[{low:.3f}, {high:.3f}\] .*", table, re.M)
+        assert row and row[0].split()[-7:-3] == [str(n) for n in result["transitions"].values()]
     strong = json.loads(run("evaluate", "--steering", steering, "--scale", 50, "--part", "all", "--json").stdout)
     assert strong["n"] == 120 and strong["improved"] + strong["worsened"] + strong["changed_equal"] > 0
 
@@ -95,6 +104,22 @@ def test_collect_select_evaluate_and_generate_hand_over_to_each_other(world, col
         run("generate", "--steering", steering, "--prompt", "1+2=", "--prompt", "3+", "--scale", 50, "--json").stdout
     )["completions"]
     assert [p["prompt"] for p in pairs] == ["1+2=", "3+"] and any(p["steered"] != p["unsteered"] for p in pairs)
+
+
+def test_evaluate_prints_the_categories_that_collect_was_told_of(world, collected, tmp_path):
+    steering = tmp_path / "s.safetensors"
+    run("select", world / "run", "--out", steering)
+    of = json.loads(run("evaluate", "--steering", steering, "--json").stdout)["categories"]
+    assert list(of) == ["long", "short"] and sum(category["n"] for category in of.values()) == 12
+    table = run("evaluate", "--steering", steering).stdout
+    for name, category in of.items():
+        low, high = category["difference_interval"]
+        difference = f"{category['difference']:+.3f} \\[{low:+.3f}, {high:+.3f}\\]".replace("+", "\\+")
+        assert re.search(rf"^{name} +{category['n']} .* {difference}$", table, re.M)
+    without = json.loads(run("evaluate", "--steering", steering, "--category-field", "", "--json").stdout)
+    assert without["categories"] == {}
+    missing = run("evaluate", "--steering", steering, "--category-field", "subject", ok=False).output
+    assert "task.jsonl:1: no category: field 'subject' is missing or null among prompt, answer, size" in missing
 
 
 def test_alpha_drops_what_chance_explains_and_says_so_in_words(world, collected):
@@ -132,16 +157,16 @@ def test_patience_waits_for_the_layers_that_select_considers(layers, waited_for,
     assert asked == [waited_for] * 2
 
 
-def test_calibrate_writes_the_best_scale_into_the_coefficients(world, collected):
+def test_calibrate_writes_the_best_scale(world, collected):
     steering, scaled = world / "s.safetensors", world / "scaled.safetensors"
     run("select", world / "run", "--out", steering, "--strategy", "single")
     arguments = ("--steering", steering, "--out", scaled, "--try-scale", 2, "--try-scale", 50)
     found = json.loads(run("calibrate", *arguments, "--json").stdout)
     assert [point["scale"] for point in found["curve"]] == [0, 2, 50]
-    before, after = (Steering.load(path).features[0].coefficient for path in (steering, scaled))
-    assert after == pytest.approx(found["scale"] * before)
+    before, after = (Steering.load(path) for path in (steering, scaled))
+    assert after.scale == found["scale"] and after.features == before.features
     assert found["validation"]["n"] == 12 and Steering.load(scaled).provenance["calibration"]["curve"] == found["curve"]
-    assert f"scale {found['scale']:g}, written into the coefficients" in run("calibrate", *arguments).stdout
+    assert f"scale {found['scale']:g}, written to" in run("calibrate", *arguments).stdout
 
 
 def test_select_pruned_validates_on_the_runs_own_task(world, collected):
@@ -160,6 +185,30 @@ def test_select_pruned_validates_on_the_runs_own_task(world, collected):
     selection = Steering.load(pruned).provenance["selection"]
     assert selection["validation"] == {"task": "task", "n": 12, "positions": "generated", "scale": 300.0}
     assert features == [e["feature"] for e in selection["score_alone"] if e["score"] > selection["unsteered_score"]]
+
+
+def test_select_searches_and_what_follows_uses_the_scale_and_the_positions_that_it_found(world, collected):
+    out = world / "searched.safetensors"
+    arguments = ("--strategy", "search", "--part", "all", "--grader", "regex:^[02468]", "--candidates", 1, "--also-all")
+    result = json.loads(run("select", world / "run", *arguments, "--out", out, "--json").stdout)
+    steering, record = Steering.load(out), result["search"]
+    assert (result["scale"], result["positions"]) == (steering.scale, steering.positions)
+    assert record == steering.provenance["search"] and record["confirmation"]["n"] == 60
+    text = run("select", world / "run", *arguments, "--out", out).stdout
+    cost = f"{record['trials']} trials of {record['candidates']} features took {record['completions']} completions"
+    assert cost in text and f"scale {steering.scale:g}, positions {steering.positions}" in text
+    assert text.count(steering.notes[0]) == 1
+    asked = ("generate", "--steering", out, "--prompt", "1+2=", "--json")
+    own = run(*asked).stdout
+    assert own == run(*asked, "--scale", steering.scale, "--positions", steering.positions).stdout
+
+    short = run("select", world / "run", *arguments, "--completions", 10, ok=False)
+    assert "completions must be at least" in short.stderr
+
+
+def test_options_of_the_search_are_refused_without_it(world, collected):
+    result = run("select", world / "run", "--strategy", "pruned", "--candidates", 2, ok=False)
+    assert "--candidates can only be used with --strategy search" in result.stderr
 
 
 def test_without_json_results_are_text_on_stdout_and_progress_is_on_stderr(world, collected):
@@ -282,7 +331,7 @@ MISTAKES = {
     "the run is not there": (["select", "{world}/nothing"], "is not a saved run"),
     "an option goes with pruned only": (
         ["select", "{world}/run", "--scale", "2"],
-        "--scale can only be used with --strategy pruned",
+        "--scale can only be used with --strategy pruned or search",
     ),
     "the steering file is not there": (
         ["evaluate", "--steering", "no.safetensors"],

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import time
 
 import architectures
 import pytest
@@ -213,15 +214,41 @@ def test_progress_shows_completions_and_the_leader(capsys):
     assert "20/20" in shown and f"{best[0].name} {best[1].score:.3f}" in shown
 
 
+@pytest.mark.parametrize("batch_size", (1, 4, 64))
+def test_tokens_and_seconds_of_trials_add_up_to_what_was_generated(batch_size):
+    """Whether rows are written one at a time, with others of their trial, or with those of all trials."""
+    model, decoding = architectures.build("llama"), Decoding(N, batch_size=batch_size)
+    trials = [UNSTEERED, Trial(steering(model, (1,))), Trial(steering(model, (0, 2)), positions="all")]
+    stop_somewhere(model, task(), trials, decoding)
+    stop = str(model.generation_config.eos_token_id)
+    started = time.perf_counter()
+    results = run_trials(model, Tokens(), task(), trials, decoding, progress=False)
+    whole = time.perf_counter() - started
+    for trial, result in zip(trials, results):
+        lengths = [len(completion.split()) for completion in result.completions]
+        assert result.tokens == sum(min(length + 1, N) for length in lengths) > sum(lengths)
+        assert stop not in " ".join(result.completions).split()
+        assert result.tokens == alone(model, task(), trial, decoding).tokens
+        assert result.tokens_per_second == result.tokens / result.seconds
+    assert 0.1 * whole < sum(result.seconds for result in results) < whole
+
+
+def test_trials_whose_rows_share_batches_share_the_time_by_their_tokens():
+    model = architectures.build("llama")
+    trials = [UNSTEERED, Trial(steering(model, (1,)))]
+    results = run_trials(model, Tokens(), task(head=[5] * 3), trials, Decoding(N), progress=False)
+    assert results[0].tokens == results[1].tokens == N * len(LENGTHS)
+    assert results[0].seconds == pytest.approx(results[1].seconds)
+
+
 def test_several_steerings_are_evaluated_at_once_as_each_alone():
     model, tokenizer, decoding = tiny_pipeline.model(), tiny_pipeline.tokenizer(), Decoding(3)
     named = {"S": steering(model, (1,)), "A": steering(model, (1, 2), seed=3), "nothing": None}
     together = evaluate(model, tokenizer, tiny_pipeline.task(20), named, decoding=decoding, progress=False)
     assert list(together) == ["S", "A", "nothing"]
     for name, one in named.items():
-        assert together[name] == evaluate(
-            model, tokenizer, tiny_pipeline.task(20), one, decoding=decoding, progress=False
-        )
+        by_itself = evaluate(model, tokenizer, tiny_pipeline.task(20), one, decoding=decoding, progress=False)
+        assert dataclasses.replace(together[name], p_holm=together[name].p_value) == by_itself
     assert together["nothing"].steered == together["S"].unsteered != together["S"].steered
     with pytest.raises(CorrSteerError, match="steering must be one or more, got an empty mapping"):
         evaluate(model, tokenizer, tiny_pipeline.task(20), {}, progress=False)

@@ -137,7 +137,7 @@ def test_a_cache_that_is_given_to_rows_stays_as_it_is():
 def test_rows_that_have_ended_leave_the_batch():
     model = architectures.build("llama")
     prompts, n = [[i + 3, 2 * i + 5, 40 - i] for i in range(16)], 24
-    full = generator(model, max_new_tokens=n).complete(prompts, [0] * 16)
+    full = [row.text for row in generator(model, max_new_tokens=n).complete(prompts, [0] * 16)]
     stop = max(range(61), key=lambda token: len({row.index(token) for row in full if token in row}))
     model.generation_config.eos_token_id = stop
     expected = [row[: row.index(stop)] if stop in row else row for row in full]
@@ -146,7 +146,9 @@ def test_rows_that_have_ended_leave_the_batch():
     g = generator(model, max_new_tokens=n)
     assert g.reuse.rows
     with tokens_read(model) as seen:
-        assert g.complete(prompts, [0] * 16) == expected
+        written = g.complete(prompts, [0] * 16)
+    assert [row.text for row in written] == expected
+    assert [row.tokens for row in written] == [min(len(row) + 1, n) for row in expected], "what ended it is one more"
     steps = [rows for rows, columns in seen if columns == 1]
     assert steps == sorted(steps, reverse=True) and steps[-1] < 16
     unfinished = [sum(len(row) > at for row in expected) for at in range(1, len(steps) + 1)]
@@ -193,7 +195,7 @@ def test_what_is_steered_around_a_generation_is_the_same_with_a_shared_prefix(po
     if stops:
         with steering.apply(model, positions):
             written = [generator(model).complete([prompt], [0], share=False)[0] for prompt in PROMPTS]
-        model.generation_config.eos_token_id = written[0][1]
+        model.generation_config.eos_token_id = written[0].text[1]
     plain = generator(model).complete(PROMPTS, [0] * 4)
     with steering.apply(model, positions):
         alone = [generator(model).complete([prompt], [0], share=False)[0] for prompt in PROMPTS]

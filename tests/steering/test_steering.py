@@ -253,6 +253,37 @@ def test_a_batch_of_another_size_than_rows_is_refused():
 # How much is added
 
 
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("scale", [0.5, -2.0])
+def test_a_steering_is_applied_at_its_own_positions_and_by_its_own_scale_unless_told_otherwise(positions, scale):
+    model, prompts = tiny("llama"), prompts_of(LENGTHS)
+    own = dataclasses.replace(STEERING, positions=positions, scale=scale)
+
+    def generated(context):
+        with context:
+            return generate(model, prompts, N).tolist()
+
+    asked = generated(STEERING.apply(model, positions, scale))
+    assert generated(own.apply(model)) == generated(apply_rows(model, [own], [0] * len(prompts))) == asked
+    with own.install(model):
+        assert generate(model, prompts, N).tolist() == asked
+    with STEERING.install(model, positions) as installed:
+        installed.set(own)
+        assert installed.scale == scale and generate(model, prompts, N).tolist() == asked
+    assert generated(own.apply(model, "generated", 1.0)) == generated(STEERING.apply(model))
+    assert generated(own.apply(model, scale=1.0)) == generated(STEERING.apply(model, positions))
+    assert generated(own.apply(model, "all")) == generated(STEERING.apply(model, "all", scale))
+
+
+def test_rows_of_steerings_with_different_positions_of_their_own_need_to_be_told_which():
+    model, prompts = tiny("llama"), prompts_of(LENGTHS)
+    steerings = [STEERING, dataclasses.replace(OTHER, positions="all")]
+    with pytest.raises(CorrSteerError, match=r"the same positions, got \['all', 'generated'\]; give positions"):
+        apply_rows(model, steerings, [0, 1, 0]).__enter__()
+    with apply_rows(model, steerings, [0, 1, 0], positions="all"):
+        generate(model, prompts, N)
+
+
 @pytest.mark.parametrize("steering", [STEERING, OTHER], ids=["two points", "other points"])
 @pytest.mark.parametrize("scale", [-1.0, 0.5, 2.0])
 def test_the_scale_multiplies_the_coefficients(steering, scale):
@@ -495,7 +526,7 @@ def full_steering():
     table = {0: [feature(HookPoint(0), 7)], 2: [described, feature(HookPoint(2), 1, -0.1)]}
     provenance = {"model": "a/b", "settings": {"scale": 1.5, "layers": [1, 2]}, "naïve": None}
     steering = steering_at(HookPoint(1), HookPoint(2, "mlp_out"), coefficient=0.1 + 0.2)
-    return Steering(steering.features, steering.directions, table, ["a note", "„another“"], provenance)
+    return Steering(steering.features, steering.directions, table, ["a note", "„another“"], provenance, "all", 0.3)
 
 
 @pytest.mark.parametrize("steering", [full_steering(), Steering([], torch.zeros(0, WIDTH), notes=["none"])])
@@ -504,7 +535,7 @@ def test_what_is_saved_is_what_is_loaded(steering, tmp_path):
     loaded = Steering.load(tmp_path / "s.safetensors", tiny("llama"))
     assert loaded.directions.numpy().tobytes() == steering.directions.numpy().tobytes()
     assert loaded.directions.shape == steering.directions.shape
-    for name in ("features", "table", "notes", "provenance"):
+    for name in ("features", "table", "notes", "provenance", "positions", "scale"):
         assert getattr(loaded, name) == getattr(steering, name)
 
 
@@ -532,7 +563,7 @@ def saved(path):
 
 
 def steering_file(path, directions=None, **described):
-    whole = {"features": [], "table": {}, "notes": [], "provenance": {}} | described
+    whole = {"features": [], "table": {}, "notes": [], "provenance": {}, "positions": "all", "scale": 2.0} | described
     directions = torch.zeros(len(whole["features"] or []), WIDTH) if directions is None else directions
     save_file({"directions": directions}, path, metadata={"format": FORMAT, "steering": json.dumps(whole)})
 
@@ -574,6 +605,8 @@ DAMAGED = {
     "features that are null": (lambda path: steering_file(path, features=None), "is damaged"),
     "a table of other layers": (lambda path: steering_file(path, table={"one": []}), "is damaged"),
     "a table that is a list": (lambda path: steering_file(path, table=[]), "is damaged"),
+    "positions that are unknown": (lambda path: steering_file(path, positions="some"), "positions must be one of"),
+    "a scale that is no number": (lambda path: steering_file(path, scale=None), "scale must be a finite number"),
     "more directions than features": (
         lambda path: steering_file(path, torch.zeros(1, WIDTH)),
         r"directions must be \[0, d\]",

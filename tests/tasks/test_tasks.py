@@ -1,4 +1,7 @@
+import dataclasses
 import json
+import math
+import re
 import subprocess
 import sys
 from functools import partial
@@ -301,6 +304,42 @@ def test_rows_may_name_their_fields_and_their_source():
         source="table",
     )
     assert task.examples == (Example("2 + 2?", "4", {}, "table:1"),)
+
+
+def test_rows_may_name_a_category(tmp_path):
+    rows = [{"prompt": "p", "answer": "a", "subject": "law"}, {"prompt": "q", "answer": "b", "subject": 7}]
+    path = write_lines(tmp_path / "t.jsonl", *map(json.dumps, rows))
+    for task in (
+        Task.from_rows(rows, category_field="subject"),
+        Task.from_jsonl(path, category_field="subject"),
+        Task.from_dataset(rows, category_field="subject"),
+    ):
+        assert [task.category(e) for e in task.examples] == ["law", "7"]
+        assert [task.category(e) for e in task.take(1).split(1, 0, 0)[0].examples] == ["law"]
+    by_answer = Task.from_rows(rows, category_field="answer")
+    assert [by_answer.category(e) for e in by_answer.examples] == ["a", "b"]
+    assert [e.fields for e in task.examples] == [{"subject": "law"}, {"subject": 7}]
+    plain = Task.from_rows(rows)
+    assert [plain.category(e) for e in plain.examples] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    (
+        ({}, "no category: field 'subject' is missing or null among prompt, answer: set category_field"),
+        ({"subject": None}, "no category: field 'subject' is missing or null among prompt, answer, subject"),
+        ({"subject": math.nan}, "no category: field 'subject' is missing or null"),
+        ({"subject": ["law"]}, "the category, field 'subject', must be a non-empty string or a number, got ['law']"),
+        ({"subject": " "}, "the category, field 'subject', must be a non-empty string or a number, got ' '"),
+    ),
+)
+def test_a_row_without_a_category_says_what_to_do(row, message):
+    rows = [{"prompt": "p", "answer": "a", "subject": "law"}, {"prompt": "p", "answer": "a"} | row]
+    with pytest.raises(TaskError, match=f"^task:2: {re.escape(message)}"):
+        Task.from_rows(rows, category_field="subject")
+    task = dataclasses.replace(Task.from_rows(rows[1:]), category_field="subject")
+    with pytest.raises(TaskError, match="^task:1: .*category"):
+        task.category(task.examples[0])
 
 
 # Splitting

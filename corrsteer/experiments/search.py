@@ -1,0 +1,397 @@
+"""`search`: of features that correlates propose, the steering that trials decide on.
+
+Candidates race on validation samples, each at scales of a grid that grows; what survives is tried together with the
+winner (greedy forward selection); and what wins is compared with no steering on validation samples that nothing was
+chosen by.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from corrsteer.arguments import number, share, whole
+from corrsteer.errors import CorrSteerError
+from corrsteer.experiments.race import FIRST, Race, Runner
+from corrsteer.experiments.scale_grid import LEAST, MOST, RATIO, next_scale
+from corrsteer.experiments.seen_samples import SELECTED, overlap_notes, validated
+from corrsteer.experiments.trials import UNSTEERED, Trial, run_trials
+from corrsteer.lm.decoding import Decoding
+from corrsteer.stats.paired import difference, mcnemar
+from corrsteer.steering.features import Feature
+from corrsteer.steering.steering import Steering
+from corrsteer.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FINALISTS = 8  # that are tried together with the winner
+SHARES = (1.0, 0.5)  # of its own best strength, at which a further feature is tried
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How `select` searches.
+
+    Attributes
+    ----------
+    candidates : features that are tried of each layer, pooling and sign, those that correlate best.
+    most_features : that a steering may be of.
+    alpha : the chance that a given trial is dropped for one that is no better, and the level of the confirmation.
+    confirm : share of the validation prompts that the race never sees.
+    completions : the most that may be generated, confirmation included; None for no limit. At the limit the trials of
+        the lowest scores leave.
+    minutes : the same in time, by the speed so far. What fits depends on the machine.
+    seed : of the samples' order.
+    """
+
+    candidates: int = 3
+    most_features: int = 3
+    alpha: float = 0.05
+    confirm: float = 0.5
+    completions: int | None = None
+    minutes: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checked: dict[str, Any] = {
+            name: whole(name, getattr(self, name), 1) for name in ("candidates", "most_features")
+        }
+        checked |= {name: share(name, getattr(self, name)) for name in ("alpha", "confirm")}
+        if self.completions is not None:
+            checked["completions"] = whole("completions", self.completions, 1)
+        if self.minutes is not None and not number("minutes", self.minutes) > 0:
+            raise CorrSteerError(f"minutes must be above 0, got {self.minutes}")
+        checked["seed"] = whole("seed", self.seed, 0)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+
+def search(
+    candidates: Sequence[Steering],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    validation: Task,
+    positions: Sequence[str],
+    scale: float,
+    decoding: Decoding,
+    options: SearchOptions,
+    progress: bool,
+) -> Steering:
+    """The steering that does best on validation samples, and whether others confirm it.
+
+    Parameters
+    ----------
+    candidates : a steering of one feature each, which share table, notes and provenance.
+    positions, scale : positions to try each at; the middle of the scales to begin with.
+    """
+    racing, confirming, _ = validation.split(1 - options.confirm, options.confirm, 0, seed=options.seed)
+    if min(len(racing), len(confirming)) < FIRST:
+        raise CorrSteerError(
+            f"validation must leave at least {FIRST} samples to search on and {FIRST} to confirm by, got "
+            f"{len(racing)} and {len(confirming)}; give more, or another confirm"
+        )
+    found = _Search(candidates, model, tokenizer, racing, positions, scale, decoding, options)
+    found.budget.reserve(2 * len(confirming))
+    with tqdm(unit="completion", desc=f"search {validation.name}", disable=not progress) as bar:
+        found.bar = bar
+        best = found.best()
+        confirmation = None if best is None else _confirm(found, best, confirming)
+    steering, first = candidates[0], found.described()
+    if best is None or confirmation is None:
+        shown = found.unsteered
+        note = f"no trial did better than no steering on {shown.n} validation samples ({shown.score:.4f})"
+    else:
+        first["confirmation"], note = confirmation, _in_words(confirmation, options.alpha)
+    chosen = Steering([], torch.zeros(0, 0, dtype=torch.float32, device="cpu")) if best is None else best
+    notes = [note, *found.notes, *steering.notes, *overlap_notes(validation, steering.provenance, (SELECTED,))]
+    provenance = validated(steering.provenance, validation)
+    provenance |= {"search": first | {"completions": found.budget.spent}, "decoding": asdict(decoding)}
+    return Steering(
+        chosen.features, chosen.directions, steering.table, notes, provenance, chosen.positions, chosen.scale
+    )
+
+
+@dataclass
+class _Budget:
+    """What may still be generated."""
+
+    completions: int | None
+    minutes: float | None
+    reserved: int = 0
+    spent: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def reserve(self, completions: int) -> None:
+        """Keep some for what comes last."""
+        self.reserved = completions
+
+    @property
+    def left(self) -> float:
+        """Completions that may be generated before what is reserved."""
+        left = math.inf if self.completions is None else self.completions - self.spent
+        if self.minutes is not None and self.spent:
+            seconds = time.monotonic() - self.started
+            left = min(left, (60 * self.minutes - seconds) * self.spent / seconds)
+        return left - self.reserved
+
+
+class _Search:
+    """A search under way."""
+
+    def __init__(
+        self,
+        candidates: Sequence[Steering],
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        positions: Sequence[str],
+        scale: float,
+        decoding: Decoding,
+        options: SearchOptions,
+    ):
+        self.candidates, self.task, self.options = candidates, task, options
+        self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
+        self.budget = _Budget(options.completions, options.minutes)
+        self.notes: list[str] = []
+        self.bar: Any = None
+        self._scales = [scale / RATIO, scale, scale * RATIO]
+        self._kinds = [(at, where) for where in positions for at in range(len(candidates))]
+        self._curves: dict[tuple[int, str], dict[float, Runner]] = {kind: {} for kind in self._kinds}
+        self._rounds: list[dict[str, Any]] = []
+        self._steps: list[dict[str, Any]] = []
+        self._joint_trials = 0
+        scales = math.log(MOST / LEAST, RATIO) + 1
+        self._race = Race(self.complete, len(task), round(len(self._kinds) * scales), options.alpha)
+
+    @property
+    def unsteered(self) -> Runner:
+        """What no steering gives."""
+        return self._race.unsteered
+
+    def complete(self, trials: Sequence[Trial], samples: range) -> list[list[float]]:
+        """Rewards of trials on samples in the order of the race."""
+        part = replace(self.task, examples=self.task.examples[samples.start : samples.stop])
+        return [graded.rewards for graded in self.grade(part, trials)]
+
+    def grade(self, task: Task, trials: Sequence[Trial]) -> list[Any]:
+        """Completions of a task under trials."""
+        graded = run_trials(self.model, self.tokenizer, task, trials, self.decoding, progress=False)
+        self.budget.spent += len(task) * len(trials)
+        self.bar.update(len(task) * len(trials))
+        return graded
+
+    def best(self) -> Steering | None:
+        """The steering that wins; None where nothing does better than no steering."""
+        race = self._race
+        for kind in self._kinds:
+            self._enter(kind, self._scales)
+        least = race.cost(race.running, FIRST) + self.budget.reserved
+        if least > (self.options.completions or math.inf):
+            raise CorrSteerError(
+                f"completions must be at least {least}, for {len(race.running)} trials of {FIRST} samples and the "
+                f"confirmation, got {self.options.completions}; raise it, or lower candidates"
+            )
+        for end in race.rounds():
+            if not self._affords(race, end):
+                break
+            race.bring(end)
+            while self._grow(end):
+                race.bring(end)
+            entered = len(race.runners)
+            race.drop()
+            self._say(race, end, entered)
+            if len(race.running) < 2:
+                break
+        leader = race.leader
+        if leader is race.unsteered:
+            return None
+        return self._joined(leader)
+
+    def _enter(self, kind: tuple[int, str], scales: Sequence[float]) -> None:
+        at, where = kind
+        candidate = self.candidates[at]
+        trials = [Trial(candidate, scale, where, candidate.features[0].name) for scale in scales]
+        self._curves[kind] |= dict(zip(scales, self._race.enter(trials)))
+
+    def _grow(self, end: int) -> bool:
+        """Whether scales have been added, to curves whose best one is at an end."""
+        grown, left, highest = False, self.budget.left, self._race.highest
+        for kind, curve in self._curves.items():
+            # A curve that was left behind is not what wins, and scores of fewer samples cannot be compared.
+            scores = {scale: runner.score for scale, runner in curve.items() if runner.n == end}
+            if not scores or not self._ends_at(curve, scores):
+                continue
+            scale = next_scale(scores, self.unsteered.score, highest)
+            if scale is not None and scale not in curve and end <= left:
+                self._enter(kind, [scale])
+                left -= end
+                grown = True
+        return grown
+
+    @staticmethod
+    def _ends_at(curve: dict[float, Runner], scores: dict[float, float]) -> bool:
+        """Whether the scales that are left reach to an end of those tried."""
+        return max(scores, key=abs) == max(curve, key=abs) or min(scores, key=abs) == min(curve, key=abs)
+
+    def _affords(self, race: Race, end: int) -> bool:
+        """Whether the budget allows another round; where it does for some of the trials alone, the others leave."""
+        before = len(race.running)
+        goes_on = race.cut(self.budget.left, end)
+        if not goes_on or len(race.running) < before:
+            ended = f"{before - len(race.running)} trials, by their scores," if goes_on else "all trials"
+            self.notes.append(f"the budget ended a race for {ended} at {race.unsteered.n} of {len(self.task)} samples")
+        return goes_on
+
+    def _joined(self, leader: Runner) -> Steering:
+        """The leader with further features, as long as each does better than chance would have it."""
+        where = leader.trial.positions
+        chosen, members = leader, [self._candidate(leader)]
+        partners = self._partners(where)
+        while len(members) < self.options.most_features:
+            trials = {
+                self._together(chosen.trial, partner.trial, part): at
+                for at, partner in partners.items()
+                if at not in members
+                for part in SHARES
+            }
+            if not trials:
+                break
+            race = Race(self.complete, len(self.task), len(trials) + 1, self.options.alpha, self.unsteered)
+            race.runners.append(chosen)
+            joint = race.enter(list(trials))
+            self._joint_trials += len(joint)
+            for end in race.rounds():
+                if not self._affords(race, end):
+                    break
+                race.bring(end)
+                race.drop()
+                if len(race.running) < 2:
+                    break
+            best = race.leader
+            if best is chosen or best is race.unsteered:
+                break
+            gain = best.over(chosen)
+            error = statistics.stdev(gain) / math.sqrt(len(gain))
+            mean = statistics.fmean(gain)
+            kept = mean > error
+            added = best.trial.steering.features[-1] if best.trial.steering else None
+            self._steps.append(
+                {"feature": _named(added), "score": best.score, "n": best.n, "gain": mean, "error": error, "kept": kept}
+            )
+            if not kept:
+                break
+            chosen, members = best, [*members, trials[best.trial]]
+        steering = chosen.trial.steering
+        assert steering is not None, "only unsteered has none"
+        return replace(steering, positions=where, scale=chosen.trial.scale)
+
+    def _candidate(self, runner: Runner) -> int:
+        return next(at for (at, _), curve in self._curves.items() if runner in curve.values())
+
+    def _partners(self, where: str) -> dict[int, Runner]:
+        """The best runner of each candidate that is still in the race, the best of them first, by candidate."""
+        best: dict[int, Runner] = {}
+        for (at, positions), curve in self._curves.items():
+            running = [runner for runner in curve.values() if runner.left is None]
+            if positions == where and running:
+                best[at] = max(running, key=lambda runner: runner.score)
+        ranked = sorted(best.items(), key=lambda item: -item[1].score)
+        return dict(ranked[: FINALISTS + 1])
+
+    @staticmethod
+    def _together(chosen: Trial, partner: Trial, part: float) -> Trial:
+        """A trial of both, at the chosen one's scale, so that the other's coefficient makes up the difference."""
+        assert chosen.steering is not None and partner.steering is not None, "only unsteered has none"
+        (feature,) = partner.steering.features
+        features = [*chosen.steering.features, feature.scaled(part * partner.scale / chosen.scale)]
+        directions = torch.cat([chosen.steering.directions, partner.steering.directions])
+        return Trial(
+            Steering(features, directions), chosen.scale, chosen.positions, f"{chosen.name} and {feature.name}"
+        )
+
+    def _say(self, race: Race, end: int, entered: int) -> None:
+        left = [sum(runner.left == why for runner in race.runners) for why in ("unsteered", "leader", "budget")]
+        leader = race.leader
+        self._rounds.append(
+            {"samples": end, "entered": entered, "running": len(race.running),
+             **dict(zip(("worse_than_unsteered", "worse_than_leader", "over_budget"), left)),
+             "unsteered": race.unsteered.score, "leader": leader.score}
+        )  # fmt: skip
+        self.bar.set_postfix_str(f"{len(race.running)} trials, {leader.trial.name} {leader.score:.3f}", refresh=False)
+
+    def described(self) -> dict[str, Any]:
+        """What a search did, for JSON."""
+        scales = sorted({scale for curve in self._curves.values() for scale in curve}, key=abs)
+        grid = len(self._kinds) * len(scales) + 1 + self._joint_trials
+        finalists = [kind for kind, curve in self._curves.items() if any(r.left is None for r in curve.values())]
+        finalists.sort(key=lambda kind: -max(r.score for r in self._curves[kind].values() if r.left is None))
+        return {
+            "options": asdict(self.options),
+            "candidates": len(self.candidates),
+            "samples": len(self.task),
+            "unsteered": self.unsteered.score,
+            "trials": len(self._race.runners) + self._joint_trials,
+            "grid": {"scales": scales, "completions": grid * len(self.task)},
+            "rounds": self._rounds,
+            "finalists": [
+                {
+                    "feature": _named(self.candidates[at].features[0]),
+                    "positions": where,
+                    "curve": [
+                        {"scale": scale, "score": runner.score, "n": runner.n, "left": runner.left}
+                        for scale, runner in sorted(self._curves[at, where].items(), key=lambda item: abs(item[0]))
+                    ],
+                }
+                for at, where in finalists
+            ],
+            "joined": self._steps,
+            "confirmation": None,
+        }
+
+
+def _named(feature: Feature | None) -> dict[str, Any]:
+    """What tells a feature from others."""
+    return {} if feature is None else {name: getattr(feature, name) for name in ("layer", "index", "coefficient")}
+
+
+def _confirm(found: _Search, best: Steering, task: Task) -> dict[str, Any]:
+    """No steering against the best one, on samples that it was not chosen by."""
+    before, after = (graded.rewards for graded in found.grade(task, [UNSTEERED, Trial(best)]))
+    change, low, high = difference(before, after)
+    improved, worsened = (sum(a > b for a, b in pairs) for pairs in (zip(after, before), zip(before, after)))
+    p = mcnemar(improved, worsened)
+    return {
+        "n": len(task),
+        "unsteered": statistics.fmean(before),
+        "steered": statistics.fmean(after),
+        "difference": change,
+        "low": None if math.isnan(low) else low,
+        "high": None if math.isnan(high) else high,
+        "improved": improved,
+        "worsened": worsened,
+        "p_value": p,
+        "confirmed": change > 0 and p <= found.options.alpha,
+    }
+
+
+def _in_words(confirmation: dict[str, Any], alpha: float) -> str:
+    c = confirmation
+    verdict = "confirmed" if c["confirmed"] else "not confirmed"
+    better = "" if c["confirmed"] else f", so that chance could explain it at alpha {alpha:g}"
+    if c["difference"] <= 0:
+        better = ", so that it is no better than no steering"
+    interval = "" if c["low"] is None else f"95 % interval {c['low']:+.4f} to {c['high']:+.4f}; "
+    return (
+        f"{verdict}: on {c['n']} validation samples that the search had not seen, {c['steered']:.4f} steered against "
+        f"{c['unsteered']:.4f} unsteered, a difference of {c['difference']:+.4f} ({interval}exact p "
+        f"{c['p_value']:.3g}){better}"
+    )
