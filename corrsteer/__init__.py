@@ -30,7 +30,9 @@ _HOME = {
     "Run": "runs.run",
     "collect": "runs.collect",
     "select": "experiments.selection",
+    "calibrate_best": "experiments.scaling",
     "calibrate_scale": "experiments.scaling",
+    "baselines": "experiments.baselines",
     "evaluate": "experiments.evaluation",
     "SearchOptions": "experiments.search",
     "Trial": "experiments.trials",
@@ -60,6 +62,8 @@ __all__ = [
     "Trial",
     "__version__",
     "apply_rows",
+    "baselines",
+    "calibrate_best",
     "calibrate_scale",
     "collect",
     "demo",
@@ -81,8 +85,9 @@ __all__ = [
 if TYPE_CHECKING:
     from corrsteer import demo
     from corrsteer.errors import BackendUnavailable, CorrSteerError
+    from corrsteer.experiments.baselines import baselines
     from corrsteer.experiments.evaluation import evaluate
-    from corrsteer.experiments.scaling import calibrate_scale
+    from corrsteer.experiments.scaling import calibrate_best, calibrate_scale
     from corrsteer.experiments.search import SearchOptions
     from corrsteer.experiments.selection import select
     from corrsteer.experiments.trials import Trial, run_trials

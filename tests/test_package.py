@@ -126,7 +126,7 @@ def test_a_wheel_installs_and_its_command_runs_the_demo_from_another_directory(w
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert set(result["strategies"]) == {"single", "all", "pruned"} and result["backends"] == ["native"]
+    assert set(result["strategies"]) == {"single", "all", "pruned", "search"} and result["backends"] == ["native"]
 
 
 def test_every_type_of_the_public_interface_is_known_to_a_type_checker(wheel, tmp_path):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from corrsteer.cli.app import Json, command, emit
 from corrsteer.cli.options import Given
 from corrsteer.cli.settings import EvaluateSettings
+
+VALIDATION = {"part": "validation", "limit": None}  # of the task, whatever part is evaluated on
 
 
 @command
@@ -19,6 +22,13 @@ def evaluate(
         list[Path], typer.Option(help="Steering file that `corrsteer select` wrote; give it again for more of them.")
     ],
     given: Given[EvaluateSettings],
+    baselines: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of the run that the (first) steering was selected from: compare with a difference of "
+            "means, a random feature and others, each the best of its candidates and scales on the validation part."
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Score a task unsteered and steered. What is not given is as it was when the run was collected.
@@ -28,28 +38,46 @@ def evaluate(
     With --category-field there are results of each category too.
     """
     from corrsteer.cli import inputs
+    from corrsteer.experiments.baselines import baselines as baselines_
     from corrsteer.experiments.evaluation import evaluate as evaluate_
+    from corrsteer.experiments.scaling import calibrate_best
     from corrsteer.report.tables import evaluation_table
+    from corrsteer.runs.run import Run
     from corrsteer.steering.steering import Steering
 
     loaded = {str(path): Steering.load(path) for path in steering}
     first = next(iter(loaded.values()))
     settings = given.read(inputs.recorded(first.provenance, "test"))
-    task = inputs.load_task(settings)
+    task, run = inputs.load_task(settings), None if baselines is None else Run.load(baselines)
+    validation = None if run is None else inputs.load_task(settings.model_copy(update=VALIDATION))
     model, tokenizer = inputs.load_model(settings)
     for one in loaded.values():
         one.check(model)
-    results = evaluate_(
-        model, tokenizer, task, loaded,
-        positions=settings.positions, scale=settings.scale, decoding=inputs.decoding(settings),
-    )  # fmt: skip
+    decoding, compared = inputs.decoding(settings), {}
+    for name, one in loaded.items():
+        positions, scale = one.applied_as(settings.positions, settings.scale)
+        compared[name] = replace(one, positions=positions, scale=scale)
+    others: dict[str, Steering] = {}
+    if run is not None and validation is not None:
+        candidates = baselines_(run, next(iter(compared.values())))
+        others = calibrate_best(model, tokenizer, candidates, validation, decoding=decoding)
+        compared |= others
+    results = evaluate_(model, tokenizer, task, compared, decoding=decoding)
     if len(results) == 1:
         ((name, result),) = results.items()
         emit(result.to_dict(), json, evaluation_table({_label(name, loaded): result}), result.notes)
         return
     text = evaluation_table({_label(name, loaded): result for name, result in results.items()})
     notes = [f"{name}: {note}" for name, result in results.items() for note in result.notes]
-    emit({"steerings": {name: result.to_dict() for name, result in results.items()}}, json, text, notes)
+    notes += [
+        f"{name}: {'; '.join(other.notes)}, at scale {other.scale:g}, the best on validation of "
+        f"{other.provenance['calibration']['candidates']} candidate(s)"
+        for name, other in others.items()
+    ]
+    found: dict[str, Any] = {"steerings": {name: result.to_dict() for name, result in results.items()}}
+    if others:
+        found["baselines"] = {name: other.provenance["calibration"] for name, other in others.items()}
+    emit(found, json, text, notes)
 
 
 def _label(path: str, paths: Iterable[str]) -> str:

@@ -13,10 +13,12 @@ from torch import nn
 
 from corrsteer.arguments import whole
 from corrsteer.demo import sums
+from corrsteer.experiments.baselines import baselines
 from corrsteer.experiments.evaluation import evaluate
+from corrsteer.experiments.scaling import calibrate_best
 from corrsteer.experiments.selection import STRATEGIES, select
 from corrsteer.lm.decoding import Decoding
-from corrsteer.report.tables import feature_table, table
+from corrsteer.report.tables import evaluation_table, feature_table
 from corrsteer.rollouts.grading import grade
 from corrsteer.runs.collect import collect
 from corrsteer.runs.run import Run
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HERE = Path(__file__).parent
-NAMES = {"single": "CorrSteer-S", "all": "CorrSteer-A", "pruned": "CorrSteer-P"}
+NAMES = {"single": "CorrSteer-S", "all": "CorrSteer-A", "pruned": "CorrSteer-P", "search": "search"}
 EXAMPLES_SHOWN = 5
 PERMUTATIONS = 1000
 ALPHA = 0.05
@@ -91,50 +93,39 @@ def _run(seed: int, say: Callable[[str], None], progress: bool) -> dict[str, Any
     say(f"   The reward was {run.rewards.mean():.3f} on average. Activations: {', '.join(backends)} backend.\n")
 
     say(
-        f"2. Select: the best feature of each layer, and by {len(validation)} unsigned sums, which of them help "
-        f"when steered alone."
+        f"2. Select: the best feature of each layer; by {len(validation)} unsigned sums, which of them help when "
+        f"steered alone; and what\n   does best there of many features and scales."
     )
-    steerings = {
-        strategy: select(
-            run,
-            strategy,
-            coefficient=COEFFICIENT,
-            model=model,
-            tokenizer=tokenizer,
-            validation=validation,
-            decoding=decoding,
-            progress=progress,
-        )
-        for strategy in STRATEGIES
-    }
+    of_model: dict[str, Any] = {
+        "model": model, "tokenizer": tokenizer, "validation": validation, "decoding": decoding, "progress": progress
+    }  # fmt: skip
+    steerings = {strategy: select(run, strategy, coefficient=COEFFICIENT, **of_model) for strategy in STRATEGIES}
     best = {layer: rows[0] for layer, rows in steerings["all"].table.items() if rows}
-    say(feature_table(best.values(), {NAMES[s]: steering.features for s, steering in steerings.items()}))
+    searched = steerings["search"]
+    shown = [*best.values(), *(feature for feature in searched.features if feature not in best.values())]
+    say(feature_table(shown, {NAMES[s]: steering.features for s, steering in steerings.items()}))
     say(
         f"   Adjusted p: how often any of all {run.n_features} features correlates as well when rewards are permuted "
         f"({PERMUTATIONS} times);\n   `chance` stands beside those above {CHANCE}.\n"
     )
-
-    say(f"3. Steer and evaluate: {len(test)} unsigned sums that nothing was selected on, unsteered and steered.")
-    evaluations = evaluate(model, tokenizer, test, steerings, decoding=decoding, progress=progress)
+    record = searched.provenance["search"]
     say(
-        table(
-            ("", "layers", "unsteered", "steered", "right now", "wrong now", "side effects", "McNemar p"),
-            [
-                (
-                    NAMES[s],
-                    ",".join(str(f.layer) for f in steerings[s].features) or "none",
-                    f"{e.unsteered:.3f}",
-                    f"{e.steered:.3f}",
-                    str(e.improved),
-                    str(e.worsened),
-                    "-" if e.side_effect_ratio is None else f"{e.side_effect_ratio:.3f}",
-                    f"{e.p_value:.1e}",
-                )
-                for s, e in evaluations.items()
-            ],
-        )
-        + "\n"
+        f"   Search: {record['trials']} trials of {record['candidates']} features took {record['completions']} "
+        f"completions; a grid of them would have taken {record['grid']['completions']}.\n   Its scale is "
+        f"{searched.scale:g}. {searched.notes[0]}.\n"
     )
+
+    say(
+        f"3. Steer and evaluate: {len(test)} unsigned sums that nothing was selected on, unsteered and steered. Below "
+        f"are baselines,\n   each the best of its candidates and scales on the {len(validation)} sums of before."
+    )
+    others = calibrate_best(
+        model, tokenizer, baselines(run, searched, seed=seed), validation, decoding=decoding, progress=progress
+    )
+    compared = {**{NAMES[s]: steering for s, steering in steerings.items()}, **others}
+    evaluated = evaluate(model, tokenizer, test, compared, decoding=decoding, progress=progress)
+    evaluations = {strategy: evaluated[NAMES[strategy]] for strategy in STRATEGIES}
+    say(evaluation_table(evaluated, indent="   ") + "\n")
 
     best_strategy = max(evaluations, key=lambda s: evaluations[s].steered)
     changed = [e for e in evaluations[best_strategy].examples if e["before"] != e["after"]]
@@ -158,6 +149,11 @@ def _run(seed: int, say: Callable[[str], None], progress: bool) -> dict[str, Any
             s: e.to_dict(examples=False)
             | {"features": [asdict(f) for f in steerings[s].features], "notes": steerings[s].notes + e.notes}
             for s, e in evaluations.items()
+        },
+        "search": record | {"scale": searched.scale, "positions": searched.positions},
+        "baselines": {
+            name: evaluated[name].to_dict(examples=False) | {"scale": other.scale, "notes": other.notes}
+            for name, other in others.items()
         },
         "examples": changed[:EXAMPLES_SHOWN],
     }

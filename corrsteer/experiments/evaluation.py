@@ -62,7 +62,7 @@ class Evaluation:
     categories : the same of each category, where the task has any; their intervals are not adjusted to each other.
     examples : prompt, answer, category, both completions and rewards of every sample, and its change: `improved`,
         `worsened`, `changed_equal` or `none`.
-    notes : what a user should know, such as samples that the steering was selected on.
+    notes : what a user should know, such as samples that the steering was selected on, or that repeat a prompt.
     """
 
     n: int
@@ -162,8 +162,9 @@ def evaluate(
     before = [] if unsteered is not None else [UNSTEERED]
     graded = run_trials(model, tokenizer, task, before + trials, decoding, progress=progress)
     plain, *steered = graded if unsteered is None else [unsteered, *graded]
+    repeated = _repeated_note(task)
     evaluations = {
-        name: _compare(task, plain, after, [] if one is None else overlap_notes(task, one.provenance))
+        name: _compare(task, plain, after, [*repeated, *([] if one is None else overlap_notes(task, one.provenance))])
         for (name, one), after in zip(named.items(), steered)
     }
     adjusted = holm([evaluation.p_value for evaluation in evaluations.values()])
@@ -196,6 +197,14 @@ def _compare(task: Task, before: Graded, after: Graded, notes: list[str]) -> Eva
         examples=examples,
         notes=notes,
     )
+
+
+def _repeated_note(task: Task) -> list[str]:
+    repeated = len(task) - len({example.prompt for example in task.examples})
+    return [
+        f"{repeated} of the {len(task)} samples repeat a prompt, but intervals and p-values take samples to be "
+        f"independent and are too sure; give each prompt once"
+    ] * bool(repeated)
 
 
 def _examples(task: Task, before: Graded, after: Graded) -> list[dict[str, Any]]:

@@ -279,10 +279,8 @@ class _Search:
             best = race.leader
             if best is chosen or best is race.unsteered:
                 break
-            gain = best.over(chosen)
-            error = statistics.stdev(gain) / math.sqrt(len(gain))
-            mean = statistics.fmean(gain)
-            kept = mean > error
+            mean, error = _gain(best, chosen)
+            kept = mean > error  # of equals but for chance, the fewer features (Breiman et al., CART, 1984)
             added = best.trial.steering.features[-1] if best.trial.steering else None
             self._steps.append(
                 {"feature": _named(added), "score": best.score, "n": best.n, "gain": mean, "error": error, "kept": kept}
@@ -298,14 +296,18 @@ class _Search:
         return next(at for (at, _), curve in self._curves.items() if runner in curve.values())
 
     def _partners(self, where: str) -> dict[int, Runner]:
-        """The best runner of each candidate that is still in the race, the best of them first, by candidate."""
-        best: dict[int, Runner] = {}
+        """The best few candidates, each at its best, of those that beat no steering by more than a standard error.
+
+        Those that left for the leader are among them: what is not the best alone may add to it.
+        """
+        best: dict[int, tuple[float, Runner]] = {}
         for (at, positions), curve in self._curves.items():
-            running = [runner for runner in curve.values() if runner.left is None]
-            if positions == where and running:
-                best[at] = max(running, key=lambda runner: runner.score)
-        ranked = sorted(best.items(), key=lambda item: -item[1].score)
-        return dict(ranked[: FINALISTS + 1])
+            for runner in curve.values():
+                if positions == where and runner.left in (None, "leader"):
+                    mean, error = _gain(runner, self.unsteered)
+                    best[at] = max(best.get(at, (0.0, runner)), (mean - error, runner), key=lambda one: one[0])
+        ranked = sorted(best.items(), key=lambda item: -item[1][0])
+        return {at: runner for at, (gain, runner) in ranked[: FINALISTS + 1] if gain > 0}
 
     @staticmethod
     def _together(chosen: Trial, partner: Trial, part: float) -> Trial:
@@ -356,6 +358,12 @@ class _Search:
             "joined": self._steps,
             "confirmation": None,
         }
+
+
+def _gain(runner: Runner, other: Runner) -> tuple[float, float]:
+    """The mean difference of rewards from another's, and its standard error."""
+    differences = runner.over(other)
+    return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def _named(feature: Feature | None) -> dict[str, Any]:

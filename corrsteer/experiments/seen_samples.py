@@ -15,6 +15,12 @@ SELECTED, VALIDATED = "selected_on", "validated_on"
 USES = {SELECTED: "features were selected on", VALIDATED: "the steering was validated on"}
 
 
+def selected(provenance: dict[str, Any]) -> dict[str, Any]:
+    """A run's provenance as that of a steering, which was selected on the run's samples."""
+    seen = [provenance["samples"]] if "samples" in provenance else []
+    return {name: value for name, value in provenance.items() if name != "samples"} | {SELECTED: seen}
+
+
 def validated(provenance: dict[str, Any], validation: Task) -> dict[str, Any]:
     """The same provenance, with one more task that was validated on."""
     return provenance | {VALIDATED: [*provenance.get(VALIDATED, []), validation.samples()]}

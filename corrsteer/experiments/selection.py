@@ -15,7 +15,7 @@ from corrsteer.errors import CorrSteerError
 from corrsteer.experiments.pruning import prune
 from corrsteer.experiments.ranking import Ranking, in_direction
 from corrsteer.experiments.search import SearchOptions, search
-from corrsteer.experiments.seen_samples import SELECTED
+from corrsteer.experiments.seen_samples import selected
 from corrsteer.lm.decoding import Decoding
 from corrsteer.lm.token_positions import POSITIONS
 from corrsteer.ops.moments import COEFFICIENTS
@@ -116,7 +116,7 @@ def select(
         features = []
     steering = Steering(
         features,
-        _directions(run, features, encoders),
+        decoder_rows(run, features, encoders),
         ranked.table,
         _reasons(run, choices, features, ranked.dropped) + run.notes,
         _provenance(run, choices),
@@ -154,14 +154,11 @@ def candidates(run: Run, choices: Choices, k: int) -> list[Feature]:
 
 def _provenance(run: Run, choices: Choices) -> dict[str, Any]:
     """That of the run, with what was selected from it and how."""
-    of_run = dict(run.provenance)
-    seen = [of_run.pop("samples")] if "samples" in of_run else []
-    return of_run | {
+    return selected(run.provenance) | {
         "selection": asdict(choices),
         "pool": run.pool,
         "coefficient_pool": run.coefficient_pool,
         "n": run.n,
-        SELECTED: seen,
     }
 
 
@@ -335,7 +332,8 @@ def _none_survives(run: Run, least: float, choices: Choices) -> str:
     )
 
 
-def _directions(run: Run, features: list[Feature], encoders: Mapping[int, SparseEncoder] | None) -> Tensor:
+def decoder_rows(run: Run, features: Sequence[Feature], encoders: Mapping[int, SparseEncoder] | None) -> Tensor:
+    """The decoder row of each feature of a run, `[len(features), d]`, from the encoders or where theirs came from."""
     decoders = run.decoders if encoders is None else {layer: e.decoder for layer, e in encoders.items()}
     if not features:
         return torch.zeros(0, 0, dtype=torch.float32, device="cpu")

@@ -133,11 +133,13 @@ def _joined(a: float, b: float, phi: float) -> float:
 def _bootstrap(values: Sequence[float], level: float) -> Estimate:
     from scipy.stats import bootstrap
 
-    value = math.fsum(values) / len(values)
+    value = math.fsum(each / len(values) for each in values)
     if min(values) == max(values):
         return Estimate(value, math.nan, math.nan)
+    unit = max(abs(each - value) for each in values)  # BCa takes third powers, which may not be floats
+    deviations = [(each - value) / unit for each in values]
     interval = bootstrap(
-        (values,), np.mean, confidence_level=level, method="BCa", rng=np.random.default_rng(_SEED),
+        (deviations,), np.mean, confidence_level=level, method="BCa", rng=np.random.default_rng(_SEED),
         batch=max(1, _BOOTSTRAP_ELEMENTS // len(values)),
     ).confidence_interval  # fmt: skip
-    return Estimate(value, float(interval.low), float(interval.high))
+    return Estimate(value, value + unit * float(interval.low), value + unit * float(interval.high))

@@ -38,7 +38,7 @@ def result(tmp_path_factory):
 
 def test_steering_lifts_accuracy_on_sums_that_nothing_was_selected_on(result):
     strategies = result["strategies"]
-    assert set(strategies) == {"single", "all", "pruned"}
+    assert set(strategies) == {"single", "all", "pruned", "search"}
     best = max(strategies.values(), key=lambda s: s["steered"])
     assert result["seconds"] < 60
     assert best["unsteered"] <= 0.65 and best["steered"] >= 0.80 and best["p_value"] < 1e-6

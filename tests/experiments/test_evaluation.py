@@ -106,6 +106,17 @@ def test_each_category_has_its_own_difference(compare):
     assert result.categories == {} and "category" not in result.examples[0]
 
 
+def test_samples_that_repeat_a_prompt_are_said_to_be_no_independent_ones(compare):
+    twice = Task.from_rows([{"prompt": prompt, "answer": "1"} for prompt in ("1", "2", "1", "1")])
+    (note,) = compare(twice, graded(twice, [0, 1, 0, 0]), graded(twice, [1, 1, 1, 1]))["s0"].notes
+    assert note == (
+        "2 of the 4 samples repeat a prompt, but intervals and p-values take samples to be independent and are too "
+        "sure; give each prompt once"
+    )
+    once = task(4)
+    assert compare(once, graded(once, [0, 1, 0, 0]), graded(once, [1, 1, 1, 1]))["s0"].notes == []
+
+
 def test_speeds_are_tokens_by_seconds(compare):
     one = task(2)
     before, after = graded(one, [0, 1], tokens=60, seconds=2.0), graded(one, [0, 1], tokens=50, seconds=2.5)

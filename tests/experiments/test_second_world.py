@@ -4,7 +4,7 @@ import pytest
 import second_world
 import torch
 
-from corrsteer import Steering, Trial, collect, run_trials, select
+from corrsteer import SearchOptions, Steering, Trial, collect, evaluate, run_trials, select
 from corrsteer.experiments.trials import UNSTEERED
 from corrsteer.lm.generation import tokenize
 from corrsteer.ops import reference
@@ -107,6 +107,58 @@ def test_the_strategies_that_trust_correlation_do_not_raise_the_score(world, run
         run, "pruned", model=world.model, tokenizer=world.tokenizer, validation=world.validation, **SETTINGS
     )
     assert pruned.features == []
+
+
+def test_search_finds_what_steers_and_the_race_drops_what_correlates(world, run):
+    of_model = {"model": world.model, "tokenizer": world.tokenizer}
+    found = select(run, "search", **of_model, validation=world.validation, **SETTINGS)
+    names = {index: name for name, index in world.features[1].items()}
+    assert {feature.layer for feature in found.features} == {1}
+    assert [names[feature.index] for feature in found.features] in (["care"], ["care", "haste"])
+    assert found.features[0].coefficient > 0 and found.features[0].statistics.pool == "last_prompt"
+    assert found.scale >= 2 and found.provenance["search"]["confirmation"]["confirmed"]
+    record = found.provenance["search"]
+    assert record["completions"] < record["grid"]["completions"] / 2
+    result = evaluate(**of_model, task=world.test, steering=found, **SETTINGS)
+    assert result.steered > result.unsteered + 0.25
+    best_correlated = {"layer": 1, "index": world.features[1]["wrote right"]}
+    assert all(best_correlated.items() - one["feature"].items() for one in record["finalists"])
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_search_joins_a_second_feature_that_helps_and_is_subtracted(seed):
+    world = second_world.build(seed)
+    run = collect(world.model, world.tokenizer, world.encoders, world.train, permutations=0, **SETTINGS)
+    of_model = {"model": world.model, "tokenizer": world.tokenizer, "validation": world.validation}
+    found = select(run, "search", **of_model, **SETTINGS)
+    care, haste = found.features
+    named = world.features[1]
+    assert (care.index, haste.index) == (named["care"], named["haste"]) and haste.coefficient < 0 < care.coefficient
+    (step,) = [step for step in found.provenance["search"]["joined"] if step["kept"]]
+    assert step["gain"] > step["error"] > 0 and step["feature"]["index"] == named["haste"]
+    one = select(run, "search", **of_model, options=SearchOptions(most_features=1), **SETTINGS)
+    assert [feature.index for feature in one.features] == [named["care"]]
+    positive = select(run, "search", **of_model, direction="positive", **SETTINGS)
+    assert all(feature.coefficient > 0 for feature in positive.features)
+
+
+def test_where_rewards_mean_nothing_nothing_is_confirmed_in_nineteen_of_twenty_seeds():
+    """Each completion has a coin of its own, so that the race has something to choose by."""
+    world, confirmed, leaders = second_world.build(0), 0, 0
+    for coin in range(20):
+        train, validation = second_world.null(coin, n_validation=128)
+        run = collect(world.model, world.tokenizer, world.encoders, train.take(300), permutations=0, **SETTINGS)
+        found = select(
+            run, "search", model=world.model, tokenizer=world.tokenizer, validation=validation,
+            options=SearchOptions(candidates=1, seed=coin), **SETTINGS,
+        )  # fmt: skip
+        confirmation = found.provenance["search"]["confirmation"]
+        leaders += bool(found.features)
+        if confirmation is not None:
+            confirmed += confirmation["confirmed"]
+            assert found.notes[0].startswith("confirmed: " if confirmation["confirmed"] else "not confirmed: ")
+    assert confirmed <= 1
+    assert leaders > 10, "chance gives the race a winner, which the others do not confirm"
 
 
 def test_a_reward_that_means_nothing_is_a_coin_that_changes_with_the_completion(world, run):

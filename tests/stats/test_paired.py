@@ -34,6 +34,15 @@ def test_the_mean_of_graded_rewards_has_the_bca_bootstraps_interval():
     assert mean(rewards) == (value, low, high)  # the same bits again
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("unit", (1e-300, 1e-9, 1.0, 1e9, 1e300))
+def test_the_bootstraps_interval_is_in_the_unit_of_the_rewards(unit):
+    rewards = np.random.default_rng(4).exponential(size=9).tolist()
+    scaled, shifted = mean([unit * reward for reward in rewards]), mean([reward + 1e3 for reward in rewards])
+    expected = pytest.approx(mean(rewards), rel=0.01)  # rounding decides between means that are equal
+    assert [end / unit for end in scaled] == expected and [end - 1e3 for end in shifted] == expected
+
+
 @pytest.mark.parametrize("rewards", ([0.3], [0.1] * 7, [-2.0, -2.0]))
 def test_equal_graded_rewards_say_nothing_of_the_next(rewards):
     value, low, high = mean(rewards)
