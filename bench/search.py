@@ -27,7 +27,7 @@ import torch
 from bench import record
 from corrsteer import Decoding, SearchOptions, SparseEncoder, Steering, Task, Trial, collect, demo, run_trials, select
 from corrsteer.compatibility import installed
-from corrsteer.experiments.selection import candidates, chosen
+from corrsteer.experiments.selection import candidates, chosen, decoder_rows
 from corrsteer.experiments.trials import UNSTEERED
 from corrsteer.report.tables import table
 from corrsteer.runs.run import Run
@@ -144,7 +144,8 @@ def measured(world: World, grid: dict[str, Any]) -> dict[str, Any]:
     of_one = found[ONE].provenance["search"]
     choices = chosen("search", "pearson", None, "maxT", "delta", None, None, None, 10).checked(run)
     features = candidates(run, choices, grid["candidates"])
-    tried = [Trial(_along(world, f), scale) for f in features for scale in of_one["grid"]["scales"]]
+    alone = Steering(features, decoder_rows(run, features, world.encoders)).alone()
+    tried = [Trial(steering, scale) for steering in alone for scale in of_one["grid"]["scales"]]
     (best, scores), took = timed(lambda: exhaustive(world, [UNSTEERED, *tried], racing, confirming))
     seconds["grid"] = [took]
     again, took = timed(lambda: searched(world, run, options[ONE]))
@@ -163,11 +164,10 @@ def measured(world: World, grid: dict[str, Any]) -> dict[str, Any]:
     for at, name in enumerate(steered, 1):
         of = found.get(name)
         counted = of.provenance["search"] if of else in_grid
-        of_grid = features[(best - 1) // len(of_one["grid"]["scales"])]
         ways[name] = {
             "trials": counted["trials"], "completions": counted["completions"],
             "seconds": statistics.fmean(seconds[name]), "timed": seconds[name],
-            "found": _what(of) if of else _described([of_grid] if best else [], steered[name].scale),
+            "found": _what(steered[name]),
             **{part: scores_of[at] for part, scores_of in held.items()},
         }  # fmt: skip
     return {
@@ -180,18 +180,11 @@ def measured(world: World, grid: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _along(world: World, feature: Any) -> Steering:
-    decoder = world.encoders[feature.layer].decoder
-    return Steering.from_vectors({feature.hook_point: feature.coefficient * decoder.rows([feature.index])[0]})
-
-
-def _what(steering: Steering) -> list[str]:
-    return _described(steering.features, steering.scale)
-
-
-def _described(features: Sequence[Any], scale: float) -> list[str]:
+def _what(steered: Steering | Trial) -> list[str]:
     """Features with what they are multiplied by, as a person reads them."""
-    return [f"{scale * feature.coefficient:+.2f} × {feature.layer}/{feature.index}" for feature in features]
+    steering = steered.steering if isinstance(steered, Trial) else steered
+    features = steering.features if steering else []
+    return [f"{steered.scale * feature.coefficient:+.2f} × {feature.layer}/{feature.index}" for feature in features]
 
 
 HEADER = ("model", "way", "trials", "completions", "seconds", "layer/feature", "confirmation", "test")

@@ -220,7 +220,7 @@ def test_scores_that_compare_with_rewards_of_0_say_so_where_there_are_none():
 def test_the_note_on_chance_is_of_what_pruning_kept(steered_world, monkeypatch):
     model, tokenizer, steering, _ = steered_world
     run = made_run(layers=(1, 2), permutations=199, effect=0.0)
-    monkeypatch.setattr("corrsteer.experiments.selection._directions", lambda *_: steering.directions)
+    monkeypatch.setattr("corrsteer.experiments.selection.decoder_rows", lambda *_: steering.directions)
     run.points = {layer: HookPoint(3) for layer in run.points}
     pruned = select(
         run, "pruned", model=model, tokenizer=tokenizer, validation=tiny_pipeline.task(24, seed=5), decoding=DECODING,
@@ -371,7 +371,7 @@ def steered_world():
 
 def test_pruned_keeps_exactly_what_beats_the_unsteered_score_when_steered_alone(steered_world, monkeypatch):
     model, tokenizer, steering, run = steered_world
-    monkeypatch.setattr("corrsteer.experiments.selection._directions", lambda *_: steering.directions)
+    monkeypatch.setattr("corrsteer.experiments.selection.decoder_rows", lambda *_: steering.directions)
     validation = tiny_pipeline.task(24, seed=5)
     run.points = {layer: HookPoint(3) for layer in run.points}
     pruned = select(
