@@ -33,9 +33,12 @@ from corrsteer.report.tables import table
 from corrsteer.runs.run import Run
 
 FULL: dict[str, Any] = {
-    "samples": {"demo": (1500, 300, 300), "chat": (256, 160, 120)}, "candidates": 3, "most_features": 3, "seed": 0,
+    "samples": {"demo": (1500, 300, 300), "chat": (256, 160, 120)}, "candidates": {"demo": 3, "chat": 1},
+    "most_features": 3, "seed": 0,
 }  # fmt: skip
-QUICK: dict[str, Any] = FULL | {"samples": {"demo": (300, 64, 60), "chat": (60, 48, 30)}, "candidates": 1}
+QUICK: dict[str, Any] = FULL | {
+    "samples": {"demo": (300, 64, 60), "chat": (60, 64, 30)}, "candidates": {"demo": 1, "chat": 1},
+}  # fmt: skip
 QUESTIONS = (
     "What is {}+{}? Answer with the number only.", "What is {} + {}? Answer with the number only.",
     "Compute {}+{}. Answer with the number only.",
@@ -51,6 +54,7 @@ class World:
     """What is searched: a model, its SAEs, and samples that share no prompt."""
 
     name: str
+    candidates: int  # of each layer, pooling and sign
     model: Any
     tokenizer: Any
     encoders: dict[int, SparseEncoder]
@@ -64,7 +68,7 @@ def demo_world(grid: dict[str, Any]) -> World:
     """The demo's."""
     model, tokenizer, encoders = demo.load()
     parts = (task.take(n) for task, n in zip(demo.tasks(), grid["samples"]["demo"]))
-    return World("demo", model, tokenizer, encoders, *parts, Decoding(max_new_tokens=4))
+    return World("demo", grid["candidates"]["demo"], model, tokenizer, encoders, *parts, Decoding(max_new_tokens=4))
 
 
 def chat_world(folder: Path, saes: dict[int, Path], dtype: str, new: int, grid: dict[str, Any]) -> World:
@@ -75,8 +79,8 @@ def chat_world(folder: Path, saes: dict[int, Path], dtype: str, new: int, grid: 
     encoders = {layer: SparseEncoder.load(path) for layer, path in saes.items()}
     name = encoders[min(encoders)].metadata.get("model_name") or "chat"
     return World(
-        name, model, AutoTokenizer.from_pretrained(folder), encoders, *sums(grid["samples"]["chat"]),
-        Decoding(max_new_tokens=new),
+        name, grid["candidates"]["chat"], model, AutoTokenizer.from_pretrained(folder), encoders,
+        *sums(grid["samples"]["chat"]), Decoding(max_new_tokens=new),
     )  # fmt: skip
 
 
@@ -130,8 +134,8 @@ def measured(world: World, grid: dict[str, Any]) -> dict[str, Any]:
         progress=False,
     )  # fmt: skip
     options = {
-        "search": SearchOptions(grid["candidates"], grid["most_features"], seed=grid["seed"]),
-        ONE: SearchOptions(grid["candidates"], 1, seed=grid["seed"]),
+        "search": SearchOptions(world.candidates, grid["most_features"], seed=grid["seed"]),
+        ONE: SearchOptions(world.candidates, 1, seed=grid["seed"]),
     }
     found, seconds = {}, {name: [] for name in options}
     for name, each in options.items():
@@ -143,7 +147,7 @@ def measured(world: World, grid: dict[str, Any]) -> dict[str, Any]:
     racing, confirming, _ = world.validation.split(1 - confirm, confirm, 0, seed=grid["seed"])
     of_one = found[ONE].provenance["search"]
     choices = chosen("search", "pearson", None, "maxT", "delta", None, None, None, 10).checked(run)
-    features = candidates(run, choices, grid["candidates"])
+    features = candidates(run, choices, world.candidates)
     alone = Steering(features, decoder_rows(run, features, world.encoders)).alone()
     tried = [Trial(steering, scale) for steering in alone for scale in of_one["grid"]["scales"]]
     (best, scores), took = timed(lambda: exhaustive(world, [UNSTEERED, *tried], racing, confirming))
