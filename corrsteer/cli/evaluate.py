@@ -68,15 +68,18 @@ def evaluate(
         emit(result.to_dict(), json, evaluation_table({_label(name, loaded): result}), result.notes)
         return
     text = evaluation_table({_label(name, loaded): result for name, result in results.items()})
-    notes = [f"{name}: {note}" for name, result in results.items() for note in result.notes]
-    notes += [
-        f"{name}: {'; '.join(other.notes)}, at scale {other.scale:g}, the best on validation of "
-        f"{other.provenance['calibration']['candidates']} candidate(s)"
-        for name, other in others.items()
-    ]
+    shared = [note for note in next(iter(results.values())).notes if all(note in r.notes for r in results.values())]
+    notes = shared + [f"{name}: {note}" for name, r in results.items() for note in r.notes if note not in shared]
+    for name, other in others.items():
+        what, *rest = other.notes
+        n = other.provenance["calibration"]["candidates"]
+        notes += [f"{name}: {what}, at scale {other.scale:g}, the best of {n} on validation"]
+        notes += [f"{name}: {note}" for note in rest]
     found: dict[str, Any] = {"steerings": {name: result.to_dict() for name, result in results.items()}}
     if others:
-        found["baselines"] = {name: other.provenance["calibration"] for name, other in others.items()}
+        found["baselines"] = {
+            name: other.provenance["calibration"] | {"notes": other.notes} for name, other in others.items()
+        }
     emit(found, json, text, notes)
 
 

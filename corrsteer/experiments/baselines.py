@@ -39,8 +39,8 @@ def baselines(
     - `residual dimension`: the dimension of the residual stream that correlates best with the reward, of either sign,
       with the difference of its class means.
 
-    Layer 0 is left out, as `select` does. A baseline that cannot be had is left out, such as a difference of means
-    where all rewards are positive, or a score that the run holds no histograms for.
+    The first note of each says what it is. Layer 0 is left out, as `select` does. A baseline that cannot be had is left
+    out, such as a difference of means where all rewards are positive, or a score that the run holds no histograms for.
 
     Parameters
     ----------
@@ -131,7 +131,7 @@ def _best_by_other_scores(run: Run, encoders: Mapping[int, SparseEncoder] | None
         for feature in best.features:
             choice = (feature.layer, feature.index, feature.coefficient > 0)
             if choice not in seen and feature.coefficient and score != "pearson":
-                yield score, best
+                yield score, replace(best, notes=[f"{feature.name}, which ranks best by {score}", *best.notes])
             seen.add(choice)
 
 

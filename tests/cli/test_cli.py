@@ -206,6 +206,22 @@ def test_select_searches_and_what_follows_uses_the_scale_and_the_positions_that_
     assert "completions must be at least" in short.stderr
 
 
+def test_evaluate_compares_with_baselines_each_at_its_best_scale_on_the_validation_part(world, collected):
+    steering = world / "single.safetensors"
+    run("select", world / "run", "--strategy", "single", "--out", steering)
+    arguments = ("evaluate", "--steering", steering, "--grader", "regex:^[02468]", "--baselines", world / "run")
+    found = json.loads(run(*arguments, "--json").stdout)
+    assert set(found["steerings"]) == {str(steering), *found["baselines"]}
+    assert {"difference of means", "random feature", "residual dimension"} <= set(found["baselines"])
+    for record in found["baselines"].values():
+        assert record["validation"]["n"] == 12 and len(record["curve"]) >= 5
+    means = found["baselines"]["difference of means"]
+    assert means["candidates"] == 4, "two layers and two poolings"
+    text = run(*arguments)
+    assert "random feature" in text.stdout
+    assert f"scale {means['scale']:g}, the best of 4 on validation" in text.output
+
+
 def test_options_of_the_search_are_refused_without_it(world, collected):
     result = run("select", world / "run", "--strategy", "pruned", "--candidates", 2, ok=False)
     assert "--candidates can only be used with --strategy search" in result.stderr
