@@ -105,6 +105,8 @@ def select(
         scale = check_application(one, scale)
     if options is not None and not searches:
         raise CorrSteerError(f"options are of strategy 'search', got strategy {strategy!r}; leave them out")
+    if searches and scale == 0:
+        raise CorrSteerError("scale must not be 0 to search, as scales begin around it, got 0; leave it out")
     if strategy in STEERED and (model is None or tokenizer is None or validation is None):
         raise CorrSteerError(f"strategy {strategy!r} steers the model: give model, tokenizer and validation")
     ranked = _rank(run, choices)

@@ -186,6 +186,7 @@ def test_rewards_that_are_no_shares_are_searched_too(world):
         ({"validation": Task.from_rows([{"prompt": str(n), "answer": "1"} for n in range(20)])}, "at least 16 samples"),
         ({"positions": ()}, "positions must be one of generated, all, prompt, or more to search"),
         ({"positions": ("some",)}, "positions must be one of"),
+        ({"scale": 0.0}, "scale must not be 0 to search"),
         ({"confirm": 1.5}, "confirm must"),
         ({"candidates": 0}, "candidates must"),
         ({"minutes": 0}, "minutes must be above 0"),
