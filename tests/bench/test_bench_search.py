@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import search
+from bench import record, search, table
 from corrsteer import select
 from corrsteer.experiments.race import FIRST
 
@@ -59,3 +59,14 @@ def test_saes_without_their_model_are_refused(capsys):
     with pytest.raises(SystemExit):
         search.main(["--quick", "--saes", "1=sae"])
     assert "--model and --saes are given together" in capsys.readouterr().err
+
+
+def test_the_committed_result_is_the_full_one():
+    path = record.STUDIES / "search.json"
+    committed = json.loads(path.read_text())
+    assert (committed["schema"], committed["version"]) == ("corrsteer.search", record.VERSION)
+    assert not committed["quick"]
+    for line in search.summary(committed):
+        assert line in table.search(path)
+    for world in committed["worlds"]:
+        assert world["ways"]["search, one feature"]["completions"] < world["ways"]["grid"]["completions"]
