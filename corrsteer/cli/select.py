@@ -97,8 +97,11 @@ def select(
             f"{', '.join(given.names)} can only be used with --strategy pruned or search, which run the model"
         )
     steering = select_(loaded, **vars(choices), **trials)
+    searched, notes = steering.provenance.get("search"), steering.notes
     if not steering.features:
-        raise CorrSteerError("; ".join(steering.notes))
+        if searched:
+            emit({"search": searched}, json, search_tables(searched))
+        raise CorrSteerError("; ".join(notes))
     steering.save(out)
     result = {
         "out": str(out),
@@ -106,7 +109,6 @@ def select(
         "table": {str(at): [asdict(f) for f in rows] for at, rows in steering.table.items()},
         "notes": steering.notes,
     }
-    searched, notes = steering.provenance.get("search"), steering.notes
     if searched:
         result |= {"positions": steering.positions, "scale": steering.scale, "search": searched}
     rows = [f for layer_rows in steering.table.values() for f in layer_rows]

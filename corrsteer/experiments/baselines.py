@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,38 +25,49 @@ from corrsteer.steering.steering import Steering
 
 
 def baselines(
-    run: Run, steering: Steering, *, encoders: Mapping[int, SparseEncoder] | None = None, seed: int = 0
+    run: Run,
+    steering: Steering,
+    *,
+    encoders: Mapping[int, SparseEncoder] | None = None,
+    draws: int = 3,
+    seed: int = 0,
 ) -> dict[str, list[Steering]]:
     """Steerings to compare another with, by the name of the baseline; of several candidates, trials take the best.
 
     - `difference of means`: of the residuals of samples with y > 0 and y <= 0 (contrastive activation addition; Rimsky
       et al., "Steering Llama 2 via contrastive activation addition", 2024), a candidate for each layer and pooling of
       `run.residuals`.
-    - `random feature`: at each hook point of `steering`, a random feature that was active in some sample and is none of
-      the steering's, at the norm of what the steering adds there.
+    - `random feature 1` and so on, as one tells little of others: at each hook point of `steering`, a random feature
+      that was active in some sample and is none of the steering's, at the norm of what the steering adds there.
     - `best by <score>`: for each score but r, the one feature that ranks best, as `select(run, "single", score=...)`
       gives it. What r or a score before has chosen is left out.
     - `residual dimension`: the dimension of the residual stream that correlates best with the reward, of either sign,
       with the difference of its class means.
 
-    The first note of each says what it is. Layer 0 is left out, as `select` does. A baseline that cannot be had is left
-    out, such as a difference of means where all rewards are positive, or a score that the run holds no histograms for.
+    The first note of each says what it is. Layer 0 is left out, as `select` does, unless the steering is of it. A
+    baseline that cannot be had is left out, such as a difference of means where all rewards are positive, or a score
+    that the run holds no histograms for.
 
     Parameters
     ----------
     run : what the steering was selected from.
     steering : what is to be compared. Baselines have its positions; their scale is 1.
     encoders : where decoder rows are read from, if not where the run's encoders came from.
-    seed : of the random feature.
+    draws : how many random features.
+    seed : of these.
     """
     check_type("run", run, Run, "a Run, as collect returns")
     check_type("steering", steering, Steering, "a Steering")
-    seed = whole("seed", seed, 0)
+    draws, seed = whole("draws", draws, 0), whole("seed", seed, 0)
+    layers = sorted({*selectable(run.residuals), *(f.layer for f in steering.features if f.layer in run.residuals)})
     found = {
-        "difference of means": list(_differences_of_means(run)),
-        "random feature": list(_random_feature(run, steering, encoders, seed)),
+        "difference of means": list(_differences_of_means(run, layers)),
+        **{
+            f"random feature {draw + 1}": list(_random_feature(run, steering, encoders, seed, draw))
+            for draw in range(draws)
+        },
         **{f"best by {score}": [best] for score, best in _best_by_other_scores(run, encoders)},
-        "residual dimension": list(_residual_dimension(run)),
+        "residual dimension": list(_residual_dimension(run, layers)),
     }
     return {
         name: [replace(candidate, positions=steering.positions) for candidate in candidates]
@@ -65,8 +76,8 @@ def baselines(
     }
 
 
-def _differences_of_means(run: Run) -> Iterator[Steering]:
-    for layer in selectable(run.residuals):
+def _differences_of_means(run: Run, layers: Sequence[int]) -> Iterator[Steering]:
+    for layer in layers:
         for pool in RESIDUAL_POOLINGS:
             moments = run.residuals[layer][pool]
             difference = moments.coefficient("contrastive")[0].to("cpu", torch.float32)
@@ -80,7 +91,7 @@ def _differences_of_means(run: Run) -> Iterator[Steering]:
 
 
 def _random_feature(
-    run: Run, steering: Steering, encoders: Mapping[int, SparseEncoder] | None, seed: int
+    run: Run, steering: Steering, encoders: Mapping[int, SparseEncoder] | None, seed: int, draw: int
 ) -> Iterator[Steering]:
     layers = {str(point): layer for layer, point in run.points.items()}
     if not {feature.hook_point for feature in steering.features} <= set(layers):
@@ -89,7 +100,7 @@ def _random_feature(
     features, directions = [], []
     for point, vector in steering.vectors().items():
         layer, norm = layers[str(point)], abs(steering.scale) * float(vector.norm())
-        drawn = _drawn(run, layer, str(point), taken, encoders, seed)
+        drawn = _drawn(run, layer, str(point), taken, encoders, seed, draw)
         if drawn is None or norm == 0:
             return
         feature, direction = drawn
@@ -99,7 +110,7 @@ def _random_feature(
         yield _described(
             run, Steering(features, torch.stack(directions)),
             f"random features: {', '.join(feature.name for feature in features)}",
-            baseline="random feature", seed=seed,
+            baseline="random feature", seed=seed, draw=draw,
         )  # fmt: skip
 
 
@@ -110,15 +121,21 @@ def _drawn(
     taken: Collection[tuple[int | None, int | None]],
     encoders: Mapping[int, SparseEncoder] | None,
     seed: int,
+    draw: int,
 ) -> tuple[Feature, Tensor] | None:
-    """A random feature of a layer and its direction `[d]`: one that was active, is not taken, and has a direction."""
+    """A random feature of a layer and its direction `[d]`: one that was active, is not taken, and has a direction.
+
+    Draws of one seed are of different features; None where there are no more.
+    """
     active = run.moments[layer][run.pool].n_active.nonzero()[:, 0].tolist()
     free = [index for index in active if (layer, index) not in taken]
     for at in np.random.default_rng([seed, layer]).permutation(len(free)):
         feature = Feature(point, layer=layer, index=free[at])
         (direction,) = decoder_rows(run, [feature], encoders)
         if bool(direction.isfinite().all()) and bool(direction.any()):
-            return feature, direction
+            if draw == 0:
+                return feature, direction
+            draw -= 1
     return None
 
 
@@ -135,8 +152,8 @@ def _best_by_other_scores(run: Run, encoders: Mapping[int, SparseEncoder] | None
             seen.add(choice)
 
 
-def _residual_dimension(run: Run) -> Iterator[Steering]:
-    correlations = {layer: run.residuals[layer]["mean"].correlation()[0] for layer in selectable(run.residuals)}
+def _residual_dimension(run: Run, layers: Sequence[int]) -> Iterator[Steering]:
+    correlations = {layer: run.residuals[layer]["mean"].correlation()[0] for layer in layers}
     if not correlations:
         return
     layer = max(correlations, key=lambda layer: float(correlations[layer].abs().max()))

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, overload
 from torch import nn
 
 from corrsteer.errors import CorrSteerError
-from corrsteer.experiments.seen_samples import overlap_notes
+from corrsteer.experiments.seen_samples import overlap_notes, repetition_notes
 from corrsteer.experiments.trials import UNSTEERED, Trial, run_trials
 from corrsteer.lm.decoding import Decoding
 from corrsteer.rollouts.grading import Graded
-from corrsteer.stats.paired import difference, holm, mcnemar, mean
+from corrsteer.stats.paired import difference, holm, mean, paired_p_value
 from corrsteer.steering.steering import Steering
 from corrsteer.tasks import Task
 
@@ -54,8 +54,8 @@ class Evaluation:
     changed_equal : samples whose completion changed while the reward did not.
     side_effect_ratio : worsened / (improved + worsened); None where no reward changed.
     transitions : samples that were right and stayed right (`right_to_right`), and so on; right is a reward above 0.
-    p_value : exact two-sided McNemar test of improved against worsened (for rewards that are not 0 or 1, the
-        sign test, which is the same computation).
+    p_value : two-sided, of the difference: McNemar's exact test, or for rewards that are not all 0 or 1 a permutation
+        test of the mean, see `paired_p_value`.
     p_holm : Holm's adjustment of it to all steerings that were evaluated together.
     unsteered_tokens_per_second, steered_tokens_per_second : generated tokens by the seconds that they took. Rows that
         were written in one batch share its time by their tokens, see `run_trials`.
@@ -162,7 +162,7 @@ def evaluate(
     before = [] if unsteered is not None else [UNSTEERED]
     graded = run_trials(model, tokenizer, task, before + trials, decoding, progress=progress)
     plain, *steered = graded if unsteered is None else [unsteered, *graded]
-    repeated = _repeated_note(task)
+    repeated = repetition_notes(task)
     evaluations = {
         name: _compare(task, plain, after, [*repeated, *([] if one is None else overlap_notes(task, one.provenance))])
         for (name, one), after in zip(named.items(), steered)
@@ -181,7 +181,7 @@ def _compare(task: Task, before: Graded, after: Graded, notes: list[str]) -> Eva
     for example in examples:
         if "category" in example:
             by_category.setdefault(example["category"], []).append(example)
-    p_value = mcnemar(improved, worsened)
+    p_value = paired_p_value(before.rewards, after.rewards)
     return Evaluation(
         **_means(examples),
         improved=improved,
@@ -197,14 +197,6 @@ def _compare(task: Task, before: Graded, after: Graded, notes: list[str]) -> Eva
         examples=examples,
         notes=notes,
     )
-
-
-def _repeated_note(task: Task) -> list[str]:
-    repeated = len(task) - len({example.prompt for example in task.examples})
-    return [
-        f"{repeated} of the {len(task)} samples repeat a prompt, but intervals and p-values take samples to be "
-        f"independent and are too sure; give each prompt once"
-    ] * bool(repeated)
 
 
 def _examples(task: Task, before: Graded, after: Graded) -> list[dict[str, Any]]:

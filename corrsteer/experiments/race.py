@@ -1,7 +1,8 @@
 """A race: many trials on the same samples, in rounds, of which those leave that cannot be the best.
 
 A trial leaves when, on the samples that both have seen, it is worse than the leader or than no steering, by a test that
-holds at every round at once. With differences d of rewards, at most `span` in size, and a bet of λ in (0, 1),
+holds at every round at once. With differences d of rewards in a range of size `span`, known before the race (rewards
+outside of it count as its end), and a bet of λ in (0, 1),
 
     W_n(λ) = Π (1 - λ d_i / span),   i = 1 ... n
 
@@ -19,7 +20,7 @@ Samples have to be independent draws, such as a random part of a task with one s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -70,9 +71,13 @@ class Runner:
         """Mean reward of the samples seen; -inf before any."""
         return sum(self.rewards) / self.n if self.n else -math.inf
 
-    def over(self, other: Runner) -> list[float]:
-        """Differences of rewards from another's on the samples that both have seen."""
-        return [mine - theirs for mine, theirs in zip(self.rewards, other.rewards)]
+    def over(self, other: Runner, low: float = -math.inf, high: float = math.inf) -> list[float]:
+        """Differences of rewards, brought into a range, from another's on the samples that both have seen."""
+
+        def brought(reward: float) -> float:
+            return min(max(reward, low), high)
+
+        return [brought(mine) - brought(theirs) for mine, theirs in zip(self.rewards, other.rewards)]
 
 
 class Race:
@@ -82,8 +87,9 @@ class Race:
     ----------
     run : completes and grades samples under trials; gives the rewards of each.
     n : samples that there are.
-    most : trials that can take part, those that enter later among them.
-    alpha : the chance that the best of them is dropped.
+    most : comparisons that a trial can be in: of trials that can take part, those that enter later among them.
+    alpha : the chance that a trial is dropped for one that is no better.
+    reward_range : low and high, known without the race's samples.
 
     Attributes
     ----------
@@ -92,12 +98,20 @@ class Race:
     completions : how many were asked for.
     """
 
-    def __init__(self, run: Run, n: int, most: int, alpha: float, unsteered: Runner | None = None):
-        self._run, self._n = run, n
+    def __init__(
+        self,
+        run: Run,
+        n: int,
+        most: int,
+        alpha: float,
+        reward_range: tuple[float, float] = (0.0, 1.0),
+        unsteered: Runner | None = None,
+    ):
+        self._run, self._n, self._range = run, n, reward_range
         self._threshold = math.log((most + 1) / alpha)
         self.unsteered: Runner = unsteered or Runner(Trial(name="unsteered"))
         self.runners: list[Runner] = []
-        self.completions = 0
+        self.completions: int = 0
 
     @property
     def running(self) -> list[Runner]:
@@ -110,14 +124,6 @@ class Race:
         running = [self.unsteered, *self.running]
         seen = min(runner.n for runner in running)
         return max(running, key=lambda runner: sum(runner.rewards[:seen]))
-
-    @property
-    def highest(self) -> float:
-        """The highest reward so far."""
-        return max(self._rewards())
-
-    def _rewards(self) -> Iterator[float]:
-        return (reward for runner in [self.unsteered, *self.runners] for reward in runner.rewards)
 
     def rounds(self) -> list[int]:
         """Samples seen at the end of each round."""
@@ -149,10 +155,13 @@ class Race:
 
     def drop(self) -> None:
         """Have those leave that the bound says are worse than the leader, or than no steering."""
-        leader, span = self.leader, self.highest - min(self._rewards()) or 1.0
+        leader, (low, high) = self.leader, self._range
         for runner in self.running:
             for other, why in ((self.unsteered, "unsteered"), (leader, "leader")):
-                if runner is not other and log_wealth(runner.over(other), span) >= self._threshold:
+                if runner is other:
+                    continue
+                differences = runner.over(other, low, high)
+                if log_wealth(differences, high - low or 1.0) >= self._threshold:
                     runner.left = why
                     break
 

@@ -101,16 +101,20 @@ class Ranking:
         ]
 
     def with_strength(self, feature: Feature) -> Feature:
-        """The same; where its coefficient is 0, with its mean over the samples in which it is active.
+        """The same with a coefficient of the correlation's sign, and not 0.
 
-        A negatively correlated feature may not be active in any sample with a positive reward.
+        Where it is 0, as a negatively correlated feature may not be active in any sample with a positive reward, it is
+        the mean over the samples in which it is active; and of one whose activations are never above 0, the difference
+        of the means of both groups.
         """
-        if feature.coefficient or feature.layer is None or feature.index is None:
-            return feature
-        moments = self.run.moments[feature.layer][self._coefficient_pool]
+        assert feature.layer is not None and feature.index is not None, "a run's features have both"
+        moments, strength = self.run.moments[feature.layer][self._coefficient_pool], feature.coefficient
         of_feature = (slice(None), 0, feature.index)
         active = int(moments.group_active_count[of_feature].sum())
-        strength = float(moments.group_active_sum[of_feature].sum()) / active if active else 0.0
+        if strength == 0 and active:
+            strength = float(moments.group_active_sum[of_feature].sum()) / active
+        elif strength == 0:
+            strength = float(moments.coefficient("contrastive")[0, feature.index])
         return replace(feature, coefficient=math.copysign(strength, feature.ranked_by))
 
 

@@ -6,13 +6,13 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from corrsteer.arguments import check_type, numbers
 from corrsteer.errors import CorrSteerError
-from corrsteer.experiments.scale_grid import next_scale
+from corrsteer.experiments.scale_grid import at_an_end, highest_reward, next_scale
 from corrsteer.experiments.seen_samples import SELECTED, overlap_notes, validated
 from corrsteer.experiments.trials import UNSTEERED, Trial, run_trials
 from corrsteer.lm.decoding import Decoding
@@ -108,7 +108,7 @@ def calibrate_each(
     decoding = decoding or Decoding()
     unsteered, curves = _curves(model, tokenizer, steerings, validation, tried, grows, at, decoding, progress)
     return [
-        _calibrated(steering, curve, unsteered, validation, where)
+        _calibrated(steering, curve, unsteered, validation, where, grows)
         for steering, curve, where in zip(steerings, curves, at)
     ]
 
@@ -130,24 +130,27 @@ def calibrate_best(
     """
     flat = [(name, steering) for name, of_name in candidates.items() for steering in of_name]
     steerings = [steering for _, steering in flat]
-    scaled = calibrate_each(
-        model, tokenizer, steerings, validation, positions=positions, decoding=decoding, progress=progress
-    )
+    scaled = [
+        replace(steering, scale=_best_point(steering)["scale"])  # also where none does as well as no steering
+        for steering in calibrate_each(
+            model, tokenizer, steerings, validation, positions=positions, decoding=decoding, progress=progress
+        )
+    ]
     best: dict[str, Steering] = {}
     for (name, _), steering in zip(flat, scaled):
-        if name not in best or _best_score(steering) > _best_score(best[name]):
+        if name not in best or _best_point(steering)["score"] > _best_point(best[name])["score"]:
             best[name] = steering
     for name, steering in best.items():
         steering.provenance["calibration"]["candidates"] = len(candidates[name])
     return best
 
 
-def _best_score(steering: Steering) -> float:
-    return max(point["score"] for point in steering.provenance["calibration"]["curve"][1:])
+def _best_point(steering: Steering) -> dict[str, Any]:
+    return max(steering.provenance["calibration"]["curve"][1:], key=lambda point: point["score"])
 
 
 def _calibrated(
-    steering: Steering, curve: dict[float, Graded], unsteered: Graded, validation: Task, positions: str
+    steering: Steering, curve: dict[float, Graded], unsteered: Graded, validation: Task, positions: str, grows: bool
 ) -> Steering:
     """The steering with the scale that its curve says is best."""
     points = [Point.of(scale, one, unsteered) for scale, one in sorted(curve.items(), key=lambda item: abs(item[0]))]
@@ -159,6 +162,10 @@ def _calibrated(
             f"no scale of {[point.scale for point in points]} did as well as unsteered on validation "
             f"({unsteered.score:.4f}), so it stays at {chosen:g}; try smaller ones, or other features"
         )
+    elif not any(point.improved or point.worsened for point in points):
+        notes.append(f"no scale of {[point.scale for point in points]} changed any reward on validation")
+    elif grows and at_an_end(best.scale, curve):
+        notes.append(f"the best scale, {best.scale:g}, is an end of those tried, so a better one may lie beyond it")
     recorded = {
         "scale": chosen,
         "curve": [asdict(point) for point in [Point.of(0.0, unsteered, unsteered), *points]],
@@ -182,17 +189,17 @@ def _curves(
     """What is graded of no steering, and of each steering by scale; curves may grow where they are best."""
     curves: list[dict[float, Graded]] = [{} for _ in steerings]
     wanted = [(at, scale) for at, of_one in enumerate(scales) for scale in of_one]
-    unsteered, highest = None, -math.inf
+    unsteered, seen = None, set()
     while wanted:
         trials = [Trial(steerings[at], scale, positions[at], f"scale {scale:g}") for at, scale in wanted]
         before = [UNSTEERED] if unsteered is None else []
         graded = run_trials(model, tokenizer, validation, before + trials, decoding, progress=progress)
-        highest = max(highest, *(reward for one in graded for reward in one.rewards))
+        seen.update(reward for one in graded for reward in one.rewards)
         unsteered = graded.pop(0) if unsteered is None else unsteered
         for (at, scale), one in zip(wanted, graded):
             curves[at][scale] = one
         scores = [{scale: one.score for scale, one in curve.items()} for curve in curves]
-        further = [next_scale(of_one, unsteered.score, highest) for of_one in scores] if grows else []
+        further = [next_scale(of_one, unsteered.score, highest_reward(seen)) for of_one in scores] if grows else []
         wanted = [(at, scale) for at, scale in enumerate(further) if scale is not None]
     assert unsteered is not None, "there is a steering, and a scale"
     return unsteered, curves

@@ -15,17 +15,18 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from scipy.stats import norm
 from torch import nn
 from tqdm.auto import tqdm
 
 from corrsteer.arguments import number, share, whole
 from corrsteer.errors import CorrSteerError
 from corrsteer.experiments.race import FIRST, Race, Runner
-from corrsteer.experiments.scale_grid import LEAST, MOST, RATIO, next_scale
-from corrsteer.experiments.seen_samples import SELECTED, overlap_notes, validated
+from corrsteer.experiments.scale_grid import LEAST, MOST, RATIO, at_an_end, highest_reward, next_scale
+from corrsteer.experiments.seen_samples import SELECTED, overlap_notes, repetition_notes, validated
 from corrsteer.experiments.trials import UNSTEERED, Trial, run_trials
 from corrsteer.lm.decoding import Decoding
-from corrsteer.stats.paired import difference, mcnemar
+from corrsteer.stats.paired import difference, paired_p_value
 from corrsteer.steering.features import Feature
 from corrsteer.steering.steering import Steering
 from corrsteer.tasks import Task
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 FINALISTS = 8  # that are tried together with the winner
 SHARES = (1.0, 0.5)  # of its own best strength, at which a further feature is tried
+TOGETHER = 0.2  # of a budget of completions, that is kept to try features together
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class SearchOptions:
     confirm : share of the validation prompts that the race never sees.
     completions : the most that may be generated, confirmation included; None for no limit. At the limit the trials of
         the lowest scores leave.
-    minutes : the same in time, by the speed so far. What fits depends on the machine.
+    minutes : the same in time, by the speed so far; the first round of all trials and the confirmation run in any case.
+        What fits depends on the machine.
     seed : of the samples' order.
     """
 
@@ -82,6 +85,7 @@ def search(
     validation: Task,
     positions: Sequence[str],
     scale: float,
+    reward_range: tuple[float, float],
     decoding: Decoding,
     options: SearchOptions,
     progress: bool,
@@ -92,6 +96,7 @@ def search(
     ----------
     candidates : a steering of one feature each, which share table, notes and provenance.
     positions, scale : positions to try each at; the middle of the scales to begin with.
+    reward_range : low and high; rewards outside of it count as its end in the race.
     """
     racing, confirming, _ = validation.split(1 - options.confirm, options.confirm, 0, seed=options.seed)
     if min(len(racing), len(confirming)) < FIRST:
@@ -99,7 +104,7 @@ def search(
             f"validation must leave at least {FIRST} samples to search on and {FIRST} to confirm by, got "
             f"{len(racing)} and {len(confirming)}; give more, or another confirm"
         )
-    found = _Search(candidates, model, tokenizer, racing, positions, scale, decoding, options)
+    found = _Search(candidates, model, tokenizer, racing, positions, scale, reward_range, decoding, options)
     found.budget.reserve(2 * len(confirming))
     with tqdm(unit="completion", desc=f"search {validation.name}", disable=not progress) as bar:
         found.bar = bar
@@ -112,7 +117,9 @@ def search(
     else:
         first["confirmation"], note = confirmation, _in_words(confirmation, options.alpha)
     chosen = Steering([], torch.zeros(0, 0, dtype=torch.float32, device="cpu")) if best is None else best
-    notes = [note, *found.notes, *steering.notes, *overlap_notes(validation, steering.provenance, (SELECTED,))]
+    repeats = repetition_notes(validation)
+    notes = [note, *found.notes, *repeats, *steering.notes]
+    notes += overlap_notes(validation, steering.provenance, (SELECTED,))
     provenance = validated(steering.provenance, validation)
     provenance |= {"search": first | {"completions": found.budget.spent}, "decoding": asdict(decoding)}
     return Steering(
@@ -155,6 +162,7 @@ class _Search:
         task: Task,
         positions: Sequence[str],
         scale: float,
+        reward_range: tuple[float, float],
         decoding: Decoding,
         options: SearchOptions,
     ):
@@ -169,8 +177,10 @@ class _Search:
         self._rounds: list[dict[str, Any]] = []
         self._steps: list[dict[str, Any]] = []
         self._joint_trials = 0
+        self._middle, self._range = scale, reward_range
         scales = math.log(MOST / LEAST, RATIO) + 1
-        self._race = Race(self.complete, len(task), round(len(self._kinds) * scales), options.alpha)
+        most = round(len(self._kinds) * scales) + 1  # all trials that there can be, and no steering
+        self._race = Race(self.complete, len(task), most, options.alpha, reward_range)
 
     @property
     def unsteered(self) -> Runner:
@@ -197,9 +207,13 @@ class _Search:
         least = race.cost(race.running, FIRST) + self.budget.reserved
         if least > (self.options.completions or math.inf):
             raise CorrSteerError(
-                f"completions must be at least {least}, for {len(race.running)} trials of {FIRST} samples and the "
-                f"confirmation, got {self.options.completions}; raise it, or lower candidates"
+                f"completions must be at least {least}, for {len(race.running)} trials of {FIRST} samples and "
+                f"{self.budget.reserved} completions to confirm, got {self.options.completions}; raise it, or lower "
+                f"candidates or confirm"
             )
+        kept = TOGETHER * (self.options.completions or 0) if self.options.most_features > 1 else 0
+        kept = min(round(kept), (self.options.completions or least) - least)
+        self.budget.reserved += kept
         for end in race.rounds():
             if not self._affords(race, end):
                 break
@@ -211,9 +225,16 @@ class _Search:
             self._say(race, end, entered)
             if len(race.running) < 2:
                 break
+        self.budget.reserved -= kept
         leader = race.leader
         if leader is race.unsteered:
             return None
+        curve = self._curves[self._candidate(leader), leader.trial.positions]
+        if at_an_end(leader.trial.scale, curve):
+            self.notes.append(
+                f"scale {leader.trial.scale:g} is an end of those tried, {', '.join(f'{scale:g}' for scale in curve)}, "
+                f"so a better one may lie beyond it; search again with scale={leader.trial.scale:g}"
+            )
         return self._joined(leader)
 
     def _enter(self, kind: tuple[int, str], scales: Sequence[float]) -> None:
@@ -224,13 +245,13 @@ class _Search:
 
     def _grow(self, end: int) -> bool:
         """Whether scales have been added, to curves whose best one is at an end."""
-        grown, left, highest = False, self.budget.left, self._race.highest
+        grown, left, highest = False, self.budget.left, highest_reward(self._range)
         for kind, curve in self._curves.items():
             # A curve that was left behind is not what wins, and scores of fewer samples cannot be compared.
             scores = {scale: runner.score for scale, runner in curve.items() if runner.n == end}
             if not scores or not self._ends_at(curve, scores):
                 continue
-            scale = next_scale(scores, self.unsteered.score, highest)
+            scale = next_scale(scores, self.unsteered.score, highest, self._middle)
             if scale is not None and scale not in curve and end <= left:
                 self._enter(kind, [scale])
                 left -= end
@@ -246,16 +267,17 @@ class _Search:
         """Whether the budget allows another round; where it does for some of the trials alone, the others leave."""
         before = len(race.running)
         goes_on = race.cut(self.budget.left, end)
-        if not goes_on or len(race.running) < before:
-            ended = f"{before - len(race.running)} trials, by their scores," if goes_on else "all trials"
-            self.notes.append(f"the budget ended a race for {ended} at {race.unsteered.n} of {len(self.task)} samples")
+        left = before - len(race.running) if goes_on else before
+        if left:
+            seen = max(runner.n for runner in race.runners)
+            what = "the race" if race is self._race else "trying features together"
+            self.notes.append(f"the budget ended {what} for {left} trial(s) at {seen} of {len(self.task)} samples")
         return goes_on
 
     def _joined(self, leader: Runner) -> Steering:
-        """The leader with further features, as long as each does better than chance would have it."""
-        where = leader.trial.positions
+        """The leader with further features, as long as each gains more than the best of so many would by chance."""
         chosen, members = leader, [self._candidate(leader)]
-        partners = self._partners(where)
+        partners = self._partners(leader.trial.positions)
         while len(members) < self.options.most_features:
             trials = {
                 self._together(chosen.trial, partner.trial, part): at
@@ -263,34 +285,42 @@ class _Search:
                 if at not in members
                 for part in SHARES
             }
-            if not trials:
-                break
-            race = Race(self.complete, len(self.task), len(trials) + 1, self.options.alpha, self.unsteered)
-            race.runners.append(chosen)
-            joint = race.enter(list(trials))
+            # Whoever is chosen was so by these samples: a trial may be compared with whichever might have been.
+            most = len(trials) * len(self._race.runners) + 1
+            race = Race(self.complete, len(self.task), most, self.options.alpha, self._range, self.unsteered)
+            base = Runner(chosen.trial, list(chosen.rewards))
+            race.runners.append(base)
+            race.enter(list(trials))
+            if trials:
+                self._run_rounds(race)
+            joint = [runner for runner in race.runners if runner.n and runner is not base]  # the budget may leave none
             self._joint_trials += len(joint)
-            for end in race.rounds():
-                if not self._affords(race, end):
-                    break
-                race.bring(end)
-                race.drop()
-                if len(race.running) < 2:
-                    break
-            best = race.leader
-            if best is chosen or best is race.unsteered:
+            if not joint:
                 break
-            mean, error = _gain(best, chosen)
-            kept = mean > error  # of equals but for chance, the fewer features (Breiman et al., CART, 1984)
+            best = max(joint, key=lambda runner: (runner.left is None, runner.score))
+            mean, error = _gain(best, base)
+            kept = best.left is None and mean > norm.isf(self.options.alpha / len(joint)) * error
             added = best.trial.steering.features[-1] if best.trial.steering else None
             self._steps.append(
-                {"feature": _named(added), "score": best.score, "n": best.n, "gain": mean, "error": error, "kept": kept}
-            )
+                {"feature": _named(added), "trials": len(joint), "score": best.score, "n": best.n, "gain": mean,
+                 "error": error, "kept": kept}
+            )  # fmt: skip
             if not kept:
                 break
             chosen, members = best, [*members, trials[best.trial]]
         steering = chosen.trial.steering
         assert steering is not None, "only unsteered has none"
-        return replace(steering, positions=where, scale=chosen.trial.scale)
+        return replace(steering, positions=chosen.trial.positions, scale=chosen.trial.scale)
+
+    def _run_rounds(self, race: Race) -> None:
+        """Run a race of features tried together, as far as the budget allows."""
+        for end in race.rounds():
+            if not self._affords(race, end):
+                break
+            race.bring(end)
+            race.drop()
+            if len(race.running) < 2:
+                break
 
     def _candidate(self, runner: Runner) -> int:
         return next(at for (at, _), curve in self._curves.items() if runner in curve.values())
@@ -334,6 +364,7 @@ class _Search:
         """What a search did, for JSON."""
         scales = sorted({scale for curve in self._curves.values() for scale in curve}, key=abs)
         grid = len(self._kinds) * len(scales) + 1 + self._joint_trials
+        # In full: the same trials on all samples; the grid: all candidates at all scales that any of them came to.
         finalists = [kind for kind, curve in self._curves.items() if any(r.left is None for r in curve.values())]
         finalists.sort(key=lambda kind: -max(r.score for r in self._curves[kind].values() if r.left is None))
         return {
@@ -342,6 +373,7 @@ class _Search:
             "samples": len(self.task),
             "unsteered": self.unsteered.score,
             "trials": len(self._race.runners) + self._joint_trials,
+            "in_full": (len(self._race.runners) + 1 + self._joint_trials) * len(self.task),
             "grid": {"scales": scales, "completions": grid * len(self.task)},
             "rounds": self._rounds,
             "finalists": [
@@ -376,7 +408,7 @@ def _confirm(found: _Search, best: Steering, task: Task) -> dict[str, Any]:
     before, after = (graded.rewards for graded in found.grade(task, [UNSTEERED, Trial(best)]))
     change, low, high = difference(before, after)
     improved, worsened = (sum(a > b for a, b in pairs) for pairs in (zip(after, before), zip(before, after)))
-    p = mcnemar(improved, worsened)
+    p = paired_p_value(before, after)
     return {
         "n": len(task),
         "unsteered": statistics.fmean(before),

@@ -36,3 +36,12 @@ def overlap_notes(task: Task, provenance: dict[str, Any], uses: tuple[str, ...] 
         for use, n in seen.items()
         if n
     ]
+
+
+def repetition_notes(task: Task) -> list[str]:
+    """A note where samples repeat a prompt, as intervals and p-values suppose that they are independent."""
+    repeated = len(task) - len({example.prompt for example in task.examples})
+    return [
+        f"{repeated} of the {len(task)} samples repeat a prompt, but intervals and p-values take samples to be "
+        f"independent and are too sure; give each prompt once"
+    ] * bool(repeated)

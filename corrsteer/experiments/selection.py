@@ -98,7 +98,7 @@ def select(
     check_type("run", run, Run, "a Run, as collect returns")
     searches = strategy == "search"
     choices = chosen(strategy, score, alpha, correction, interval, coefficient, direction, layers, top_k).checked(run)
-    tried = [positions] if isinstance(positions, str) else list(positions)
+    tried = [positions] if isinstance(positions, str) else list(dict.fromkeys(positions))
     if not tried or len(tried) > 1 and not searches:
         raise CorrSteerError(f"positions must be one of {', '.join(POSITIONS)}, or more to search, got {positions!r}")
     for one in tried:
@@ -129,11 +129,12 @@ def select(
         decoding = decoding or Decoding()
         if searches:
             alone = steering.alone()
-            steering = search(alone, model, tokenizer, validation, tried, scale, decoding, options, progress)
+            span = _reward_range(run)
+            steering = search(alone, model, tokenizer, validation, tried, scale, span, decoding, options, progress)
         else:
             steering = prune(steering, model, tokenizer, validation, decoding, progress)
     by_chance = [f for f in steering.features if f.by_chance]
-    if by_chance and alpha is None:
+    if by_chance and alpha is None and not searches:
         steering.notes.append(
             f"{len(by_chance)} of {len(steering.features)} selected features chance alone could explain "
             f"(adjusted p > {CHANCE}): " + ", ".join(f"{f.name} (p {f.p_adjusted:.2f})" for f in by_chance)
@@ -213,8 +214,8 @@ class Choices:
     def _check_search(self) -> None:
         if self.alpha is not None:
             raise CorrSteerError(
-                f"alpha must be left out to search, where trials decide and not p-values, got {self.alpha}; that of "
-                f"the confirmation is one of the search's options"
+                f"alpha must be left out to search, where trials decide and not p-values of correlations, got "
+                f"{self.alpha}"
             )
         if self.score in BINNED:
             raise CorrSteerError(
@@ -285,6 +286,13 @@ def _rank(run: Run, choices: Choices) -> _Ranked:
             best = ranking.best(layer, value, rank * (p <= choices.alpha), 1)
         ranked.best.extend(best[:1])
     return ranked
+
+
+def _reward_range(run: Run) -> tuple[float, float]:
+    """Between what rewards lie, as far as the run tells: 0 and 1, or its own lowest and highest."""
+    rewards = run.rewards[run.rewards.isfinite()]
+    low, high = float(rewards.min()), float(rewards.max())
+    return (0.0, 1.0) if 0 <= low and high <= 1 else (low, high)
 
 
 def _no_positive_reward(run: Run) -> bool:

@@ -83,7 +83,7 @@ def search_tables(searched: Mapping[str, Any]) -> str:
             f"{_of(one['feature'])} ({one['positions']}): " + ", ".join(_point(p) for p in one["curve"]) for one in best
         ]
     for step in searched["joined"]:
-        verdict = "joined" if step["kept"] else "not joined, as it does no better than its standard error"
+        verdict = "joined" if step["kept"] else f"not joined, as chance may gain as much among {step['trials']} trials"
         parts.append(
             f"with {_of(step['feature'])}: {step['score']:.3f}, a gain of {step['gain']:+.3f} ± {step['error']:.3f}; "
             f"{verdict}"
@@ -91,9 +91,9 @@ def search_tables(searched: Mapping[str, Any]) -> str:
     grid = searched["grid"]
     parts += [
         "",
-        f"{searched['trials']} trials of {searched['candidates']} features took {searched['completions']} completions; "
-        f"all of them at {len(grid['scales'])} scales on all {searched['samples']} samples would take "
-        f"{grid['completions']}",
+        f"{searched['trials']} trials of {searched['candidates']} features took {searched['completions']} completions. "
+        f"On all {searched['samples']} samples\nthey would take {searched['in_full']}, and a grid of all features at "
+        f"all {len(grid['scales'])} scales {grid['completions']}",
     ]
     return "\n".join(parts)
 
@@ -129,7 +129,7 @@ def evaluation_table(evaluations: Mapping[str, Evaluation], indent: str = "") ->
         for name, e in evaluations.items()
     ]
     legend = (
-        f"{first.n} samples; 95 % intervals; p: exact McNemar or sign test; r-w: right unsteered, wrong steered;\n"
+        f"{first.n} samples; 95 % intervals; p: exact McNemar or permutations; r-w: right unsteered, wrong steered;\n"
         f"ratio: side-effect ratio, the share of changed rewards that fell; equal: changed completions of equal reward"
     )
     legend = "\n".join(indent + line for line in legend.splitlines())

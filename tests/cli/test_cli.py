@@ -202,6 +202,10 @@ def test_select_searches_and_what_follows_uses_the_scale_and_the_positions_that_
     own = run(*asked).stdout
     assert own == run(*asked, "--scale", steering.scale, "--positions", steering.positions).stdout
 
+    nothing = run("select", world / "run", *arguments, "--grader", "regex:.", "--out", world / "none", ok=False)
+    assert "The race" in nothing.stdout and "no trial did better than no steering on 60" in nothing.stderr
+    assert not (world / "none").exists()
+
     short = run("select", world / "run", *arguments, "--completions", 10, ok=False)
     assert "completions must be at least" in short.stderr
 
@@ -212,7 +216,7 @@ def test_evaluate_compares_with_baselines_each_at_its_best_scale_on_the_validati
     arguments = ("evaluate", "--steering", steering, "--grader", "regex:^[02468]", "--baselines", world / "run")
     found = json.loads(run(*arguments, "--json").stdout)
     assert set(found["steerings"]) == {str(steering), *found["baselines"]}
-    assert {"difference of means", "random feature", "residual dimension"} <= set(found["baselines"])
+    assert {"difference of means", "random feature 1", "residual dimension"} <= set(found["baselines"])
     for record in found["baselines"].values():
         assert record["validation"]["n"] == 12 and len(record["curve"]) >= 5
     means = found["baselines"]["difference of means"]

@@ -25,6 +25,7 @@ Z = torch.tensor([
     [0.0, 1.7, 1.0, 1.0, 0.0, 0.0],
     [0.0, 1.6, 0.0, 0.0, 0.0, 0.0],
 ])  # fmt: skip
+RANDOM = ("random feature 1", "random feature 2", "random feature 3")
 
 
 def moments_of(rows, y=Y):
@@ -97,7 +98,7 @@ def test_a_random_feature_is_another_of_the_same_layer_and_adds_a_vector_of_equa
     steering = select(run, strategy, scale=scale)
     theirs = {(f.layer, f.index) for f in steering.features}
     for seed in range(40):
-        (random,) = baselines(run, steering, seed=seed)["random feature"]
+        (random,) = baselines(run, steering, seed=seed)["random feature 1"]
         assert [f.layer for f in random.features] == [f.layer for f in steering.features]
         for (point, vector), expected in zip(random.vectors().items(), steering.vectors().values()):
             assert float(vector.norm()) == pytest.approx(abs(scale) * float(expected.norm()), rel=1e-5), point
@@ -105,8 +106,10 @@ def test_a_random_feature_is_another_of_the_same_layer_and_adds_a_vector_of_equa
             assert torch.equal(direction, DECODERS[feature.layer].rows([feature.index])[0])
             assert feature.coefficient > 0
         drawn |= {(f.layer, f.index) for f in random.features}
-    (again,) = baselines(run, steering, seed=39)["random feature"]
+    found = baselines(run, steering, seed=39, draws=4)
+    (again,), *others = (found[f"random feature {draw}"] for draw in (1, 2, 3, 4))
     assert again.features == random.features
+    assert len({(f.layer, f.index) for (one,) in [[again], *others] for f in one.features}) == 4 * len(random.features)
     active = {1: {0, 1, 2, 3, 5}, 2: {5, 4, 3, 2, 0}}  # the one that is not active in any sample is never drawn
     assert drawn == {(f.layer, i) for f in steering.features for i in active[f.layer]} - theirs
 
@@ -128,9 +131,9 @@ def test_features_that_rank_best_by_another_score_are_each_there_once():
 @pytest.mark.parametrize(
     ("changed", "left"),
     [
-        ({"residuals": {}}, {"random feature", "best by squared_ratio", "best by mutual_information"}),
-        ({"evidence": {}}, {"difference of means", "random feature", "residual dimension"}),
-        ({"scores": ("pearson",)}, {"difference of means", "random feature", "best by squared_ratio",
+        ({"residuals": {}}, {*RANDOM, "best by squared_ratio", "best by mutual_information"}),
+        ({"evidence": {}}, {"difference of means", *RANDOM, "residual dimension"}),
+        ({"scores": ("pearson",)}, {"difference of means", *RANDOM, "best by squared_ratio",
                                     "residual dimension"}),
         ({"layers": (0,)}, set()),
     ],
@@ -148,15 +151,15 @@ def test_without_samples_of_both_kinds_there_are_no_class_means(y):
         residuals={1: {"mean": moments_of(residuals_of(1), y), "last_prompt": moments_of(residuals_of(1), y)}},
     )  # fmt: skip
     steering = Steering.from_vectors({"blocks.1.hook_resid_post": torch.ones(D_IN)})
-    assert set(baselines(run, steering)) == {"random feature"}
+    assert set(baselines(run, steering)) == set(RANDOM)
 
 
 def test_a_steering_of_nothing_or_elsewhere_has_no_random_feature_to_compare_with():
     run = made_run()
     for vectors in ({"model.layers.1": torch.ones(D_IN)}, {str(HookPoint(1)): torch.zeros(D_IN)}):
-        assert "random feature" not in baselines(run, Steering.from_vectors(vectors))
+        assert RANDOM[0] not in baselines(run, Steering.from_vectors(vectors))
     nothing = Steering([], torch.zeros(0, 0))
-    assert "random feature" not in baselines(run, nothing) and baselines(run, nothing)["difference of means"]
+    assert RANDOM[0] not in baselines(run, nothing) and baselines(run, nothing)["difference of means"]
 
 
 def test_baselines_have_the_positions_of_the_steering_and_no_scale():
@@ -190,7 +193,7 @@ def test_baselines_of_a_collected_run_fit_its_model_and_say_which_samples_they_h
     run.save(tmp_path / "run")
     steering = select(run, "all")
     found = baselines(run, steering)
-    assert {"difference of means", "random feature", "residual dimension"} <= set(found)
+    assert {"difference of means", *RANDOM, "residual dimension"} <= set(found)
     loaded = baselines(Run.load(tmp_path / "run"), steering, encoders=tiny_pipeline.encoders())
     for name, candidates in found.items():
         for candidate, same in zip(candidates, loaded[name], strict=True):

@@ -63,12 +63,47 @@ def test_what_is_plainly_worse_leaves_and_the_best_stays():
 
 @pytest.mark.parametrize("alpha", [0.05, 0.5])
 def test_a_trial_that_none_is_better_than_leaves_no_more_often_than_alpha(alpha):
-    """All are equal, which is where it is most likely; 400 races of 6, at every round of many."""
+    """All are equal, which is where it is most likely; 200 races of 24, at every round of many."""
+    wrong = {True: 0, False: 0}
+    for seed in range(200):
+        run, _ = world({f"trial {at}": 0.5 for at in range(24)}, 256, seed)
+        for union in wrong:
+            race = Race(run, 256, 24 if union else 0, alpha)
+            race.enter([Trial(name=f"trial {at}") for at in range(24)])
+            for end in race.rounds():
+                race.bring(end)
+                race.drop()
+            wrong[union] += race.runners[0].left is not None
+    assert wrong[True] / 200 <= alpha < wrong[False] / 200, "without the union it would"
+
+
+def test_a_trial_whose_wins_are_rare_and_large_is_not_dropped_for_one_that_is_worse():
+    """The range is known before: of rewards as they come, the wins would often not have been seen."""
     wrong = 0
-    for seed in range(400):
-        race, _ = raced({f"trial {at}": 0.5 for at in range(6)}, n=256, alpha=alpha, seed=seed)
+    for seed in range(200):
+        rng = random.Random(seed)
+        rare = [float(rng.random() < 0.03) for _ in range(256)]
+        race = Race(lambda trials, at, rare=rare: [
+            rare[at.start : at.stop] if trial.name == "rare" else [0.01] * len(at) for trial in trials
+        ], 256, 1, 0.05)  # fmt: skip
+        race.enter([Trial(name="rare")])
+        for end in race.rounds():
+            race.bring(end)
+            race.drop()
         wrong += race.runners[0].left is not None
-    assert wrong / 400 <= alpha
+    assert wrong / 200 <= 0.05
+
+
+def test_a_single_terrible_reward_does_not_keep_the_others_from_leaving():
+    scores = {"worse": 0.1, "terrible": 0.1, "good": 0.9}
+    run, drawn = world(scores, 256)
+    drawn["terrible"][3] = -1000.0
+    race = Race(run, 256, 3, 0.05)
+    race.enter([Trial(name=name) for name in scores])
+    for end in race.rounds():
+        race.bring(end)
+        race.drop()
+    assert [runner.trial.name for runner in race.running] == ["good"]
 
 
 def test_who_enters_later_is_compared_on_the_same_samples():

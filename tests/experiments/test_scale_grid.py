@@ -2,7 +2,7 @@
 
 import pytest
 
-from corrsteer.experiments.scale_grid import LEAST, MOST, next_scale
+from corrsteer.experiments.scale_grid import LEAST, MOST, at_an_end, highest_reward, next_scale
 
 
 @pytest.mark.parametrize(
@@ -33,5 +33,12 @@ def test_the_grid_ends_at_strengths_that_no_feature_has():
 
 
 def test_where_every_sample_has_the_highest_reward_no_scale_is_better():
-    assert next_scale({1: 0.8, 2: 1.0}, 0.4, 1.0) is None
-    assert next_scale({1: 0.8, 2: 1.0}, 0.4, 2.0) == 4
+    assert next_scale({1: 0.8, 2: 1.0}, 0.4, highest_reward([0, 1, 0.5])) is None
+    assert next_scale({1: 0.8, 2: 1.0}, 0.4, highest_reward([0, 1, 1.5])) == 4
+    assert next_scale({1: 0.0, 2: 0.0}, 0.0, highest_reward([0])) == 4, "right answers there were none yet"
+
+
+def test_the_ends_of_the_grid_are_about_its_middle():
+    assert next_scale({1e-3: 0.5, 2e-3: 0.6}, 0.4, middle=1e-3) == 4e-3
+    assert next_scale({MOST: 0.5, 2 * MOST: 0.6}, 0.4, middle=MOST) == 4 * MOST
+    assert at_an_end(2e-3, [1e-3, 2e-3]) and not at_an_end(2, [1, 2, 4]) and at_an_end(-4, [-1, -4])

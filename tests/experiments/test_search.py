@@ -1,6 +1,7 @@
 """Search: what is tried, what it costs, what is found, and that nothing it was chosen by confirms it."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -118,8 +119,8 @@ def test_a_budget_of_completions_holds(world, found):
     record = limited.provenance["search"]
     assert record["completions"] <= budget < found.provenance["search"]["completions"]
     assert record["confirmation"]["confirmed"]
-    assert any(note.startswith("the budget ended a race for") for note in limited.notes)
-    assert record["rounds"][-1]["over_budget"] > 0
+    assert any(note.startswith("the budget ended the race for") for note in limited.notes)
+    assert record["completions"] > 0.6 * budget, "what was kept to try features together was used"
     with pytest.raises(CorrSteerError, match=r"completions must be at least \d+, for \d+ trials of 16 samples"):
         searched(world, completions=1000)
 
@@ -128,6 +129,15 @@ def test_a_budget_of_time_ends_the_race_early(world, found):
     limited = searched(world, minutes=1e-4)
     assert limited.provenance["search"]["completions"] < found.provenance["search"]["completions"]
     assert limited.provenance["search"]["confirmation"]["n"] == 150
+
+
+def test_a_budget_that_leaves_nothing_to_try_features_together_is_enough_for_one(world):
+    with pytest.raises(CorrSteerError, match="lower candidates or confirm") as refused:
+        searched(world, completions=1)
+    least = int(re.search(r"at least (\d+)", str(refused.value))[1])
+    steering = searched(world, completions=least)
+    assert steering.provenance["search"]["completions"] == least and len(steering.features) == 1
+    assert len(set(steering.notes)) == len(steering.notes)
 
 
 def test_both_signs_are_candidates_and_the_positive_alone_if_asked(world):
@@ -151,7 +161,7 @@ def test_a_negative_candidate_that_is_never_active_with_a_positive_reward_has_a_
 
 
 def test_all_positions_are_tried_as_well_if_asked(world):
-    steering = searched(world, positions=("generated", "all"), candidates=1)
+    steering = searched(world, positions=("generated", "all", "generated"), candidates=1)
     kinds = {one["positions"] for one in steering.provenance["search"]["finalists"]}
     assert kinds <= {"generated", "all"} and steering.positions in kinds
 
@@ -176,6 +186,29 @@ def test_rewards_that_are_no_shares_are_searched_too(world):
     confirmation = steering.provenance["search"]["confirmation"]
     assert confirmation["difference"] == pytest.approx(confirmation["steered"] - confirmation["unsteered"])
     assert confirmation["low"] < confirmation["difference"] < confirmation["high"]
+
+
+def test_many_small_losses_for_a_few_large_wins_are_no_confirmation():
+    """The mean rises, by chance, and most samples fall."""
+    from corrsteer.stats.paired import paired_p_value
+
+    before, after = [0.0] * 60, [-0.1] * 57 + [10.0] * 3
+    assert sum(after) > 0 and paired_p_value(before, after) > 0.05
+
+
+def test_repeated_prompts_are_noted(world):
+    rows = [{"prompt": e.prompt, "answer": e.answer} for e in world[2].take(60).examples for _ in range(2)]
+    steering = searched(world, Task.from_rows(rows, grader="exact", name="twice"), candidates=1)
+    assert any(note.startswith("60 of the 120 samples repeat a prompt") for note in steering.notes)
+
+
+def test_a_curve_that_ends_where_it_is_best_is_noted(world):
+    """A scale so far off that the grid's end comes before the best."""
+    steering = searched(world, scale=2.0**-9, candidates=1, direction="positive")
+    scales = steering.provenance["search"]["grid"]["scales"]
+    assert max(scales) <= 0.5 and min(scales) >= 2.0**-15
+    assert steering.scale == 0.5
+    assert any("so a better one may lie beyond it; search again with scale=0.5" in note for note in steering.notes)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import pytest
 import second_world
 import torch
+from scipy.stats import norm
 
 from corrsteer import SearchOptions, Steering, Trial, collect, evaluate, run_trials, select
 from corrsteer.experiments.trials import UNSTEERED
@@ -125,6 +126,16 @@ def test_search_finds_what_steers_and_the_race_drops_what_correlates(world, run)
     assert all(best_correlated.items() - one["feature"].items() for one in record["finalists"])
 
 
+def test_a_feature_is_joined_for_what_chance_would_not_give_and_the_winner_keeps_its_curve(world, run):
+    of_model = {"model": world.model, "tokenizer": world.tokenizer}
+    found = select(run, "search", **of_model, validation=world.validation, **SETTINGS)
+    record = found.provenance["search"]
+    for step in record["joined"]:
+        assert step["kept"] == (step["gain"] > norm.isf(0.05 / step["trials"]) * step["error"])
+    finalists = [(one["feature"]["layer"], one["feature"]["index"]) for one in record["finalists"]]
+    assert (found.features[0].layer, found.features[0].index) == finalists[0]
+
+
 @pytest.mark.parametrize("seed", [0, 2])
 def test_search_joins_a_second_feature_that_helps_and_is_subtracted(seed):
     world = second_world.build(seed)
@@ -144,7 +155,7 @@ def test_search_joins_a_second_feature_that_helps_and_is_subtracted(seed):
 
 def test_where_rewards_mean_nothing_nothing_is_confirmed_in_nineteen_of_twenty_seeds():
     """Each completion has a coin of its own, so that the race has something to choose by."""
-    world, confirmed, leaders = second_world.build(0), 0, 0
+    world, confirmed, raced, gained = second_world.build(0), 0, [], []
     for coin in range(20):
         train, validation = second_world.null(coin, n_validation=128)
         run = collect(world.model, world.tokenizer, world.encoders, train.take(300), permutations=0, **SETTINGS)
@@ -153,12 +164,14 @@ def test_where_rewards_mean_nothing_nothing_is_confirmed_in_nineteen_of_twenty_s
             options=SearchOptions(candidates=1, seed=coin), **SETTINGS,
         )  # fmt: skip
         confirmation = found.provenance["search"]["confirmation"]
-        leaders += bool(found.features)
         if confirmation is not None:
             confirmed += confirmation["confirmed"]
+            raced.append(found.provenance["search"]["rounds"][-1]["leader"] - found.provenance["search"]["unsteered"])
+            gained.append(confirmation["difference"])
             assert found.notes[0].startswith("confirmed: " if confirmation["confirmed"] else "not confirmed: ")
     assert confirmed <= 1
-    assert leaders > 10, "chance gives the race a winner, which the others do not confirm"
+    assert len(raced) > 10, "chance gives the race a winner"
+    assert sum(raced) / len(raced) > 0.045 > abs(sum(gained) / len(gained)), "which other samples do not confirm"
 
 
 def test_a_reward_that_means_nothing_is_a_coin_that_changes_with_the_completion(world, run):

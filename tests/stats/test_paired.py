@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from corrsteer import CorrSteerError
-from corrsteer.stats.paired import difference, holm, mcnemar, mean
+from corrsteer.stats.paired import difference, holm, mcnemar, mean, paired_p_value
 
 
 def pairs(both: int, gained: int, lost: int, neither: int) -> tuple[list[int], list[int]]:
@@ -124,3 +125,20 @@ def test_holms_p_values_are_those_of_statsmodels(p_values):
 def test_numbers_that_cannot_be_rewards_are_named(call, message):
     with pytest.raises(CorrSteerError, match=message):
         call()
+
+
+@pytest.mark.parametrize("n", [9, 40])
+def test_other_rewards_are_tested_by_the_signs_of_their_differences(n):
+    """Against all signs by hand of few, and Student's t of many, which it comes to."""
+    rng = np.random.default_rng(n)
+    before = rng.normal(size=n)
+    after = before + rng.normal(0.4, 1, size=n)
+    p = paired_p_value(before.tolist(), after.tolist())
+    if n == 9:
+        signs = np.array(list(itertools.product((-1, 1), repeat=n)))
+        means = np.abs(signs @ (after - before))
+        assert p == pytest.approx((means >= abs((after - before).sum()) - 1e-12).mean())
+    else:
+        assert p == pytest.approx(stats.ttest_rel(after, before).pvalue, abs=0.03)
+    assert paired_p_value(before.tolist(), before.tolist()) == 1
+    assert paired_p_value([0, 1, 0, 0], [1, 1, 1, 1]) == mcnemar(3, 0)
