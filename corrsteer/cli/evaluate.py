@@ -26,7 +26,7 @@ def evaluate(
         Path | None,
         typer.Option(
             help="Directory of the run that the (first) steering was selected from: compare with a difference of "
-            "means, a random feature and others, each the best of its candidates and scales on the validation part."
+            "means, random features and others, each the best of its candidates and scales on the validation part."
         ),
     ] = None,
     json: Json = False,

@@ -72,7 +72,7 @@ def difference(before: Sequence[float], after: Sequence[float], level: float = 0
 def mcnemar(improved: int, worsened: int) -> float:
     """Exact two-sided p-value of McNemar's test: a fair coin's chance of a split at least as uneven.
 
-    Of rewards that are not 0 or 1 the same computation is the sign test.
+    Of rewards that are not 0 or 1 the same computation is the sign test, which says nothing of their mean.
     """
     from scipy.stats import binomtest
 
