@@ -202,7 +202,7 @@ def test_select_searches_and_what_follows_uses_the_scale_and_the_positions_that_
     own = run(*asked).stdout
     assert own == run(*asked, "--scale", steering.scale, "--positions", steering.positions).stdout
 
-    nothing = run("select", world / "run", *arguments, "--grader", "regex:.", "--out", world / "none", ok=False)
+    nothing = run("select", world / "run", *arguments, "--grader", "regex:^", "--out", world / "none", ok=False)
     assert "The race" in nothing.stdout and "no trial did better than no steering on 60" in nothing.stderr
     assert not (world / "none").exists()
 
