@@ -140,6 +140,8 @@ def measured(world: World, grid: dict[str, Any]) -> dict[str, Any]:
     found, seconds = {}, {name: [] for name in options}
     for name, each in options.items():
         found[name], took = timed(lambda each=each: searched(world, run, each))
+        if "search" not in found[name].provenance:
+            raise SystemExit(f"{world.name}: there is nothing to search: {'; '.join(found[name].notes)}")
         seconds[name].append(took)
 
     # the same samples that the search divides
