@@ -282,10 +282,10 @@ def main() -> int:
 
         import triton
 
-        options.json.write_text(
-            json.dumps({"triton": triton.__version__, "reports": [asdict(r) for r in reports]}, indent=1) + "\n",
-            encoding="utf-8",
-        )
+        from corrsteer.files import write_utf8
+
+        table = {"triton": triton.__version__, "reports": [asdict(r) for r in reports]}
+        write_utf8(options.json, json.dumps(table, indent=1) + "\n")
     faulty = [report for report in reports if report.faults]
     print(f"{len(reports)} compiled, {len(faulty)} of them not fit to ship")
     return 1 if faulty else 0

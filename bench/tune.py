@@ -20,6 +20,7 @@ import triton
 
 from bench import contestants, record, timing
 from bench.shapes import Case
+from corrsteer.files import write_utf8
 from corrsteer.kernels import launch
 
 TOKENS = (64, 128, 4096)  # the last stands for all above
@@ -101,9 +102,9 @@ def main() -> int:
     file["about"] = "Measured by python -m bench.tune."
     file["tuned"] = {name: value for name, value in record.new(device).items() if name != "cases"}
     path = options.out / f"{torch.cuda.get_device_name(device).replace(' ', '_')}.json"
-    path.write_text(json.dumps(file, indent=1) + "\n", encoding="utf-8")
+    write_utf8(path, json.dumps(file, indent=1) + "\n")
     if options.log:
-        options.log.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+        write_utf8(options.log, json.dumps(log, indent=1) + "\n")
     print(f"written to {path}")
     return 0
 
