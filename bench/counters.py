@@ -35,6 +35,7 @@ STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.r
 STALLS = "regex:smsp__average_warps_issue_stalled_.*_per_issue_active"
 UNITS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3, "msecond": 1e3}
 UNITS |= {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
+# A tool that may not count here, or takes too long, says nothing of the kernels: what it was for is not measured.
 TOOLS = ("memcheck", "racecheck")
 LONGEST = 150.0  # seconds of one run of a tool
 
@@ -62,10 +63,13 @@ def profiled(
                 command += [sys.executable, "-m", "bench.counters", json.dumps(asdict(case)), name]
                 done = _run(command)
                 if isinstance(done, str):
-                    return {"status": "failed", "reason": done}
+                    return {"status": "not measured", "reason": done}
                 kernels = read(done.stdout)
                 if done.returncode or not kernels:
-                    return {"status": "failed", "reason": f"ncu counted nothing: {_last(done.stderr or done.stdout)}"}
+                    return {
+                        "status": "not measured",
+                        "reason": f"ncu counted nothing: {_last(done.stderr or done.stdout)}",
+                    }
                 return {"status": "measured", "kernels": kernels}
 
             yield planned, run, lambda: absent("ncu", device)
@@ -80,7 +84,7 @@ def sanitized(device: torch.device, backend: str) -> Iterator[Planned]:
             command = ["compute-sanitizer", "--tool", tool, sys.executable, "-m", "bench.checks", "--small"]
             done = _run([*command, "--backend", backend])
             if isinstance(done, str):
-                return {"status": "failed", "reason": done}
+                return {"status": "not measured", "reason": done}
             return found_by(done.stdout + done.stderr)
 
         yield planned, run, lambda: absent("compute-sanitizer", device)
@@ -90,7 +94,7 @@ def found_by(said: str) -> dict[str, Any]:
     """What compute-sanitizer said of a run: the number of errors, and the first of them."""
     counts = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", said)
     if not counts:
-        return {"status": "failed", "reason": f"compute-sanitizer ended without a summary: {_last(said)}"}
+        return {"status": "not measured", "reason": f"compute-sanitizer ended without a summary: {_last(said)}"}
     errors = sum(map(int, counts))
     lines = [line.removeprefix("=========").strip() for line in said.splitlines() if line.startswith("=========")]
     first = next((line for line in lines if re.match(r"Invalid|Error|Warning|Potential|Race|Program hit", line)), "")

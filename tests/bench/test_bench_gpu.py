@@ -396,7 +396,26 @@ def test_a_tool_that_is_absent_or_says_nothing_is_said(monkeypatch):
     assert counters.absent("ncu", CPU) == "not on a CPU"
     monkeypatch.setenv("PATH", "")
     assert counters.absent("ncu", torch.device("cuda")) == "ncu is not installed, or not in PATH"
-    assert counters.found_by("it crashed\n")["reason"] == "compute-sanitizer ended without a summary: it crashed"
+    found = counters.found_by("it crashed in /a/b.py\n")
+    assert found == {
+        "status": "not measured", "reason": "compute-sanitizer ended without a summary: it crashed in"
+    }  # fmt: skip
+
+
+def test_ncu_that_may_not_count_leaves_a_case_unmeasured_with_its_reason(monkeypatch):
+    said = "==ERROR== ERR_NVGPUCTRPERM - no permission to access counters"
+    ran = []
+
+    def run(command, **_):
+        ran.append(command)
+        return argparse.Namespace(stdout=NCU if len(ran) == 1 else said, stderr="", returncode=len(ran) - 1)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    ours, product = counters.profiled([TINY], CPU, "triton", lambda *_: ["triton"])
+    assert [planned["ours"] for planned, *_ in (ours, product)] == [["triton"], ["matmul"]]
+    assert [kernel["registers"] for kernel in ours[1]()["kernels"]] == [214, 40]
+    assert product[1]() == {"status": "not measured", "reason": f"ncu counted nothing: {said}"}
+    assert Case(**json.loads(ran[0][-2])) == TINY and ran[1][-1] == "matmul"
 
 
 # The last page
