@@ -10,6 +10,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -47,27 +48,32 @@ class Contestant:
 Factories = dict[str, Callable[[], Contestant]]  # made one after the other, as one may find no memory
 
 
-# Ways of the triton backend to the same result, by the name that a launch configuration gives them. Where there are
-# several, each is a contestant beside the one that ships.
-WAYS: tuple[str, ...] = ("fused",)
+# Other ways of the triton backend to the same result than the one that ships: for each, the launch configuration of
+# `encode_pool` that goes it. One more entry here is one more contestant.
+WAYS: dict[str, dict[str, Any]] = {}
 
 
 def ways_of(backend: str, case: Case) -> list[str]:
-    """Names of our contestants on a backend: as it ships, and by each way that it can be made to go."""
-    forced = WAYS if backend == "triton" and case.kind == "encode_update" and len(WAYS) > 1 else ()
-    return [backend, *(f"{backend}, {way}" for way in forced)]
+    """Names of our contestants on a backend: as it ships, and by each other way, which take 16-bit operands."""
+    many = backend == "triton" and case.kind == "encode_update"
+    many &= case.precision in ("bf16", "bf16x2", "fp16") and case.activation != "topk"
+    return [backend, *(f"{backend}, {way}" for way in WAYS if many)]
 
 
 @contextlib.contextmanager
 def going(way: str) -> Iterator[None]:
-    """Launch configurations say `way` in here; as they ship where it is empty."""
+    """Launches go `way` in here; as they ship where it is empty."""
     if not way:
         yield
         return
     from corrsteer.kernels import launch
 
     config = launch.config
-    with patch.object(launch, "config", lambda *args: config(*args) | {"way": way}):
+
+    def forced(device: torch.device, kernel: str, *more: Any) -> dict[str, Any]:
+        return WAYS[way] if kernel == "encode_pool" else config(device, kernel, *more)
+
+    with patch.object(launch, "config", forced):
         yield
 
 

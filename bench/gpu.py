@@ -25,7 +25,9 @@ STAGES = ("check", "shapes", "host", "profile", "sanitize", "tests", "rest")
 
 def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line of `bench.gpu`, and of `bench.stages`."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the result file goes")
     parser.add_argument("--minutes", type=float, default=15, help="for everything; no case is started afterwards")
     parser.add_argument(
@@ -46,24 +48,30 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def written(folder: Path) -> list[tuple[str, int]]:
+    """The result files of a folder, and when they were last written."""
+    return sorted((path.name, path.stat().st_mtime_ns) for path in folder.glob("*.json"))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    ends = time.monotonic() + 60 * options_of(given).minutes
+    options = options_of(given)
+    ends, out = time.monotonic() + 60 * options.minutes, options.out
     found_in = [str(RESULTS.parent.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, found_in))}
     more: list[str] = []
     for _ in range(RESTARTS):
         left = max(ends - time.monotonic(), 1) / 60
         command = [sys.executable, "-m", "bench.stages", *given, "--minutes", f"{left:.4f}", *more]
+        before = written(out)
         status = subprocess.run(command, env=environment).returncode
         if status in (FINISHED, USAGE, WRONG):
             return 1 if status == WRONG else status
         how = "the GPU no longer answered" if status == BROKEN else f"it took too long, or crashed, status {status}"
+        if written(out) == before:
+            print(f"bench.gpu stops, as its process ended with status {status} before any case", file=sys.stderr)
+            return 1
         print(f"bench.gpu goes on behind the case that was running: {how}", file=sys.stderr, flush=True)
-        if "--again" in given:  # what was measured anew before is not measured a third time
-            at = given.index("--again")
-            after = next((i for i in range(at + 1, len(given)) if given[i].startswith("--")), len(given))
-            del given[at:after]
         more = ["--ended", how]
     print(f"bench.gpu was ended {RESTARTS} times and stops; the result says in which cases", file=sys.stderr)
     return 1

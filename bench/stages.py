@@ -298,7 +298,8 @@ def continued(run: Run, options: argparse.Namespace) -> None:
     unreached = {"status": "not measured", "reason": "the run was stopped before"}
     run.records = [item.planned | unreached for item in run.items]
     path = options.out / f"{record.stem(run.result)}.json"
-    if not path.exists() or options.again == []:
+    again = None if options.ended else options.again  # what was begun anew is not begun a second time
+    if not path.exists() or again == []:
         return
     old = json.loads(path.read_text(encoding="utf-8"))
     same = ("schema", "version", "sources", "packages", "python", "device")
@@ -317,7 +318,7 @@ def continued(run: Run, options: argparse.Namespace) -> None:
         if options.ended and found.get("status") == "started":
             found |= {"status": "failed", "reason": f"the process was ended in it ({options.ended})"}
         same_case = all(found.get(name) == value for name, value in item.planned.items())
-        if same_case and found["status"] in FINAL and item.stage not in (options.again or ()):
+        if same_case and found["status"] in FINAL and item.stage not in (again or ()):
             run.records[at] = found
     # of stages that are not asked for this time
     for (stage, name), found in left.items():

@@ -256,15 +256,32 @@ def test_bench_gpu_starts_its_process_again_behind_the_case_that_ended_it(tmp_pa
 
     def run(command, env):
         started.append(command[3:])
+        (tmp_path / "gpu.json").write_text(f"{len(started)}")
+        os.utime(tmp_path / "gpu.json", ns=(0, len(started)))
         return argparse.Namespace(returncode=statuses[len(started) - 1])
 
     monkeypatch.setattr(subprocess, "run", run)
     assert gpu.main(["--out", str(tmp_path), "--again", "check", "--force"]) == 1
-    assert "--again" in started[0] and "--ended" not in started[0]
+    assert "--ended" not in started[0] and all("--force" in command for command in started)
     for command, how in zip(started[1:], ("the GPU no longer answered", "it took too long, or crashed, status -11")):
-        assert "--again" not in command and "--force" in command
         assert command[command.index("--ended") + 1] == how
     assert len(started) == 3 and capsys.readouterr().err.count("goes on behind the case") == 2
+
+
+def test_bench_gpu_does_not_start_its_process_again_where_it_cannot_begin(tmp_path, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, env: started.append(command) or argparse.Namespace(returncode=1)
+    )
+    assert gpu.main(["--out", str(tmp_path)]) == 1 and len(started) == 1
+    assert "its process ended with status 1 before any case" in capsys.readouterr().err
+
+
+def test_what_was_begun_anew_is_not_begun_a_second_time_when_a_case_ends_the_process(tmp_path):
+    ran = []
+    went(run_of(tmp_path, [case_of("a", ran)]))
+    went(run_of(tmp_path, [case_of("a", ran)]), again=[], ended="it crashed")
+    assert ran == ["a"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -289,16 +306,36 @@ def test_on_a_gpu_steering_is_timed_with_the_compiled_backend_too_where_it_runs(
         assert stages.backends_of(TINY, "triton") == ["triton"]
 
 
-def test_another_way_of_the_kernels_is_one_more_contestant(monkeypatch):
+def test_another_way_of_the_kernels_is_one_more_contestant_of_16_bit_cases(monkeypatch):
     from corrsteer.kernels import launch
 
-    monkeypatch.setattr(contestants, "WAYS", ("fused", "panels"))
-    assert contestants.ways_of("triton", TINY) == ["triton", "triton, fused", "triton, panels"]
-    assert contestants.ways_of("reference", TINY) == ["reference"]
+    entry = {"way": "panels", "BT": 999}
+    monkeypatch.setattr(contestants, "WAYS", {"panels": entry})
+    bf16 = Case(**vars(TINY) | {"precision": "bf16"})
+    assert contestants.ways_of("triton", bf16) == ["triton", "triton, panels"]
+    for case in (TINY, Case(**vars(bf16) | {"activation": "topk"}), Case(**vars(bf16) | {"kind": "host"})):
+        assert contestants.ways_of("triton", case) == ["triton"]
+    assert contestants.ways_of("reference", bf16) == ["reference"]
     of = (CPU, "encode_pool", "native", 64)
+    shipped = launch.config(*of)
     with contestants.going("panels"):
-        assert launch.config(*of)["way"] == "panels"
-    assert "way" not in launch.config(*of)
+        assert launch.config(*of) == entry and launch.config(CPU, "encode", "native", 64)["BT"] != 999
+    with contestants.going(""):
+        assert launch.config(*of) == shipped != entry
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
+def test_a_case_is_measured_by_each_way_beside_the_one_that_ships(monkeypatch):
+    from corrsteer.kernels import launch
+
+    case = Case("encode_update", 16, 64, 16, 4, repeats=2)
+    monkeypatch.setattr(contestants, "WAYS", {"small": launch.config(CPU, "encode_pool", "native", 64) | {"BF": 16}})
+    found = measure.one(case, CPU, contestants.ways_of("triton", case), 0.01)
+    assert found["status"] == "measured", found["reason"]
+    for name in ("triton", "triton, small"):
+        assert found["contestants"][name]["check"]["ok"] and found["contestants"][name]["median_ms"] > 0
+        assert found["contestants"][name]["same_bits"] == {"runs": 2, "same": 2}
+    assert {"triton, small", "matmul"} <= found["ratios"]["triton"].keys()
 
 
 # The checks
