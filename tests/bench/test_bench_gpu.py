@@ -8,12 +8,11 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import pytest
 import torch
 
-from bench import checks, contestants, counters, eager, gpu, measure, page, record, shapes, stages, timing
+from bench import checks, contestants, counters, eager, gpu, measure, page, record, shapes, stages, table, timing
 from bench.shapes import Case
 from corrsteer import CorrSteerError
 from corrsteer.ops import cuda_backend, reference, registry
@@ -79,30 +78,50 @@ def test_a_dry_run_goes_through_every_stage_and_says_what_a_cpu_cannot(whole):
     assert "\n".join(result["page"]) in said and result["page"][-1].startswith("Next: ")
 
 
-def test_a_dry_run_that_is_killed_is_continued_to_the_same_result(whole, tmp_path):
-    with open(os.devnull, "w") as nowhere:
-        running = subprocess.Popen(
-            [*COMMAND, "--out", tmp_path], cwd=record.ROOT, stdout=nowhere, stderr=nowhere, start_new_session=True
-        )
-        deadline = time.monotonic() + 300
-        while not ((tmp_path / FILE).exists() and read(tmp_path)["stages"]["check"]["status"] == "done"):
-            assert running.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-        os.killpg(running.pid, signal.SIGKILL)
-        running.wait()
+KILLED = {  # where -> the function that ends the process instead, at which of its calls; and what is done by then
+    "in the first case after the checks": ("measure.one", 1, ("check",)),
+    "in a case of the last stage": ("measure.one", 5, ("check", "shapes", "host", "tests")),
+    "while the result is written": ("record.write", 20, ()),
+    "before what was written takes the place of the result": ("os.replace", 20, ()),
+}
+
+
+@pytest.mark.parametrize("where", KILLED)
+def test_a_dry_run_that_is_killed_is_continued_to_the_same_result(whole, tmp_path, where):
+    function, call, done = KILLED[where]
+    script = f"""
+        import itertools, os, signal, sys
+        from bench import measure, record, stages
+        calls, before = itertools.count(1), {function}
+        def kill(*arguments):
+            if next(calls) == {call}:
+                os.killpg(os.getpid(), signal.SIGKILL)
+            return before(*arguments)
+        {function} = kill
+        stages.main(sys.argv[1:])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), *COMMAND[3:], "--out", tmp_path]
+    killed = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, start_new_session=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     left = read(tmp_path)
-    assert left["stages"]["rest"]["missing"] == left["stages"]["rest"]["of"]
+    assert {name for name, stage in left["stages"].items() if stage["status"] == "done"} >= set(done)
+    if function == "measure.one":
+        assert [case["reason"] for case in left["cases"] if case["status"] == "started"] == [
+            "the run was cut off in it"
+        ]
     assert left["cases"][-1]["reason"] == "the run was stopped before"
 
-    done = dry_run(tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert f"{FILE} continues:" in done.stdout and "--again measures anew" in done.stdout
+    continued = dry_run(tmp_path)
+    assert continued.returncode == 0, continued.stderr
+    assert f"{FILE} continues:" in continued.stdout and "--again measures anew" in continued.stdout
     found = read(tmp_path)
-    measured = [c for c in left["checks"] if c["status"] == "measured"]
-    assert measured == [c for c in found["checks"] if c["status"] == "measured"]  # seconds and all: not run again
+    for kept in ("checks", "cases"):
+        measured = {record["name"]: record for record in left[kept] if record["status"] == "measured"}
+        again = {record["name"]: record for record in found[kept]}
+        assert all(again[name] == record for name, record in measured.items())  # seconds and all: not run again
+        assert measured or kept == "cases"
     assert len(found["continued"]) == 1 and found["date"] == left["date"]
     assert states(found) == states(whole[0]) and structure(found) == structure(whole[0])
-    assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
 def test_a_dry_run_is_kept_out_of_the_committed_results(capsys):
@@ -231,6 +250,21 @@ def test_a_case_that_hangs_ends_the_process_and_the_next_one_goes_on_behind_it(t
     assert ran == ["behind"]
     assert read(tmp_path)["cases"][1]["reason"] == "the process was ended in it (it took too long)"
     assert read(tmp_path)["page"][-1] == "Next: see why this case could not be measured: hangs."
+
+
+def test_every_case_of_a_gpus_run_has_a_name_of_its_own_and_a_table_before_it_has_run(tmp_path):
+    asked = gpu.options_of(["--out", str(tmp_path), "--profile", "--sanitize"])
+    run = run_of(tmp_path, stages.items_of(asked, CPU, "triton"))
+    stages.continued(run, options(tmp_path))
+    run.save()
+    names = [(item.stage, item.planned["name"]) for item in run.items]
+    assert len(set(names)) == len(names) and list(dict.fromkeys(stage for stage, _ in names)) == list(gpu.STAGES)
+    device = {"type": "gpu", "name": "Made-up GPU", "capability": "9.0", "driver": None}
+    result = run.result | {"device": device, "schema": record.SCHEMA}
+    assert f"Not measured (the run was stopped before): {shapes.TELLING[0].name};" in table.section([result])
+    said = page.words(result)
+    assert "  at most 1.00 of the bare product's time (not bf16x2): not measured" in said
+    assert sum(line.endswith(", not measured") for line in said) == len(json.loads(page.PREDICTIONS.read_text()))
 
 
 def test_a_case_that_was_running_when_a_run_was_killed_is_run_again(tmp_path):
