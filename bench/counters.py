@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench import contestants, record
+from bench import contestants, measure, record
 from bench.shapes import Case
 
 # What the result calls a counter -> ncu's metric. Several metrics match the last, one a reason.
@@ -98,7 +98,7 @@ def found_by(said: str) -> dict[str, Any]:
     errors = sum(map(int, counts))
     lines = [line.removeprefix("=========").strip() for line in said.splitlines() if line.startswith("=========")]
     first = next((line for line in lines if re.match(r"Invalid|Error|Warning|Potential|Race|Program hit", line)), "")
-    return {"status": "wrong" if errors else "measured", "errors": errors, "reason": first}
+    return {"status": "wrong" if errors else "measured", "errors": errors, "reason": measure.pathless(first)}
 
 
 def read(said: str) -> list[dict[str, Any]]:
@@ -137,9 +137,8 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str] | str:
 
 
 def _last(said: str) -> str:
-    """The last line, without the paths that it may hold."""
-    lines = said.strip().splitlines() or ["it said nothing"]
-    return " ".join(word for word in lines[-1].split() if "/" not in word)[:300]
+    """The last line."""
+    return measure.pathless((said.strip().splitlines() or ["it said nothing"])[-1])
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -194,5 +194,9 @@ def _timer(case: Case, device: torch.device):
 def words(error: Exception) -> str:
     """An error in one line, without the paths that the rest of its text may hold."""
     text = str(error).strip().splitlines()
-    first = " ".join(word for word in (text[0] if text else "").split() if "/" not in word)
-    return f"{type(error).__name__}: {first[:300]}"
+    return f"{type(error).__name__}: {pathless(text[0] if text else '')}"
+
+
+def pathless(text: str) -> str:
+    """The beginning of a line, without the paths in it: a result names nothing of a host."""
+    return " ".join(word for word in text.split() if "/" not in word)[:300]

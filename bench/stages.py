@@ -111,9 +111,10 @@ class Run:
         self.records[at] = item.planned | {"status": "not measured", "reason": "the time was used up"}
         if ends.left() <= 0 or self.deadline.left() <= item.takes:
             return
-        if reason := item.skipped() or self._forbidden(item):
+        skipped = measure.pathless(item.skipped())
+        if reason := skipped or self._forbidden(item):
             said.add(at)
-            self.records[at] |= {"status": "skipped" if item.skipped() else "not measured", "reason": reason}
+            self.records[at] |= {"status": "skipped" if skipped else "not measured", "reason": reason}
             print(f"{item.stage}: {item.planned['name']}: {self.records[at]['status']}, {reason}", flush=True)
             return
         self.records[at] = item.planned | {"status": "started", "reason": CUT_OFF}

@@ -277,6 +277,14 @@ def test_a_case_that_was_running_when_a_run_was_killed_is_run_again(tmp_path):
     assert ran == ["a"] and read(tmp_path)["cases"][0]["status"] == "measured"
 
 
+def test_no_reason_in_a_result_holds_a_path(tmp_path):
+    item = case_of("a", [])
+    item.skipped = lambda: "its extension could not be imported (/home/someone/x.so: no symbol)"
+    went(run_of(tmp_path, [item]))
+    found = read(tmp_path)["cases"][0]
+    assert (found["status"], found["reason"]) == ("skipped", "its extension could not be imported no symbol)")
+
+
 def test_a_gpu_that_no_longer_answers_ends_the_process_once_the_case_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "answers", lambda: False)
     with pytest.raises(SystemExit) as ended:
