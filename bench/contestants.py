@@ -6,9 +6,12 @@ set `i`, and all contestants of a round use the same.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -34,18 +37,48 @@ WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # that the prec
 @dataclass
 class Contestant:
     """`call(i)` runs it on set `i`; `check`, for ours, says whether it computes what it should; `holds`, in bytes, is
-    a result that it keeps between calls."""
+    a result that it keeps between calls; `fresh` is what a run on set 0 makes of new state, to compare bits."""
 
     call: Callable[[int], object]
     check: Callable[[], dict] | None = None
     holds: int = 0
+    fresh: Callable[[], list[Tensor]] | None = None
 
 
 Factories = dict[str, Callable[[], Contestant]]  # made one after the other, as one may find no memory
 
 
+# Other ways of the triton backend to the same result than the one that ships: for each, the launch configuration of
+# `encode_pool` that goes it. One more entry here is one more contestant.
+WAYS: dict[str, dict[str, Any]] = {}
+
+
+def ways_of(backend: str, case: Case) -> list[str]:
+    """Names of our contestants on a backend: as it ships, and by each other way, which take 16-bit operands."""
+    many = backend == "triton" and case.kind == "encode_update"
+    many &= case.precision in ("bf16", "bf16x2", "fp16") and case.activation != "topk"
+    return [backend, *(f"{backend}, {way}" for way in WAYS if many)]
+
+
+@contextlib.contextmanager
+def going(way: str) -> Iterator[None]:
+    """Launches go `way` in here; as they ship where it is empty."""
+    if not way:
+        yield
+        return
+    from corrsteer.kernels import launch
+
+    config = launch.config
+
+    def forced(device: torch.device, kernel: str, *more: Any) -> dict[str, Any]:
+        return WAYS[way] if kernel == "encode_pool" else config(device, kernel, *more)
+
+    with patch.object(launch, "config", forced):
+        yield
+
+
 def contestants(case: Case, device: torch.device, backends: Iterable[str]) -> Factories:
-    """The contestants of a case by name; ours have the name of their backend."""
+    """The contestants of a case by name; ours have the name of their backend, and behind a comma of a way."""
     makers = {"update_moments": _update_moments, "update_sums": _update_sums}
     makers |= {"steer_add": _steer_add, "steer_host": _steer_add}
     return makers.get(case.kind, _encode_update)(case, device, tuple(backends))
@@ -93,8 +126,9 @@ def _encode_update(case: Case, device: torch.device, backends: tuple[str, ...]) 
         return tuple(Moments(case.d_sae, labels, device=device) for _ in pools)
 
     def update(at: int, backend: str, into: tuple[Moments, ...]) -> None:
-        s = sets[at % len(sets)]
-        encode_update(s.x, cu_seqlens, y, s.encoder, into if len(into) > 1 else into[0], case.pool, backend=backend)
+        s, (name, _, way) = sets[at % len(sets)], backend.partition(", ")
+        with going(way):
+            encode_update(s.x, cu_seqlens, y, s.encoder, into if len(into) > 1 else into[0], case.pool, backend=name)
 
     def verdict(first: tuple[Moments, ...]) -> dict:
         rounded = sets[0].weight.to(WEIGHT_DTYPES.get(case.precision, torch.float32))
@@ -110,7 +144,12 @@ def _encode_update(case: Case, device: torch.device, backends: tuple[str, ...]) 
             update(0, backend, first)
             return verdict(first)
 
-        return Contestant(lambda at: update(at, backend, kept), check)
+        def fresh() -> list[Tensor]:
+            new = states()
+            update(0, backend, new)
+            return [array for moments in new for array in moments.state()]
+
+        return Contestant(lambda at: update(at, backend, kept), check, fresh=fresh)
 
     def replayed(backend: str) -> Contestant:
         """Ours as a CUDA graph, of set 0."""
@@ -164,7 +203,7 @@ def _encode_update(case: Case, device: torch.device, backends: tuple[str, ...]) 
         def collect(x, W_enc, sums):
             eager.collect(lambda x: eager.encode(x, W_enc, *vectors, case.k), x, sizes, sample, y, sums, pools, pooling)
 
-        collect = torch.compile(collect, fullgraph=True, dynamic=False)
+        collect = torch.compile(collect, fullgraph=True, dynamic=False, mode=case.compiled)
         return Contestant(lambda at: collect(sets[at % len(sets)].x, weights[at % len(sets)], sums))
 
     def tested(backend: str) -> Contestant:

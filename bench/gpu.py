@@ -1,7 +1,10 @@
-"""Test on the GPU, then time on it, in one command: python -m bench.gpu --out bench/results
+"""Check, time and examine the kernels on a GPU, most telling first: python -m bench.gpu --out bench/results
 
-Needs PyTorch with CUDA, Triton, numpy, safetensors and pytest; nothing is downloaded. The result file is rewritten
-after every case, so that a run which is stopped leaves what it had.
+Stages: `check` (every kernel against the reference, at odd sizes), `shapes` (the eight that matter), `host` (time of a
+call on the host, graphs, steering), the GPU tests, and `rest`. The result file is written around every case. A run
+that is cut off at any moment leaves what it had, and the next with the same --out goes on with what is missing.
+
+Needs PyTorch with CUDA, Triton, numpy, safetensors and pytest; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -10,106 +13,68 @@ import argparse
 import os
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-from xml.etree import ElementTree
 
-import torch
-
-from bench import measure, record, shapes, table
-from corrsteer.ops import cuda_backend, registry
-
-SECONDS = 2.0  # of timing a case
-TESTS_SHARE = 0.5  # of the time, at most
+FINISHED, USAGE, WRONG, BROKEN = 0, 2, 10, 11  # what `bench.stages` exits with; anything else ended it
+RESTARTS = 12
+RESULTS = Path(__file__).resolve().parent / "results"
+STAGES = ("check", "shapes", "host", "profile", "sanitize", "tests", "rest")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = _options(arguments)
-    if not torch.cuda.is_available():
-        print(
-            f"bench.gpu needs an NVIDIA GPU and a PyTorch build with CUDA; torch {torch.__version__} sees none here. "
-            f"For CPUs there is python -m bench.cpu.",
-            file=sys.stderr,
-        )
-        return 2
-    deadline = measure.Deadline(60 * options.minutes)
-    tests = run_tests(TESTS_SHARE * 60 * options.minutes)
-    return run(
-        options, torch.device("cuda", torch.cuda.current_device()), "triton", shapes.gpu_cases(), tests, deadline
+def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of `bench.gpu`, and of `bench.stages`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-
-
-def run(
-    options: argparse.Namespace,
-    device: torch.device,
-    backend: str,
-    cases: list[shapes.Case],
-    tests: dict[str, Any],
-    deadline: measure.Deadline,
-) -> int:
-    """Time the cases, if the tests passed; write the result, show it, and return the exit status."""
-    result = record.new(device, options.commit) | {"forced": options.force, "tests": tests}
-    print(f"GPU tests: {tests}", flush=True)
-
-    def save() -> Path:
-        return record.write(result, options.out)
-
-    if tests_passed(tests) or options.force:
-        measure.all_cases(result, cases, device, lambda case: backends_of(case, backend), deadline, save, SECONDS)
-    else:
-        reason = "the GPU tests did not pass"
-        result["cases"] = [measure.not_measured(case, backends_of(case, backend), reason) for case in cases]
-        print(f"{reason}: nothing is timed, unless with --force", file=sys.stderr)
-    print(f"\n{table.text(result)}\n\n{save()}")
-    return 0 if tests_passed(tests) and all(c["status"] in measure.USUAL for c in result["cases"]) else 1
-
-
-def backends_of(case: shapes.Case, backend: str) -> list[str]:
-    """The backend that everything is about, and for steering the compiled one, where it has been built."""
-    call = registry.Call("steer_add", torch.device("cuda"), torch.bfloat16)
-    steers = case.kind.startswith("steer") and cuda_backend.verify(call).ok
-    return [backend, "cuda"] if steers else [backend]
-
-
-def run_tests(seconds: float) -> dict[str, Any]:
-    """Run the tests marked `gpu` with no plugin but pytest's own, their output as it comes; counts and duration."""
-    with tempfile.TemporaryDirectory() as scratch:
-        report = Path(scratch) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", f"--junitxml={report}"]
-        environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-        start = time.monotonic()
-        try:
-            status = subprocess.run(command, cwd=record.ROOT, env=environment, timeout=seconds).returncode
-        except subprocess.TimeoutExpired:
-            status = None
-        counts = count(report.read_text(encoding="utf-8")) if report.exists() else {}
-    return {**counts, "exit_status": status, "timed_out": status is None, "seconds": time.monotonic() - start}
-
-
-def count(junit: str) -> dict[str, int]:
-    """Outcomes in a JUnit report."""
-    totals = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
-    for suite in ElementTree.fromstring(junit).iter("testsuite"):
-        for name in totals:
-            totals[name] += int(suite.get(name, 0))
-    failed = totals["failures"] + totals["errors"]
-    return {"passed": totals["tests"] - failed - totals["skipped"], "failed": failed, "skipped": totals["skipped"]}
-
-
-def tests_passed(tests: dict[str, Any]) -> bool:
-    """Whether there were tests and all that ran passed."""
-    return tests.get("exit_status") == 0 and tests.get("passed", 0) > 0
-
-
-def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the result file goes")
-    parser.add_argument("--minutes", type=float, default=8, help="for everything; no case is started afterwards")
-    parser.add_argument("--force", action="store_true", help="time even if tests fail; the result says so")
+    parser.add_argument("--minutes", type=float, default=15, help="for everything; no case is started afterwards")
+    parser.add_argument(
+        "--again", nargs="*", choices=STAGES, metavar="STAGE",
+        help="measure anew what an earlier run has left there: these stages, or everything",
+    )  # fmt: skip
+    parser.add_argument("--force", action="store_true", help="time even what fails its checks; the result says so")
+    parser.add_argument("--profile", action="store_true", help="also counters of each way, by ncu")
+    parser.add_argument("--sanitize", action="store_true", help="also the checks under compute-sanitizer")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, at toy sizes; times mean nothing")
     parser.add_argument("--commit", help="of these sources, where they are not in a git repository")
-    return parser.parse_args(arguments)
+    parser.add_argument("--ended", help=argparse.SUPPRESS)  # how the process before was ended
+    options = parser.parse_args(arguments)
+    if options.dry_run and options.out.resolve() == RESULTS:
+        parser.error("--out must be another folder than bench/results for a dry run, whose times mean nothing")
+    if not options.minutes > 0:
+        parser.error(f"--minutes must be above 0, got {options.minutes}")
+    return options
+
+
+def written(folder: Path) -> list[tuple[str, int]]:
+    """The result files of a folder, and when they were last written."""
+    return sorted((path.name, path.stat().st_mtime_ns) for path in folder.glob("*.json"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = options_of(given)
+    ends, out = time.monotonic() + 60 * options.minutes, options.out
+    found_in = [str(RESULTS.parent.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, found_in))}
+    more: list[str] = []
+    for _ in range(RESTARTS):
+        left = max(ends - time.monotonic(), 1) / 60
+        command = [sys.executable, "-m", "bench.stages", *given, "--minutes", f"{left:.4f}", *more]
+        before = written(out)
+        status = subprocess.run(command, env=environment).returncode
+        if status in (FINISHED, USAGE, WRONG):
+            return 1 if status == WRONG else status
+        how = "the GPU no longer answered" if status == BROKEN else f"it took too long, or crashed, status {status}"
+        if written(out) == before:
+            print(f"bench.gpu stops, as its process ended with status {status} before any case", file=sys.stderr)
+            return 1
+        print(f"bench.gpu goes on behind the case that was running: {how}", file=sys.stderr, flush=True)
+        more = ["--ended", how]
+    print(f"bench.gpu was ended {RESTARTS} times and stops; the result says in which cases", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def all_cases(
             result["cases"][at]["reason"] = "the time was used up"
             continue
         if case.compiled and deadline.left() < COMPILING:
-            case = replace(case, compiled=False)
+            case = replace(case, compiled="")
         result["cases"][at] = one(case, device, backends_of(case), seconds)
         save()
         print(line(result["cases"][at]), flush=True)
@@ -82,7 +82,7 @@ def one(case: Case, device: torch.device, backends: Sequence[str], seconds: floa
     try:
         _fill(record, case, device, backends, seconds)
     except Exception as error:  # of the inputs, or of the device; the cases after this one may fare better
-        record |= {"status": "failed", "reason": _words(error)}
+        record |= {"status": "failed", "reason": words(error)}
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -102,7 +102,7 @@ def _fill(record: dict[str, Any], case: Case, device: torch.device, backends: Se
         torch._dynamo.reset()  # each shape is compiled by itself, and there is a limit to recompiling
     running: dict[str, Contestant] = {}
     for name, make in contestants(case, device, backends).items():
-        entry = record["contestants"][name] = _prepare(name, make, running, device)
+        entry = record["contestants"][name] = _prepare(name, make, running, device, case.repeats)
         if name in record["ours"] and entry["status"] != "measured":
             record |= {"status": "wrong" if entry["status"] == "wrong" else "failed"}
             record["reason"] = f"{name}: {entry.get('reason') or entry.get('check')}"
@@ -130,7 +130,18 @@ def _fill(record: dict[str, Any], case: Case, device: torch.device, backends: Se
     }
 
 
-def _prepare(name: str, make: Callable, running: dict[str, Contestant], device: torch.device) -> dict[str, Any]:
+def _same_bits(fresh: Callable[[], list[torch.Tensor]], runs: int) -> dict[str, int]:
+    """Of how many runs all bits are those of the first."""
+    first = [array.clone().view(torch.int64) for array in fresh()]  # of float64, so that a NaN equals itself
+    same = sum(
+        all(torch.equal(one, other.view(torch.int64)) for one, other in zip(first, fresh())) for _ in range(runs - 1)
+    )
+    return {"runs": runs, "same": 1 + same}
+
+
+def _prepare(
+    name: str, make: Callable, running: dict[str, Contestant], device: torch.device, repeats: int
+) -> dict[str, Any]:
     """Make a contestant, run it for the first time and check it; those that are fit to be timed go to `running`."""
     entry: dict[str, Any] = {"status": "measured"}
     try:
@@ -149,11 +160,13 @@ def _prepare(name: str, make: Callable, running: dict[str, Contestant], device: 
             entry["check"] = contestant.check()
             if not entry["check"]["ok"]:
                 return entry | {"status": "wrong"}
+        if contestant.fresh is not None and repeats:
+            entry["same_bits"] = _same_bits(contestant.fresh, repeats)
         running[name] = contestant
     except torch.OutOfMemoryError:
         entry |= {"status": "out of memory"}
     except Exception as error:  # a contestant that cannot run must not take the others with it
-        entry |= {"status": "failed", "reason": _words(error)}
+        entry |= {"status": "failed", "reason": words(error)}
     if device.type == "cuda" and name not in running:
         torch.cuda.empty_cache()
     return entry
@@ -178,8 +191,12 @@ def _timer(case: Case, device: torch.device):
     return timing.HostTimer() if case.kind in ("host", "steer_host") else timing.CudaTimer()
 
 
-def _words(error: Exception) -> str:
+def words(error: Exception) -> str:
     """An error in one line, without the paths that the rest of its text may hold."""
     text = str(error).strip().splitlines()
-    first = " ".join(word for word in (text[0] if text else "").split() if "/" not in word)
-    return f"{type(error).__name__}: {first[:300]}"
+    return f"{type(error).__name__}: {pathless(text[0] if text else '')}"
+
+
+def pathless(text: str) -> str:
+    """The beginning of a line, without the paths in it: a result names nothing of a host."""
+    return " ".join(word for word in text.split() if "/" not in word)[:300]

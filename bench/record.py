@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import subprocess
@@ -15,9 +15,11 @@ from typing import Any
 import torch
 
 import corrsteer
+from corrsteer.files import write_utf8
 from corrsteer.ops import native_backend
 
 SCHEMA, VERSION = "corrsteer.bench", 1
+DRY_RUN = f"{SCHEMA}.dry-run"  # the schema of a result whose times mean nothing
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "numpy", "sae-lens")
 STUDIES = ROOT / "bench" / "results" / "studies"  # simulations, which are of no device
@@ -39,12 +41,11 @@ def new(device: torch.device, commit: str | None = None) -> dict[str, Any]:
 
 
 def write(result: dict[str, Any], directory: Path) -> Path:
-    """Write the result to `directory`, named after its device, in one step: a reader never finds half a file."""
+    """Write the result to `directory`, named after its device, in one step and onto the disk: whenever the process or
+    the machine ends, there is the result before or the one after, whole."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{stem(result)}.json"
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_utf8(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
     return path
 
 
@@ -71,14 +72,26 @@ def write_study(result: dict[str, Any], directory: Path) -> Path:
         else:
             lines.append(f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}")
     path = directory / f"{result['schema'].removeprefix('corrsteer.')}.json"
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    write_utf8(path, "{\n" + ",\n".join(lines) + "\n}\n")
     return path
 
 
 def stem(result: dict[str, Any]) -> str:
     """What the files of a result are called, but for their endings."""
     device = result["device"]
+    if result["schema"] == DRY_RUN:
+        return "dry-run"
     return re.sub(r"[^a-z0-9]+", "-", f"{device['type']} {device['name']}".lower()).strip("-")
+
+
+def sources() -> str:
+    """A hash of all that is measured: the package, the kernels with their launch configurations, and the C++."""
+    digest = hashlib.sha256()
+    for folder in ("corrsteer", "kernels", "csrc"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".json", ".cpp", ".h", ".hpp", ".cu", ".cuh"):
+                digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def commit_of(checkout: Path) -> str | None:

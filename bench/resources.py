@@ -17,7 +17,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ OPERANDS = {  # element types of x, weight and weight_low
     "tf32x3": ("fp32", "fp32", None),
     "ieee": ("fp32", "fp32", None),
 }
+WIDTH = 74  # of the labels, in print
 ENCODER = ("bias", "threshold", "magnitude_scale", "magnitude_bias", "weight_sum")
 
 
@@ -143,6 +144,19 @@ def shipped(arch: int) -> Iterator[Specimen]:
     yield from small(arch)
 
 
+def raced(arch: int) -> Iterator[Specimen]:
+    """What `bench.tune` would race at many tokens, in 16-bit numbers."""
+    from bench import tune
+
+    forms = {"encode_pool_singles": {"singles": True}, "encode_pool_both": {"pools": ("mean", "max")}}
+    for form in tune.FORMS:
+        for entry in tune.candidates("native", 4096, 0 if arch == 80 else 1, form):
+            specimen = pooling(arch, "native", entry, **forms.get(form, {}))
+            launch = (entry["num_warps"], "warps", entry["num_stages"], "stages")
+            words = (*launch, entry["SUBTILE"], entry["WIDE_SUBTILE"])
+            yield replace(specimen, label=" ".join(map(str, (specimen.label, *words))))
+
+
 def small(arch: int) -> Iterator[Specimen]:
     """The kernels around the product, as `corrsteer.kernels.operations` launches them."""
     f, i, d, n = "*fp32", "*i32", "*fp64", "i32"
@@ -246,9 +260,9 @@ def _tensor_core(assembly: str, ptx: str) -> str:
     return next((name for name in ("HGMMA", "HMMA") if re.search(rf"\b{name}\b", assembly)), "-")
 
 
-def examine_all(architectures, jobs: int, show=None) -> list[Report]:
+def examine_all(architectures, jobs: int, show=None, which=shipped) -> list[Report]:
     """Reports of everything that ships for the architectures, in order; `show` is called with each as it comes."""
-    specimens = [specimen for arch in architectures for specimen in shipped(arch)]
+    specimens = [specimen for arch in architectures for specimen in which(arch)]
     reports = []
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         for report in pool.imap(examine, specimens):
@@ -261,7 +275,7 @@ def examine_all(architectures, jobs: int, show=None) -> list[Report]:
 def line(report: Report) -> str:
     faults = "; ".join(report.faults) or "ok"
     return (
-        f"sm_{report.arch:<4} {report.kernel:<12} {report.label:<52} {report.registers:>5} {report.local:>6} "
+        f"sm_{report.arch:<4} {report.kernel:<12} {report.label:<{WIDTH}} {report.registers:>5} {report.local:>6} "
         f"{report.shared:>7} {report.tensor_core:<12} {faults}"
     )
 
@@ -271,21 +285,25 @@ def main() -> int:
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, action="append", help="all of them by default")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at once")
     parser.add_argument("--json", type=Path, help="write the table here as well")
+    parser.add_argument("--raced", action="store_true", help="what bench.tune would race, instead of what ships")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("bench.resources compiles kernels; unset TRITON_INTERPRET, under which they are not", file=sys.stderr)
         return 2
-    print(f"{'arch':<7} {'kernel':<12} {'what':<52} {'regs':>5} {'spills':>6} {'shared':>7} {'multiplies by':<12}")
-    reports = examine_all(options.arch or ARCHITECTURES, options.jobs, lambda report: print(line(report), flush=True))
+    print(f"{'arch':<7} {'kernel':<12} {'what':<{WIDTH}} {'regs':>5} {'spills':>6} {'shared':>7} {'multiplies by':<12}")
+    which = raced if options.raced else shipped
+    reports = examine_all(
+        options.arch or ARCHITECTURES, options.jobs, lambda report: print(line(report), flush=True), which
+    )
     if options.json:
         import json
 
         import triton
 
-        options.json.write_text(
-            json.dumps({"triton": triton.__version__, "reports": [asdict(r) for r in reports]}, indent=1) + "\n",
-            encoding="utf-8",
-        )
+        from corrsteer.files import write_utf8
+
+        table = {"triton": triton.__version__, "reports": [asdict(r) for r in reports]}
+        write_utf8(options.json, json.dumps(table, indent=1) + "\n")
     faulty = [report for report in reports if report.faults]
     print(f"{len(reports)} compiled, {len(faulty)} of them not fit to ship")
     return 1 if faulty else 0

@@ -1,6 +1,5 @@
 """The benchmarks' own logic, on tiny shapes: what is measured, what is not, and what the README then says."""
 
-import argparse
 import itertools
 import json
 import platform
@@ -10,10 +9,10 @@ from collections import Counter
 import pytest
 import torch
 
-from bench import chart, contestants, cpu, eager, gpu, ground_truth, measure, record, resident, shapes, table, timing
+from bench import chart, contestants, cpu, eager, ground_truth, measure, record, resident, shapes, table, timing
 from bench.shapes import Case
 from corrsteer import Moments, SparseEncoder, encode_update
-from corrsteer.ops import cuda_backend, reference, registry
+from corrsteer.ops import reference, registry
 
 CPU = torch.device("cpu")
 TINY = Case("encode_update", d_in=16, d_sae=64, tokens=64, steps=4, precision="fp32", k=5)
@@ -81,16 +80,25 @@ def test_lengths_sum_to_the_tokens_with_the_mean_asked_for(tokens, mean):
 
 
 def test_the_gpu_cases_cover_every_sae_tokens_and_steps_once_each():
-    cases = shapes.gpu_cases()
+    cases = [case for stage in shapes.gpu_stages().values() for case in stage]
     assert max(Counter(case.name for case in cases).values()) == 1
-    plain = [c for c in cases if (c.kind, c.precision, c.activation, c.pool) == TINY_BF16]
+    plain = [c for c in cases if (c.kind, c.precision, c.activation, c.pool, c.compiled) == TINY_BF16]
     assert len(plain) == len(shapes.SAES) * 3 * 3
     assert {"fp32", "bf16x2", "fp16"} < {c.precision for c in cases} and {"max", "both"} < {c.pool for c in cases}
     others = {"permutations", "update_moments", "update_sums", "steer_add", "host", "steer_host", "graph"}
     assert {c.kind for c in cases} == {"encode_update"} | others
 
 
-TINY_BF16 = ("encode_update", "bf16", "jumprelu", "mean")
+def test_the_eight_shapes_come_first_with_their_bits_compared_and_then_against_torch_compile():
+    cases = shapes.gpu_stages()["shapes"]
+    assert [c.repeats for c in cases] == [20] * 8 + [0] * 3
+    assert [c.compiled for c in cases] == [""] * 8 + ["default"] * 3
+    assert cases[8].name == f"{cases[0].name}, torch.compile default"
+    compiled = [c for stage in shapes.gpu_stages().values() for c in stage if c.compiled == "default"]
+    assert len(compiled) == 8
+
+
+TINY_BF16 = ("encode_update", "bf16", "jumprelu", "mean", "")
 
 
 def test_contestants_are_timed_in_turn_and_each_round_has_its_own_order_and_inputs():
@@ -171,6 +179,15 @@ def test_a_case_is_checked_timed_and_compared(change):
         assert ours["peak_share"] is None or ours["peak_share"] >= 0
         assert ours["tflops"] > 0 and found["dense_bytes"] == 4 * 64 * 64 and found["eager_encode"]
         assert found["contestants"]["compiled"]["status"] == "not measured"
+
+
+def test_runs_of_the_same_inputs_whose_bits_differ_are_counted(broken):
+    found = one(Case(**vars(TINY) | {"repeats": 4}))
+    assert found["contestants"]["reference"]["same_bits"] == {"runs": 4, "same": 4}
+    drift = iter([0.0, 0.0, 0.0, 0.0, 0.0, 1e-12, 0.0])  # of two runs before, four, and one to warm up with
+    broken(lambda moments: moments.z_mean.add_(next(drift, 0.0)))
+    found = one(Case(**vars(TINY) | {"repeats": 4}), "broken")
+    assert found["contestants"]["broken"]["same_bits"] == {"runs": 4, "same": 3}
 
 
 @pytest.mark.parametrize("pooling", [eager.pool_segments, eager.pool_scatter])
@@ -267,39 +284,6 @@ def test_cases_that_time_does_not_reach_are_listed_as_not_measured():
     assert saved == [["not measured"] * 2, ["measured", "not measured"], ["measured", "not measured"]]
     assert result["cases"][1]["reason"] == "the time was used up"
     assert result["cases"][1]["name"] == cases[1].name
-
-
-@pytest.mark.parametrize("force", [False, True])
-def test_failing_tests_forbid_timing_unless_forced(tmp_path, capsys, force):
-    options = argparse.Namespace(out=tmp_path, force=force, commit="abc")
-    tests = {"passed": 3, "failed": 1, "skipped": 0, "exit_status": 1}
-    status = gpu.run(options, CPU, "reference", [TINY], tests, measure.Deadline(1000))
-    (path,) = tmp_path.iterdir()
-    result = json.loads(path.read_text())
-    assert status == 1 and result["tests"] == tests and result["forced"] == force
-    assert result["cases"][0]["status"] == ("measured" if force else "not measured")
-    assert (result["schema"], result["version"], result["commit"]) == (record.SCHEMA, record.VERSION, "abc")
-    assert (TINY.name in capsys.readouterr().out) or not force
-
-
-def test_passing_tests_and_right_cases_are_a_success(tmp_path):
-    options = argparse.Namespace(out=tmp_path, force=False, commit=None)
-    tests = {"passed": 3, "failed": 0, "skipped": 0, "exit_status": 0}
-    assert gpu.run(options, CPU, "reference", [TINY], tests, measure.Deadline(1000)) == 0
-
-
-def test_outcomes_are_counted_from_the_junit_report_and_none_is_no_pass():
-    suite = '<testsuites><testsuite tests="7" failures="1" errors="1" skipped="2" time="1.5"></testsuite></testsuites>'
-    assert gpu.count(suite) == {"passed": 3, "failed": 2, "skipped": 2}
-    assert not gpu.tests_passed({"passed": 0, "failed": 0, "skipped": 4, "exit_status": 0})
-    assert not gpu.tests_passed({"exit_status": None, "timed_out": True})
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_the_command_says_what_it_needs(tmp_path, capsys):
-    assert gpu.main(["--out", str(tmp_path)]) == 2
-    assert "needs an NVIDIA GPU and a PyTorch build with CUDA" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_row_has_the_ratios_as_they_are_read():
@@ -458,15 +442,6 @@ def test_the_chart_has_the_speeds_of_the_result_and_the_same_bytes_each_time(tmp
     assert one.read_bytes() == other.read_bytes()
     assert {">8.0<", ">4.0<", ">1.0<"} <= set(re.findall(r">[\d.]+<", one.read_text()))
     assert f"results/{record.stem(result)}.svg)" in table.section([result])
-
-
-def test_on_a_gpu_steering_is_timed_with_the_compiled_backend_too_where_it_runs(monkeypatch):
-    for runs, expected in ((True, ["triton", "cuda"]), (False, ["triton"])):
-        monkeypatch.setattr(cuda_backend, "verify", lambda call, runs=runs: registry.Verdict(runs))
-        assert {tuple(gpu.backends_of(c, "triton")) for c in shapes.gpu_cases() if "steer" in c.kind} == {
-            tuple(expected)
-        }
-        assert gpu.backends_of(TINY, "triton") == ["triton"]
 
 
 def test_a_benchmark_says_what_machine_it_ran_on_and_names_no_host():

@@ -211,5 +211,59 @@ def test_tuning_keeps_the_fastest_candidate_that_computes_rightly(monkeypatch):
     best, measured = tune.fastest(Case("encode_update", 8, 8, 8), entries, torch.device("cpu"), float("inf"))
     assert best == {"BF": 2} and used == [1, 2, 3, 4]
     assert measured[2]["wrong"] and measured[3]["failed"] == "RuntimeError"
-    keys = set(tune.launch.read("sm_90")["encode_pool"]["native"][-1])
-    assert all(set(c) == keys for c in tune.candidates("native", 4096, 1))
+
+
+@pytest.mark.parametrize("kind", ("native", "bf16x2", "tf32x3"))
+@pytest.mark.parametrize("form", ("encode_pool", "encode_pool_short", "encode_pool_singles", "encode_pool_both"))
+def test_tuning_races_two_programs_a_multiprocessor_first_and_nothing_that_shared_memory_cannot_hold(form, kind):
+    from bench import tune
+
+    usual = set(tune.launch.read("sm_90")["encode_pool"]["native"][-1])
+    found = list(tune.candidates(kind, 4096, 1, form))
+    tiles = [(c["BF"], c["BT"], c["num_warps"]) for c in found]
+    splits = {"BF16_SPLITS"} if form == "encode_pool_short" and kind != "tf32x3" else set()
+    assert all(set(c) == usual | splits for c in found) and len(found) >= 4
+    assert tiles[0] == (128, 128, 4) and found[0]["num_stages"] == 3
+    assert form == "encode_pool_singles" or (128, 256, 8) in tiles or kind == "bf16x2"
+    for c in found:
+        rows = (2 if kind == "bf16x2" else 1) * c["BF"] + c["BT"]
+        assert c["num_stages"] * rows * 128 <= 227 * 1024 and c["BT"] * c["max_tiles_per_chunk"] == 1024
+    assert {c["BT"] for c in tune.candidates(kind, 64, 1, form)} == {64}
+
+
+def test_the_winner_of_a_race_takes_the_place_of_the_entry_for_that_many_tokens():
+    from bench import tune
+
+    entries = [{"up_to_tokens": 64, "BF": 1}, {"up_to_tokens": 128, "BF": 2}, {"BF": 3}]
+    assert tune.placed(entries, {"BF": 9}, None) == [*entries[:2], {"BF": 9}]
+    assert tune.placed(entries, {"BF": 9}, 128) == [entries[0], {"up_to_tokens": 128, "BF": 9}, entries[2]]
+    assert tune.placed(entries[2:], {"BF": 9}, 64) == [{"up_to_tokens": 64, "BF": 9}, entries[2]]
+    assert tune.launch.read("sm_90")["encode_pool"]["native"][0]["up_to_tokens"] == 64
+
+
+def test_tuning_that_is_cut_off_leaves_what_it_found_as_the_gpus_own_file(monkeypatch, tmp_path):
+    from bench import tune
+
+    raced = []
+
+    def fastest(case, entries, device, deadline):
+        if len(raced) == 2:
+            raise KeyboardInterrupt
+        raced.append(case)
+        return entries[-1], []
+
+    monkeypatch.setattr(tune, "fastest", fastest)
+    monkeypatch.setattr(tune.record, "new", lambda device: {"commit": "abc", "cases": []})
+    monkeypatch.setattr(tune.launch, "file_for", lambda device: "sm_90")
+    monkeypatch.setattr(tune.launch, "entries", tune.launch.entries.__wrapped__)
+    for name, value in (("is_available", True), ("current_device", 0), ("get_device_name", "NVIDIA X1")):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(sys, "argv", ["tune", "--out", str(tmp_path), "--minutes", "1"])
+    with pytest.raises(KeyboardInterrupt):
+        tune.main()
+    assert [(case.steps, case.tokens) for case in raced] == [(8, 4096), (1, 4096)]
+    written, shipped = json.loads((tmp_path / "NVIDIA_X1.json").read_text()), tune.launch.read("sm_90")
+    assert written["tuned"] == {"commit": "abc"} and written["encode_pool"] == shipped["encode_pool"]
+    for form in ("encode_pool_short", "encode_pool_singles"):
+        last = list(tune.candidates("native", 4096, 1, form))[-1]
+        assert written[form]["native"] == [*shipped[form]["native"][:-1], last]
