@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bench import eager, ground_truth
+from bench.resources import PANEL_BLOCKS
 from bench.shapes import Case, lengths
 from corrsteer import (
     Evidence,
@@ -50,7 +51,9 @@ Factories = dict[str, Callable[[], Contestant]]  # made one after the other, as 
 
 # Other ways of the triton backend to the same result than the one that ships: for each, the launch configuration of
 # `encode_pool` that goes it. One more entry here is one more contestant.
-WAYS: dict[str, dict[str, Any]] = {}
+WAYS: dict[str, dict[str, Any]] = {
+    "panels": PANEL_BLOCKS | {"way": "panels", "panel_features": 2048, "panel_tokens": 2048}
+}
 
 
 def ways_of(backend: str, case: Case) -> list[str]:

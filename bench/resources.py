@@ -32,6 +32,10 @@ OPERANDS = {  # element types of x, weight and weight_low
     "ieee": ("fp32", "fp32", None),
 }
 WIDTH = 74  # of the labels, in print
+PANEL_BLOCKS = {  # what goes on from a panel is launched with until a GPU has measured better; each program is one warp
+    "BF": 128, "BT": 16, "BK": 64, "SUBTILE": 8, "WIDE_SUBTILE": 8, "GROUP_SIZE": 8, "max_tiles_per_chunk": 8,
+    "descriptors": 0, "num_warps": 1, "num_stages": 1,
+}  # fmt: skip
 ENCODER = ("bias", "threshold", "magnitude_scale", "magnitude_bias", "weight_sum")
 
 
@@ -84,17 +88,24 @@ def encoding(arch: int, kernel: str, label: str, kind: str, entry: dict, types: 
     )  # fmt: skip
 
 
-def pooling(arch: int, kind: str, entry: dict, pools=("mean",), moments=True, singles=False, **given) -> Specimen:
+def pooling(
+    arch: int, kind: str, entry: dict, pools=("mean",), moments=True, singles=False, panels=False, **given
+) -> Specimen:
+    """A specimen of `encode_pool_kernel`, with `panels` as it goes on from a product of the vendor's library."""
     types = dict(cu="*i32", segment_ids="*i32", sample_stats="*fp32", partials="*fp32", finished="*fp32")
     types |= {f"pooled_{p}": "*fp32" if p in pools and not moments else None for p in ("mean", "max")}
     types |= dict(N="i32", chunk_tokens="i32", n_chunks="i32")
-    words = ["+".join(pools), "moments" if moments else "pooled"] + ["singles"] * singles
+    if panels:
+        types |= dict(product="*fp32", product_stride="i32", first_block="i32", first_chunk="i32")
+        types |= dict(x=None, weight=None, weight_low=None)
+    words = ["panels"] * panels + ["+".join(pools), "moments" if moments else "pooled"] + ["singles"] * singles
     words += ["short"] * ("BF16_SPLITS" in entry)
     words += [str(v) if k == "activation" else k for k, v in given.items()]
     constants = dict(MEAN="mean" in pools, MAX="max" in pools, MOMENTS=moments, SINGLES=singles)
     constants["BF16_SPLITS"] = entry.get("BF16_SPLITS", 0)
     label = f"{kind} {entry['BF']}x{entry['BT']}x{entry['BK']} {' '.join(words)}"
-    return encoding(arch, "encode_pool.encode_pool_kernel", label, kind, entry, types, constants, **given)
+    specimen = encoding(arch, "encode_pool.encode_pool_kernel", label, kind, entry, types, constants, **given)
+    return replace(specimen, product="") if panels else specimen  # it multiplies no operands
 
 
 def shipped(arch: int) -> Iterator[Specimen]:
@@ -124,6 +135,10 @@ def shipped(arch: int) -> Iterator[Specimen]:
     for form in forms if arch == 90 else forms[:1]:  # elsewhere what needs most registers stands for the others
         yield pooling(arch, "native", large, **form)
         yield pooling(arch, "native", singles, singles=True, **form)
+    yield pooling(arch, "native", PANEL_BLOCKS, panels=True)
+    both = {"pools": ("mean", "max"), "panels": True}
+    for form in ({"singles": True}, {"activation": "gated"}, {"normalised": True}, {"moments": False}):
+        yield pooling(arch, "native", PANEL_BLOCKS, **both, **form)
     yield pooling(arch, "native", large, operands=("fp16", "fp16", None))
     if large["descriptors"]:  # for a d_in that the copy engine cannot take
         yield pooling(arch, "native", large | {"descriptors": 0})
@@ -212,7 +227,7 @@ def examine(specimen: Specimen) -> Report:
         signature[name] = of or "constexpr"
         if of is None:
             constants[name] = specimen.constants.get(name)
-        elif of.startswith("*") or name in ("d_in", "d_sae", "D"):  # as real ones are, multiples of 16
+        elif of.startswith("*") or name in ("d_in", "d_sae", "D", "product_stride"):  # multiples of 16, as real ones
             divisible[(at,)] = [["tt.divisibility", 16]]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -74,6 +74,9 @@ def candidates(kind: str, tokens: int, descriptors: int, form: str = "encode_poo
         yield entry
 
 
+WAY = ("way", "panel_features", "panel_tokens")  # what an entry that goes by panels has besides
+
+
 def fastest(case: Case, entries: list[dict], device: torch.device, deadline: float) -> tuple[dict, list[dict]]:
     """The entry of least median time, the first being the one in use; and what was measured of each."""
     ours = contestants.contestants(case, device, ["triton"])["triton"]()
@@ -95,7 +98,7 @@ def fastest(case: Case, entries: list[dict], device: torch.device, deadline: flo
         raise SystemExit(f"no candidate computes {case.name} rightly; run python -m bench.gpu to see what is wrong")
     best = min(right, key=lambda m: m["median_ms"])
     print(f"  {case.name}: {right[0]['median_ms']:.3f} -> {best['median_ms']:.3f} ms", flush=True)
-    return {name: best[name] for name in (*entries[0], "BF16_SPLITS") if name in best}, measured
+    return {name: best[name] for name in (*entries[0], "BF16_SPLITS", *WAY) if name in best}, measured
 
 
 def main() -> int:

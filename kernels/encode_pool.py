@@ -28,6 +28,7 @@ from corrsteer.kernels.matmul import (
     normalise,
 )
 from corrsteer.kernels.moments import COUNT, MEAN_REWARD, Moments
+from corrsteer.kernels.panels import for_each_panel, load_tile
 from corrsteer.kernels.partials import N_CARRIES, N_ROWS, Partials, store_partials
 from corrsteer.kernels.plan import Plan, plan
 from corrsteer.kernels.pool_sparse import pool_sparse
@@ -47,10 +48,11 @@ SHORT = 16  # mean tokens a sample below which the sums of many samples are wort
 
 
 # Sizes that change from batch to batch; each special value of one would be compiled for again.
-@triton.jit(do_not_specialize=["T", "N", "chunk_tokens", "n_chunks"])
+@triton.jit(do_not_specialize=["T", "N", "chunk_tokens", "n_chunks", "first_block", "first_chunk"])
 def encode_pool_kernel(
     x, weight, weight_low, bias, threshold, magnitude_scale, magnitude_bias, weight_sum, scale, mean, shift,
     cu, segment_ids, sample_stats, pooled_mean, pooled_max, partials, finished,
+    product, product_stride, first_block, first_chunk,
     T, N, d_in, d_sae, chunk_tokens, n_chunks,
     ACTIVATION: tl.constexpr, DOT: tl.constexpr, DESCRIPTORS: tl.constexpr,
     MEAN: tl.constexpr, MAX: tl.constexpr, MOMENTS: tl.constexpr, SINGLES: tl.constexpr, BF16_SPLITS: tl.constexpr,
@@ -60,11 +62,16 @@ def encode_pool_kernel(
     """One feature block and one chunk of tokens; see the top of the file, and Partials for what is left in memory.
 
     pooled_mean, pooled_max : `[N, d_sae]` float32, where not MOMENTS.
+    product : a panel, from `first_block` and `first_chunk` on, to read tiles from (see panels.py); None to multiply
+        them here. Its tokens are `product_stride` apart.
     SINGLES : look out for tiles in which every token is a sample; without it they are right too, but slower.
     BF16_SPLITS : where not 0, the mean's moments by `segment_reduce_matmul` with so many; for MEAN and MOMENTS alone.
     SUBTILE, WIDE_SUBTILE : columns at a time, for `segment_reduce_loop` and for the other two.
     """
-    block, chunk = grouped_order(tl.program_id(0), tl.cdiv(d_sae, BF), n_chunks, GROUP_SIZE)
+    if product is None:
+        block, chunk = grouped_order(tl.program_id(0), tl.cdiv(d_sae, BF), n_chunks, GROUP_SIZE)
+    else:
+        block, chunk = first_block + tl.program_id(0), first_chunk + tl.program_id(1)
     f0 = block * BF
     f = f0 + tl.arange(0, BF)
     chunk_start = tl.minimum(tl.maximum(tl.load(cu), 0), T) + chunk * chunk_tokens
@@ -82,7 +89,11 @@ def encode_pool_kernel(
     rows = Rows(pooled_mean, pooled_max, f, d_sae)
 
     for t0 in range(chunk_start, chunk_stop, BT):
-        acc = matmul_tile(x, weight, weight_low, shift, f0, t0, T, d_sae, d_in, BF, BT, BK, DOT, DESCRIPTORS)
+        if product is None:
+            acc = matmul_tile(x, weight, weight_low, shift, f0, t0, T, d_sae, d_in, BF, BT, BK, DOT, DESCRIPTORS)
+        else:
+            row = tl.program_id(1) * chunk_tokens + t0 - chunk_start  # inside of the panel, whatever cu may hold
+            acc = load_tile(product, product_stride, tl.program_id(0) * BF, row, T - t0, BF, BT)
         t = t0 + tl.arange(0, BT)
         acc = normalise(acc, f, t, T, d_sae, scale, mean, weight_sum)
         z = activate(acc, f, d_sae, bias, threshold, magnitude_scale, magnitude_bias, ACTIVATION)
@@ -110,8 +121,13 @@ def encode_pool_kernel(
         tl.store(finished + 2 * chunk + MEAN_REWARD, state.y_mean)
 
 
-def pool_chunks(x: Tensor, cu: Tensor, encoder, pools: tuple[str, ...], planned: Plan, pooled=None) -> Partials:
-    """Launch `encode_pool_kernel`; without `pooled: [len(pools), N, d_sae]` for moments."""
+def pool_chunks(
+    x: Tensor, cu: Tensor, encoder, pools: tuple[str, ...], planned: Plan, pooled=None, whole: bool = True
+) -> Partials:
+    """Launch `encode_pool_kernel`; without `pooled: [len(pools), N, d_sae]` for moments.
+
+    whole : whether the samples are all of x; if not, panels would multiply tokens that nobody asks for.
+    """
     T, N, d_sae = len(x), len(cu) - 1, encoder.d_sae
     moments, normalised = pooled is None, encoder.input_norm != "none"
     singles = T < 2 * N and not normalised  # with normalisation the loop does it, which needs fewer registers
@@ -119,28 +135,54 @@ def pool_chunks(x: Tensor, cu: Tensor, encoder, pools: tuple[str, ...], planned:
     forms = {"both": len(pools) == 2, "normalised": normalised, "singles": singles, "short": short}
     variants = tuple(name for name, applies in forms.items() if applies)
     config = launch.config(x.device, "encode_pool", dot_kind(x, encoder), T, variants)
-    tiles, blocks = triton.cdiv(T, config["BT"]), triton.cdiv(d_sae, config["BF"])
-    most, programs = config["max_tiles_per_chunk"], launch.multiprocessors(x.device)
-    per_chunk = launch.tiles_per_chunk(tiles, blocks, most, programs) if T else 1
-    n_chunks, chunk_tokens = triton.cdiv(tiles, per_chunk), per_chunk * config["BT"]
+    BF, BT, most = config["BF"], config["BT"], config["max_tiles_per_chunk"]
+    tiles, blocks = triton.cdiv(T, BT), triton.cdiv(d_sae, BF)
+    # layer_norm shifts tokens before the product, for which the library would need a shifted copy of x
+    panels = config.get("way") == "panels" and whole and encoder.input_norm != "layer_norm"
+    panel_tiles = min(tiles, triton.cdiv(config["panel_tokens"], BT)) if panels else tiles
+    panel_blocks = min(blocks, triton.cdiv(config["panel_features"], BF)) if panels else blocks
+    # what reads a panel are many small programs, for which there are no waves to fill
+    programs = 1 if panels else launch.multiprocessors(x.device)
+    per_chunk = launch.tiles_per_chunk(panel_tiles, panel_blocks, most, programs) if T else 1
+    n_chunks, chunk_tokens = triton.cdiv(tiles, per_chunk), per_chunk * BT
     n_rows = N_ROWS.value if moments else N_CARRIES.value
     rows = torch.empty(n_chunks, len(pools), n_rows, d_sae, dtype=torch.float32, device=x.device)
     finished = torch.empty(n_chunks, 2, dtype=torch.float32, device=x.device)
     if T:
         into = {} if moments else dict(zip(pools, pooled))
-        encode_pool_kernel[(blocks * n_chunks,)](
+        arguments = dict(
             **matmul_arguments(x, encoder, config), **activation_arguments(encoder),
             cu=cu, segment_ids=planned.segment_ids, sample_stats=planned.sample_stats,
             pooled_mean=into.get("mean"), pooled_max=into.get("max"), partials=rows, finished=finished,
+            product=None, product_stride=None, first_block=None, first_chunk=None,
             N=N, chunk_tokens=chunk_tokens, n_chunks=n_chunks,
             MEAN="mean" in pools, MAX="max" in pools, MOMENTS=moments, SINGLES=singles,
             BF16_SPLITS=config.get("BF16_SPLITS", 0), WIDE_SUBTILE=config["WIDE_SUBTILE"],
         )  # fmt: skip
+        if panels:
+            pool_panels(x, encoder, arguments, panel_blocks, triton.cdiv(panel_tiles, per_chunk))
+        else:
+            encode_pool_kernel[(blocks * n_chunks,)](**arguments)
     return Partials(rows, finished, chunk_tokens)
 
 
-def encode_pool(x: Tensor, cu_seqlens: Tensor, encoder, pools: tuple[str, ...]) -> Tensor:
-    """`corrsteer.ops.reference.encode_pool`: `[len(pools), N, d_sae]` float32."""
+def pool_panels(x: Tensor, encoder, arguments: dict, panel_blocks: int, panel_chunks: int) -> None:
+    """Launch `encode_pool_kernel` for each panel of `panel_blocks` feature blocks and `panel_chunks` chunks."""
+    arguments |= dict(x=None, weight=None, weight_low=None)
+    BF, chunk_tokens = arguments["BF"], arguments["chunk_tokens"]
+    blocks, n_chunks = triton.cdiv(encoder.d_sae, BF), arguments["n_chunks"]
+
+    def pool_panel(product: Tensor, f0: int, t0: int) -> None:
+        arguments.update(product=product, product_stride=product.stride(0))
+        arguments.update(first_block=f0 // BF, first_chunk=t0 // chunk_tokens)
+        grid = min(panel_blocks, blocks - f0 // BF), min(panel_chunks, n_chunks - t0 // chunk_tokens)
+        encode_pool_kernel[grid](**arguments)
+
+    for_each_panel(x, encoder, panel_blocks * BF, panel_chunks * chunk_tokens, pool_panel)
+
+
+def encode_pool(x: Tensor, cu_seqlens: Tensor, encoder, pools: tuple[str, ...], whole: bool = True) -> Tensor:
+    """`corrsteer.ops.reference.encode_pool`: `[len(pools), N, d_sae]` float32; of some samples of x, not `whole`."""
     cu_seqlens = cu_seqlens.contiguous()
     N, d_sae = len(cu_seqlens) - 1, encoder.d_sae
     pooled = torch.empty(len(pools), N, d_sae, dtype=torch.float32, device=x.device)
@@ -149,6 +191,6 @@ def encode_pool(x: Tensor, cu_seqlens: Tensor, encoder, pools: tuple[str, ...]) 
     if "topk" in encoder.activation:
         return pool_sparse(*top_activations(x, encoder), cu_seqlens, 0, N, encoder, pools)
     planned = plan(x, cu_seqlens)
-    partials = pool_chunks(x, cu_seqlens, encoder, pools, planned, pooled)
+    partials = pool_chunks(x, cu_seqlens, encoder, pools, planned, pooled, whole)
     combine_pooled(partials, cu_seqlens, len(x), pools, planned, pooled)
     return pooled

@@ -36,6 +36,6 @@ def update_by_rows(x, cu_seqlens, y, encoder, moments, pools) -> None:
         if sparse:
             pooled = pool_sparse(*sparse, cu_seqlens, first, last, encoder, pools)
         else:
-            pooled = encode_pool(x, cu_seqlens[first : last + 1], encoder, pools)
+            pooled = encode_pool(x, cu_seqlens[first : last + 1], encoder, pools, whole=rows >= N)
         for of_pool, state in zip(pooled, moments):
             update_moments(of_pool, y[first:last], state)

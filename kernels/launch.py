@@ -24,6 +24,10 @@ NEAREST = {8: "sm_80", 9: "sm_90", 10: "sm_100", 11: "sm_100"}
 REPAIR = "write it again with python -m bench.tune, or install the package again"
 MATMUL = ("BF", "BT", "BK", "SUBTILE", "GROUP_SIZE", "descriptors", "num_warps", "num_stages")
 KEYS = {"encode": MATMUL, "encode_pool": (*MATMUL, "WIDE_SUBTILE", "max_tiles_per_chunk")}  # of each entry
+# Where the product is made: in the kernel, or by the vendor's library a panel at a time (see panels.py), of which an
+# entry then says the size. Kinds whose operands are 16-bit have panels; float32 ones would need more products.
+WAYS = {"fused": (), "panels": ("panel_features", "panel_tokens")}
+PANEL_KINDS = {"encode_pool": ("native", "bf16x2")}
 SHIPPED = ("sm_80", "sm_90", "sm_100")
 
 
@@ -56,13 +60,13 @@ def file_for(device: torch.device) -> str:
     return nearest
 
 
-def config(device: torch.device, kernel: str, kind: str, tokens: int, variants: tuple[str, ...] = ()) -> dict[str, int]:
+def config(device: torch.device, kernel: str, kind: str, tokens: int, variants: tuple[str, ...] = ()) -> dict[str, Any]:
     """What to launch a kernel with: of `entries`, the first whose `up_to_tokens` is not below `tokens`."""
     return next(e for e in entries(device, kernel, kind, variants) if tokens <= e.get("up_to_tokens", tokens))
 
 
 @functools.cache  # not by tokens, of which there are as many counts as batches
-def entries(device: torch.device, kernel: str, kind: str, variants: tuple[str, ...] = ()) -> list[dict[str, int]]:
+def entries(device: torch.device, kernel: str, kind: str, variants: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """The configurations of a kernel, for more and more tokens.
 
     Of `kernel_variant` for each variant that applies, and then `kernel`, the first that the file has for this `kind`
@@ -75,7 +79,10 @@ def entries(device: torch.device, kernel: str, kind: str, variants: tuple[str, .
     if name is None:
         raise LaunchError(f"{path} has no {' nor '.join(names)} for products of kind {kind!r}; {REPAIR}")
     for entry in file[name][kind]:
-        if missing := [key for key in KEYS[kernel] if key not in entry]:
+        way = entry.get("way", "fused")
+        if way not in (WAYS if kind in PANEL_KINDS.get(kernel, ()) else ("fused",)):
+            raise LaunchError(f"{path} has no way {way!r} in {name} for products of kind {kind!r}; {REPAIR}")
+        if missing := [key for key in (*KEYS[kernel], *WAYS[way]) if key not in entry]:
             raise LaunchError(f"{path} lacks {', '.join(missing)} in {name} for products of kind {kind!r}; {REPAIR}")
     if not file[name][kind] or "up_to_tokens" in file[name][kind][-1]:
         raise LaunchError(f"{path} has no {name} for any number of tokens, of kind {kind!r}; {REPAIR}")

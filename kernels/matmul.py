@@ -145,10 +145,15 @@ def dot_kind(x: Tensor, encoder) -> str:
     return "native" if x.dtype == encoder.weight.dtype and x.dtype != torch.float32 else "tf32x3"
 
 
+def packed_rows(x: Tensor) -> Tensor:
+    """`x: [T, d_in]` with its rows one after the other in memory, of a single row too."""
+    return x if x.stride(-1) == 1 and x.stride(0) == x.shape[1] else x.contiguous()
+
+
 def matmul_arguments(x: Tensor, encoder, config: dict[str, int]) -> dict:
     """What every kernel with a product takes; x and the weights as tensor descriptors where the copy engine can read
     the rows."""
-    x = x if x.stride(-1) == 1 and x.stride(0) == x.shape[1] else x.contiguous()
+    x = packed_rows(x)
     operands = {"x": (x, config["BT"]), "weight": (encoder.weight, config["BF"])}
     if encoder.weight_low is not None:
         operands["weight_low"] = (encoder.weight_low, config["BF"])

@@ -63,3 +63,27 @@ def instruction_set(request, monkeypatch):
     parameters = getattr(getattr(request.node, "callspec", None), "params", {})
     if name := getattr(parameters.get("place"), "instruction_set", ""):
         monkeypatch.setenv("CORRSTEER_INSTRUCTION_SET", name)
+
+
+# Small ones, so that small tests cross their edges; on a GPU the blocks are those that are compiled ahead of time.
+PANEL = {"cpu": {"panel_features": 64, "panel_tokens": 64}, "cuda": {"panel_features": 2048, "panel_tokens": 1024}}
+
+
+@pytest.fixture(autouse=True)
+def way(request, monkeypatch):
+    """At a place that names a way to multiply, launch configurations name it, where they may."""
+    parameters = getattr(getattr(request.node, "callspec", None), "params", {})
+    if not (name := getattr(parameters.get("place"), "way", "")):
+        return
+    from bench.resources import PANEL_BLOCKS
+    from corrsteer.kernels import launch
+
+    config = launch.config
+
+    def going_that_way(device, kernel, kind, *more):
+        entry = config(device, kernel, kind, *more)
+        if kind not in launch.PANEL_KINDS.get(kernel, ()):
+            return entry
+        return (PANEL_BLOCKS if device.type == "cuda" else entry) | {"way": name} | PANEL[device.type]
+
+    monkeypatch.setattr(launch, "config", going_that_way)

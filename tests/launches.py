@@ -83,6 +83,18 @@ def everything():
         operations.steer_add(torch.randn(shape), torch.randn(2, shape[2]), rows, torch.ones(shape[:2]).bool())
 
 
+def by_panels():
+    """What goes on from products of the vendor's library."""
+    config = launch.config
+    blocks = {"BF": 128, "BT": 16, "SUBTILE": 8, "WIDE_SUBTILE": 8, "num_warps": 1}
+    panels = {"way": "panels", "panel_features": 128, "panel_tokens": 64}
+    launch.config = lambda *given: config(*given) | blocks | panels
+    for lengths, pools in itertools.product(([1], [20, 80, 30], [1] * 200), (("mean",), ("max",), ("mean", "max"))):
+        update(lengths, pools, 1, "jumprelu", "bf16", d_sae=300)
+    update([40, 90], ("mean",), 2, "relu", "bf16x2", input_norm="constant_norm_rescale")
+    launch.config = config
+
+
 if __name__ == "__main__":
     triton.runtime.driver.set_active(PretendedGPU())
     launch.file_for = lambda device: "sm_90"
@@ -91,4 +103,5 @@ if __name__ == "__main__":
     run = triton.runtime.JITFunction.run
     triton.runtime.JITFunction.run = functools.partialmethod(lambda self, *a, **k: bind_and_compile(run, self, *a, **k))
     everything()
+    by_panels()
     print(sorted(set(compiled)))

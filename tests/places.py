@@ -15,29 +15,47 @@ if TYPE_CHECKING:
 
 
 class Place(NamedTuple):
-    """A backend and the device it runs on; where it has code for several instruction sets, which of them."""
+    """A backend and the device it runs on; where it has code for several instruction sets, which of them; and where its
+    launch configurations may name several ways to multiply, which they name."""
 
     backend: str
     device: str
     instruction_set: str = ""
+    way: str = ""
 
     def __str__(self):
         return "/".join(filter(None, self))
 
     def does(self, operation: str, dtype=torch.float32, activation=None, precision=None) -> bool:
-        """Whether its verifier says so; where there is no GPU to ask about, yes, as the test will be skipped."""
+        """Whether its verifier says so; where there is no GPU to ask about, yes, as the test will be skipped.
+
+        A place with a way does what goes that way, and nothing else.
+        """
+        if self.way and operation in ENCODING:
+            of_x = {"bf16": torch.bfloat16, "bf16x2": torch.bfloat16, "fp16": torch.float16}
+            goes = operation != "encode" and "topk" not in (activation or "") and activation != "identity"
+            if not goes or (precision is not None and of_x.get(precision) != dtype):
+                return False
         if self.device == "cuda" and not torch.cuda.is_available():
             return True
         backend = next(b for b in registry.registered() if b.name == self.backend)
         return registry.judge(backend, Call(operation, torch.device(self.device), dtype, activation, precision)).ok
 
+    @property
+    def operands(self) -> tuple[str, torch.dtype]:
+        """Precision and dtype of x for a test that is about neither."""
+        return ("bf16", torch.bfloat16) if self.way else ("fp32", torch.float32)
 
+
+ENCODING = ("encode", "encode_pool", "encode_update")
 REFERENCE = (Place("reference", "cpu"), Place("reference", "cuda"))
 TRITON = (Place("triton", "cpu"), Place("triton", "cuda"))
+PANELS = tuple(place._replace(way="panels") for place in TRITON)
 INSTRUCTION_SETS = native_backend._native.instruction_sets() if native_backend._native else ("none",)
 NATIVE = tuple(Place("native", "cpu", name) for name in INSTRUCTION_SETS)
 CUDA = (Place("cuda", "cuda"),)  # it steers, and does nothing else
 PLACES = REFERENCE + NATIVE + TRITON
+POOLING = PLACES + PANELS  # for what encodes and pools
 ON_GPU = (Place("reference", "cuda"), Place("triton", "cuda"))
 
 

@@ -20,7 +20,7 @@ from oracle import (
     tolerance_of_moments,
     true_moments,
 )
-from places import TRITON, Place, at, everywhere, for_each
+from places import PANELS, TRITON, Place, at, everywhere, for_each
 from problems import ACTIVATIONS, BF16, F16, F32, Case, cu, double, make, make_encoder, pooled, updated
 
 from corrsteer import (
@@ -39,6 +39,7 @@ from corrsteer.ops.registry import OPERATIONS, Call
 from corrsteer.sae.encoder import PRECISIONS
 
 GPU = Place("triton", "cuda")
+BOTH_WAYS = (GPU, PANELS[1])
 on_gpu = everywhere((GPU,))
 
 
@@ -104,12 +105,18 @@ UNCHECKED = {
 
 @pytest.mark.parametrize(
     ("place", "name", "activation"),
-    [at(p, n, a, id=f"{n}, {a}") for p in TRITON for n in UNCHECKED for a in ("jumprelu", "topk")],
+    [
+        at(p, n, a, id=f"{n}, {a}")
+        for p in TRITON + PANELS
+        for n in UNCHECKED
+        for a in ("jumprelu", "topk")
+        if p.does("encode_pool", F32, a)
+    ],
 )
 def test_cu_seqlens_that_make_no_sense_never_lead_outside_of_the_results(place, name, activation):
     lengths = torch.tensor(UNCHECKED[name], dtype=torch.int32, device=place.device)
     with poison():
-        problem = make(Case(activation, lengths=(40,)), place.device)
+        problem = make(Case(activation, *place.operands, lengths=(40,)), place.device)
         run = triton_backend().operations
         out = run["encode_pool"](problem.x, fenced(lengths), problem.encoder, ("mean", "max"))
         assert out.shape == (2, len(lengths) - 1, 37)
@@ -201,7 +208,7 @@ REAL_POOLS = {
 }
 
 
-@for_each(REAL_POOLS, places=(GPU,))
+@for_each(REAL_POOLS, places=BOTH_WAYS)
 def test_encode_pool_at_real_size_is_as_close_to_the_truth_as_eager_torch(place, case):
     problem = make(case, place.device)
     low, high = dense_bounds(problem.x, problem.exact)
@@ -238,7 +245,15 @@ REAL_UPDATES = {
 }
 
 
-@pytest.mark.parametrize(("place", "case", "labels"), [at(GPU, *update, id=n) for n, update in REAL_UPDATES.items()])
+@pytest.mark.parametrize(
+    ("place", "case", "labels"),
+    [
+        at(p, case, labels, id=name)
+        for p in BOTH_WAYS
+        for name, (case, labels) in REAL_UPDATES.items()
+        if p.does("encode_update", case.dtype, case.activation, case.precision)
+    ],
+)
 def test_encode_update_at_real_size_leaves_the_moments_of_all_samples(place, case, labels):
     problem = make(case, place.device)
     y, clear = labels_of(problem, labels), decided(problem)
@@ -276,7 +291,7 @@ def test_update_sums_at_real_size_adds_the_sums_of_all_samples(place, columns):
     assert float(off[:, columns:].max()) <= 1e-12
 
 
-@for_each({f"{c.activation} {c.pool}": c for c in (real(), real(pool="mean"), real("topk"))}, places=(GPU,))
+@for_each({f"{c.activation} {c.pool}": c for c in (real(), real(pool="mean"), real("topk"))}, places=BOTH_WAYS)
 def test_at_real_size_the_same_inputs_give_the_same_bits_again(place, case):
     problem = make(case, place.device)
     first = pooled(problem, place)
@@ -293,7 +308,14 @@ GRAPHED = {f"{c.activation} {c.pool} {len(c.lengths)}": c for c in (real(), real
 
 
 @pytest.mark.parametrize(
-    ("place", "case", "labels"), [at(GPU, c, n, id=f"{name}, {n}") for name, c in GRAPHED.items() for n in (1, 2)]
+    ("place", "case", "labels"),
+    [
+        at(p, c, n, id=f"{name}, {n}")
+        for p in BOTH_WAYS
+        for name, c in GRAPHED.items()
+        for n in (1, 2)
+        if p.does("encode_update", c.dtype, c.activation, c.precision)
+    ],
 )
 def test_a_captured_cuda_graph_replays_on_whatever_its_inputs_then_hold(place, case, labels):
     problem = make(case, place.device)

@@ -56,13 +56,14 @@ def reports():
 def test_everything_that_ships_compiles_without_a_fault(reports):
     assert [r for r in reports if r["faults"]] == []
     assert {r["arch"] for r in reports} == {80, 90, 100}
+    assert {r["arch"] for r in reports if "panels" in r["label"]} == {80, 90, 100}
 
 
 @pytest.mark.parametrize("arch, instruction", [(80, "HMMA"), (90, "HGMMA"), (100, "tcgen05.mma")])
 def test_products_of_16_bit_numbers_use_the_architectures_tensor_cores(reports, arch, instruction):
     products = [r for r in reports if r["arch"] == arch and r["label"].startswith(("native", "bf16x2"))]
     assert {r["kernel"] for r in products} == {"encode_pool", "encode", "topk"}
-    assert {r["tensor_core"] for r in products} == {instruction}
+    assert {r["tensor_core"] for r in products if "panels" not in r["label"]} == {instruction}
 
 
 def test_a_main_kernel_that_spills_or_takes_too_much_shared_memory_is_named():
@@ -121,6 +122,7 @@ def test_a_gpus_own_file_comes_first_and_a_borrowed_one_is_logged(monkeypatch, t
 
 BLOCKS = ("BF", "BT", "BK", "SUBTILE", "WIDE_SUBTILE", "GROUP_SIZE", "descriptors", "num_warps", "num_stages")
 ENTRY = dict.fromkeys((*BLOCKS, "max_tiles_per_chunk"), 64)
+PANEL = {"way": "panels", "panel_features": 64, "panel_tokens": 64}
 
 
 @pytest.mark.parametrize(
@@ -144,8 +146,12 @@ ENTRY = dict.fromkeys((*BLOCKS, "max_tiles_per_chunk"), 64)
             json.dumps({"encode_pool": {"tf32x3": [{k: v for k, v in ENTRY.items() if k not in ("BT", "num_warps")}]}}),
             r"X1\.json lacks BT, num_warps in encode_pool for products of kind 'tf32x3'",
         ),
+        (
+            json.dumps({"encode_pool": {"tf32x3": [ENTRY | PANEL]}}),
+            r"X1\.json has no way 'panels' in encode_pool for products of kind 'tf32x3'",
+        ),
     ],
-    ids=["not JSON", "empty", "another kind", "an empty list", "few tokens", "an entry without blocks"],
+    ids=["not JSON", "empty", "another kind", "an empty list", "few tokens", "an entry without blocks", "no panels"],
 )
 def test_a_file_that_lacks_a_configuration_is_named_with_the_kernel_and_the_kind(monkeypatch, tmp_path, text, message):
     from corrsteer.kernels import launch
@@ -160,6 +166,22 @@ def test_a_file_that_lacks_a_configuration_is_named_with_the_kernel_and_the_kind
     encoder, moments = make_encoder("relu", d_in=3, device=device), Moments(67, device=device)
     with pytest.raises(CorrSteerError, match=message):
         encode_update(x, cu, torch.ones(1, device=device), encoder, moments, backend="triton")
+
+
+@pytest.mark.parametrize(
+    "kernel, more, message",
+    [
+        ("encode_pool", {"way": "panels", "panel_tokens": 64}, "lacks panel_features in encode_pool"),
+        ("encode_pool", {"way": "tiles"}, "has no way 'tiles' in encode_pool for products of kind 'native'"),
+        ("encode", PANEL, "has no way 'panels' in encode for"),
+    ],
+)
+def test_a_way_to_multiply_that_there_is_not_or_whose_panels_have_no_size_is_named(monkeypatch, kernel, more, message):
+    from corrsteer.kernels import launch
+
+    monkeypatch.setattr(launch, "read", lambda name: {kernel: {"native": [ENTRY | more]}})
+    with pytest.raises(launch.LaunchError, match=message):
+        launch.entries.__wrapped__(torch.device("cpu"), kernel, "native")
 
 
 def test_what_is_remembered_of_launches_does_not_grow_with_the_number_of_batches():

@@ -23,7 +23,7 @@ from oracle import (
     tolerance_of_moments,
     true_moments,
 )
-from places import CUDA, NATIVE, PLACES, REFERENCE, Place, at, everywhere, for_each
+from places import CUDA, NATIVE, PLACES, POOLING, REFERENCE, Place, at, everywhere, for_each
 from problems import ACTIVATIONS, BF16, F16, F32, Case, cu, make, make_encoder, pooled, updated
 
 from corrsteer import (
@@ -142,9 +142,27 @@ TINY = {
     "as many features as blocks of them": Case("topk", "bf16", BF16, (3, 4), d_in=24, d_sae=67, k=16),
     "a token of one dimension alone": Case("gated", lengths=(1,), d_in=1, d_sae=65),
 }
+# Around the edges of panels, for whatever has some: one feature or token more or less, and few of either.
+EDGES = {
+    f"{activation} {precision} {d_in}x{d_sae}, {sum(lengths)} tokens in {len(lengths)} samples": Case(
+        activation, precision, F16 if precision == "fp16" else BF16, lengths, "both", d_in, d_sae, norm, seed=5
+    )
+    for activation, precision, d_in, d_sae, lengths, norm in (
+        ("relu", "bf16", 24, 64, (64,), "none"),
+        ("gated", "fp16", 19, 65, (63, 1, 1), "none"),
+        ("jumprelu", "bf16x2", 40, 63, (1,) * 65, "none"),
+        ("jumprelu", "bf16", 33, 129, (0, 128, 0, 3, 0), "constant_norm_rescale"),
+        ("relu", "bf16", 8, 200, (200, 3), "none"),
+        ("relu", "bf16", 1, 1, (1,), "none"),
+        ("gated", "bf16x2", 7, 128, (5, 0, 4), "none"),
+        ("jumprelu", "bf16", 24, 67, (70, 9), "layer_norm"),
+    )
+}
 
 
 # encode and encode_pool
+
+NOT_SIGNED = ("relu", "jumprelu", "gated", "topk")
 
 
 def assert_pooled(problem, place):
@@ -160,7 +178,7 @@ def assert_pooled(problem, place):
 
 
 @pytest.mark.usefixtures("poisoned")
-@for_each(CHOSEN | TINY)
+@for_each(CHOSEN | TINY | EDGES, places=POOLING)
 def test_encode_pool_is_as_close_to_the_truth_as_eager_torch(place, case):
     assert_pooled(make(case, place.device), place)
 
@@ -176,7 +194,7 @@ def test_eager_encode_pool_is_right_for_every_activation_segmentation_and_dtype(
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
-    ("place", "seed"), [at(p, n, id=str(n)) for p in PLACES for n in range(8 if p.backend == "triton" else 60)]
+    ("place", "seed"), [at(p, n, id=str(n)) for p in POOLING for n in range(8 if p.backend == "triton" else 60)]
 )
 def test_encode_pool_is_right_for_sizes_and_lengths_drawn_at_random(place, seed):
     g = torch.Generator().manual_seed(seed)
@@ -187,9 +205,10 @@ def test_encode_pool_is_right_for_sizes_and_lengths_drawn_at_random(place, seed)
     lengths = draw(
         torch.randint(0, 9, (12,), generator=g), torch.randint(0, 50, (3,), generator=g), torch.ones(41).long()
     )
+    forms = ("fp32", F32), ("fp32_ieee", F32), ("bf16", BF16), ("fp16", F16), ("bf16x2", BF16), ("bf16x2", F32)
     case = Case(
-        draw("relu", "jumprelu", "gated", "topk", "abstopk"),
-        *draw(("fp32", F32), ("fp32_ieee", F32), ("bf16", BF16), ("fp16", F16), ("bf16x2", BF16), ("bf16x2", F32)),
+        draw(*(a for a in ACTIVATIONS[:-1] if place.does("encode_pool", F32, a))),
+        *draw(*(form for form in forms if place.does("encode_pool", form[1], "relu", form[0]))),
         tuple(lengths.tolist()),
         draw("mean", "max"),
         d_in=draw(1, 2, 7, 16, 31, 37, 48, 67),
@@ -214,8 +233,9 @@ LAYOUTS = {
     ("place", "layout", "activation"),
     [
         at(place, layout, activation, id=f"{layout}, {activation}")
-        for place in PLACES
+        for place in POOLING
         for activation in ("relu", "topk")
+        if place.does("encode_pool", BF16, activation, "bf16")
         for layout in LAYOUTS
     ],
 )
@@ -230,10 +250,10 @@ def test_x_may_lie_in_memory_in_any_way(place, layout, activation):
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
     ("place", "activation"),
-    [at(p, a, id=a) for p in PLACES for a in ACTIVATIONS if p.does("encode_pool", F32, a)],
+    [at(p, a, id=a) for p in POOLING for a in ACTIVATIONS if p.does("encode_pool", F32, a)],
 )
 def test_a_maximum_over_negative_activations_is_negative_only_where_activations_can_be(place, activation):
-    problem = make(Case(activation, lengths=(2, 4, 40), pool="max"), place.device)
+    problem = make(Case(activation, *place.operands, lengths=(2, 4, 40), pool="max"), place.device)
     problem.x.copy_(-problem.x.abs() - 0.1)
     (got,) = assert_pooled(problem, place)
     assert bool((got < 0).any()) == (activation in ("identity", "abstopk"))
@@ -243,10 +263,10 @@ def test_a_maximum_over_negative_activations_is_negative_only_where_activations_
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
-    ("place", "activation"), [at(p, a, id=a) for p in PLACES for a in ("relu", "jumprelu", "gated", "topk")]
+    ("place", "activation"), [at(p, a, id=a) for p in POOLING for a in NOT_SIGNED if p.does("encode_pool", F32, a)]
 )
 def test_where_nothing_is_active_every_activation_and_every_sum_of_them_is_exactly_0(place, activation):
-    problem = make(Case(activation, lengths=(1, 40, 0, 1, 1, 1)), place.device)
+    problem = make(Case(activation, *place.operands, lengths=(1, 40, 0, 1, 1, 1)), place.device)
     problem.encoder.bias.fill_(-1000)
     y = torch.tensor([1.0, 0.0, 1.0, 2.0, -1.0, 0.0], device=place.device)
     assert not encode(problem.x, problem.encoder, backend=place.backend).any()
@@ -260,10 +280,10 @@ def test_where_nothing_is_active_every_activation_and_every_sum_of_them_is_exact
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
     ("place", "activation"),
-    [at(p, a, id=a) for p in PLACES for a in ACTIVATIONS if p.does("encode_pool", F32, a)],
+    [at(p, a, id=a) for p in POOLING for a in ACTIVATIONS if p.does("encode_pool", F32, a)],
 )
 def test_sums_of_huge_activations_stay_right_as_long_as_they_are_finite(place, activation):
-    problem = make(Case(activation, lengths=(70, 1, 9)), place.device)
+    problem = make(Case(activation, *place.operands, lengths=(70, 1, 9)), place.device)
     problem.x.mul_(1e30)
     got = assert_pooled(problem, place)
     assert max(float(part.abs().max()) for part in got) > 1e29
@@ -296,11 +316,11 @@ def test_layer_norm_survives_tokens_whose_mean_is_many_standard_deviations_from_
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
     ("place", "activation"),
-    [at(p, a, id=a) for p in PLACES for a in ACTIVATIONS if p.does("encode_pool", F32, a)],
+    [at(p, a, id=a) for p in POOLING for a in ACTIVATIONS if p.does("encode_pool", F32, a)],
 )
 @pytest.mark.parametrize("lengths", ((3, 1, 7, 30, 2), (1,) * 33), ids=("ragged", "one token each"))
 def test_a_nan_in_x_is_in_its_own_samples_results_and_in_no_others(place, activation, lengths):
-    problem = make(Case(activation, lengths=lengths), place.device)
+    problem = make(Case(activation, *place.operands, lengths=lengths), place.device)
     sample, token = 3, sum(lengths[:3])
     clean = pooled(problem, place)
     problem.x[token, 5] = torch.nan
@@ -320,10 +340,10 @@ def test_a_nan_in_x_is_in_its_own_samples_results_and_in_no_others(place, activa
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
-    ("place", "activation"), [at(p, a, id=a) for p in PLACES for a in ("relu", "jumprelu", "gated")]
+    ("place", "activation"), [at(p, a, id=a) for p in POOLING for a in ("relu", "jumprelu", "gated")]
 )
 def test_a_feature_that_is_nan_leaves_the_other_features_and_their_moments_as_they_are(place, activation):
-    problem = make(Case(activation, lengths=(3, 1, 7, 30, 2)), place.device)
+    problem = make(Case(activation, *place.operands, lengths=(3, 1, 7, 30, 2)), place.device)
     y = torch.tensor([1.0, 0.0, 1.0, 2.0, -1.0], device=place.device)
     clean, clean_moments = pooled(problem, place), updated(problem, y, place)
     bias = problem.encoder.magnitude_bias if activation == "gated" else problem.encoder.bias
@@ -339,10 +359,10 @@ def test_a_feature_that_is_nan_leaves_the_other_features_and_their_moments_as_th
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
-    ("place", "activation"), [at(p, a, id=a) for p in PLACES for a in ("relu", "jumprelu", "gated")]
+    ("place", "activation"), [at(p, a, id=a) for p in POOLING for a in ("relu", "jumprelu", "gated")]
 )
 def test_a_nan_in_x_is_in_every_moment_that_depends_on_it(place, activation):
-    problem = make(Case(activation, lengths=(3, 1, 7, 30, 2)), place.device)
+    problem = make(Case(activation, *place.operands, lengths=(3, 1, 7, 30, 2)), place.device)
     y = torch.tensor([1.0, 0.0, 1.0, 2.0, -1.0], device=place.device)
     problem.x[20, 3] = torch.nan
     for mine in updated(problem, y, place):
@@ -407,7 +427,7 @@ def test_no_tokens_have_no_activations(place, activation):
     assert encode(problem.x, problem.encoder, backend=place.backend).shape == (0, 37)
 
 
-@everywhere()
+@everywhere(POOLING)
 @pytest.mark.parametrize(("precision", "dtype"), (("fp32", F32), ("bf16", BF16)), ids=("fp32", "bf16"))
 def test_an_activation_exactly_at_its_threshold_or_gate_is_off(place, precision, dtype):
     """Small whole numbers, whose sums are exact in every precision."""
@@ -510,7 +530,7 @@ UPDATES = {
     ("place", "update"),
     [
         at(place, update, id=name)
-        for place in PLACES
+        for place in POOLING
         for name, update in UPDATES.items()
         if place.does("encode_update", update[0].dtype, update[0].activation, update[0].precision)
         or not place.does("steer_add")
@@ -519,7 +539,7 @@ UPDATES = {
 @pytest.mark.parametrize("history", (False, True), ids=("the first batch", "a later batch"))
 def test_encode_update_leaves_the_moments_of_all_samples_so_far(place, update, history):
     case, labels, dtype = update
-    if history and place == Place("triton", "cpu") and case.pool != "both":
+    if history and place[:2] == ("triton", "cpu") and case.pool != "both":
         pytest.skip("interpreted for pairs alone, to save time")
     problem = make(case.but(d_sae=case.d_in if case.activation == "identity" else case.d_sae), place.device)
     y = rewards(len(case.lengths), labels, dtype, device=place.device)
@@ -537,10 +557,10 @@ def test_encode_update_leaves_the_moments_of_all_samples_so_far(place, update, h
 
 
 @pytest.mark.usefixtures("poisoned")
-@everywhere()
+@everywhere(POOLING)
 @pytest.mark.parametrize("sign", (1, -1), ids=("succeed", "fail"))
 def test_where_all_samples_succeed_or_all_fail_the_other_groups_sums_are_exactly_0(place, sign):
-    problem = make(Case("jumprelu", lengths=(40, 1, 2, 1, 0, 5)), place.device)
+    problem = make(Case("jumprelu", *place.operands, lengths=(40, 1, 2, 1, 0, 5)), place.device)
     y = sign * torch.arange(1.0, 7.0, device=place.device)
     for moments in updated(problem, y, place):
         empty, full = (1, 0) if sign > 0 else (0, 1)
@@ -602,7 +622,12 @@ def part_of(problem, y, members):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
-    ("place", "case", "labels"), [at(p, *split, id=name) for p in PLACES for name, split in SPLITS.items()]
+    ("place", "case", "labels"), [
+        at(p, *split, id=name)
+        for p in POOLING
+        for name, split in SPLITS.items()
+        if not p.way or p.does("encode_update", split[0].dtype, split[0].activation, split[0].precision)
+    ],
 )
 def test_encode_update_over_any_split_of_the_samples_merged_equals_one_call(place, case, labels):
     lengths = (3, 1, 7, 40, 2, 0, 13, 5, 1, 1)
@@ -895,7 +920,8 @@ def test_steer_add_reads_and_writes_tensors_of_any_strides_and_nothing_between_t
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
-    ("place", "activation"), [at(p, a, id=a) for p in PLACES for a in ("relu", "gated", "abstopk")]
+    ("place", "activation"),
+    [at(p, a, id=a) for p in POOLING for a in ("relu", "gated", "abstopk") if p.does("encode_pool", BF16, a)],
 )
 def test_the_same_inputs_give_the_same_bits_again_and_are_left_as_they_were(place, activation):
     pool = "mean" if activation == "gated" else "both"
@@ -920,11 +946,11 @@ def test_the_same_inputs_give_the_same_bits_again_and_are_left_as_they_were(plac
     assert all(torch.equal(t, copy) for t, copy in zip(inputs, copies))
 
 
-@everywhere()
+@everywhere(POOLING)
 def test_every_operation_compiles_without_a_graph_break_and_gives_the_same_result(place):
-    encoder = make_encoder("jumprelu", d_sae=37, device=place.device)
+    encoder = make_encoder("jumprelu", d_sae=37, precision=place.operands[0], device=place.device)
     g = torch.Generator().manual_seed(6)
-    x, lengths = torch.randn(12, 19, generator=g).to(place.device), cu([5, 0, 7], place.device)
+    x, lengths = torch.randn(12, 19, generator=g).to(place.device, place.operands[1]), cu([5, 0, 7], place.device)
     y, backend = torch.tensor([1.0, 0.0, 1.0], device=place.device), place.backend
     vectors, rows = torch.ones(1, 19, device=x.device), torch.tensor([0, -1], dtype=torch.int32, device=x.device)
 
@@ -993,20 +1019,24 @@ def test_operators_pass_torchs_own_checks_of_their_schema_and_fake_implementatio
         torch.library.opcheck(operator.default, (*arguments, backend), test_utils=checks)
 
 
-@everywhere()
+@everywhere(POOLING)
 def test_no_operation_records_a_gradient_or_listens_to_autocast(place):
-    encoder, moments = make_encoder("relu", device=place.device), Moments(67, device=place.device)
-    x = torch.randn(5, 19, generator=torch.Generator().manual_seed(0)).to(place.device).requires_grad_()
+    precision, dtype = place.operands
+    encoder = make_encoder("relu", precision=precision, device=place.device)
+    moments = Moments(67, device=place.device)
+    x = torch.randn(5, 19, generator=torch.Generator().manual_seed(0)).to(place.device, dtype).requires_grad_()
     lengths, y = cu([2, 3], place.device), torch.ones(2, device=place.device)
     encode_update(x, lengths, y, encoder, moments, backend=place.backend)
     expected = encode(x, encoder, backend=place.backend)
-    assert not any(tensor.requires_grad for tensor in (*moments.state(), expected))
+    pooled_before = encode_pool(x, lengths, encoder, backend=place.backend)
+    assert not any(tensor.requires_grad for tensor in (*moments.state(), expected, pooled_before))
     one, other = (torch.zeros(19, 3, dtype=torch.float64, device=place.device) for _ in range(2))
     weights = torch.ones(5, 3, dtype=torch.float64, device=place.device, requires_grad=True)
     update_sums(x, weights, one, (1, 2), backend=place.backend)
     assert not one.requires_grad
     with torch.autocast(place.device, torch.bfloat16):
         assert torch.equal(encode(x, encoder, backend=place.backend), expected)
+        assert torch.equal(encode_pool(x, lengths, encoder, backend=place.backend), pooled_before)
         update_sums(x, weights, other, (1, 2), backend=place.backend)
         assert torch.equal(one, other)
 
