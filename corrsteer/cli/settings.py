@@ -177,6 +177,12 @@ class EvaluateSettings(TaskSettings, ModelSettings, SteeringSettings):
 class SelectSettings(EvaluateSettings):
     """What `corrsteer select --strategy pruned` needs for its validation, and `--strategy search` for the search."""
 
+    positions: Literal["generated", "all", "prompt"] | None = Field(
+        default=None, description="generated, all or prompt: which tokens are steered; by default generated."
+    )
+    scale: float | None = Field(
+        default=None, description="Multiplies the coefficients; to search, the middle of the scales to begin with."
+    )
     also_all: bool = Field(default=False, description="Search: try every feature at all positions as well.")
     candidates: int = Field(
         default=3, ge=1, description="Search: features to try of each layer, pooling and sign of the correlation."
