@@ -432,6 +432,6 @@ def _in_words(confirmation: dict[str, Any], alpha: float) -> str:
     interval = "" if c["low"] is None else f"95 % interval {c['low']:+.4f} to {c['high']:+.4f}; "
     return (
         f"{verdict}: on {c['n']} validation samples that the search had not seen, {c['steered']:.4f} steered against "
-        f"{c['unsteered']:.4f} unsteered, a difference of {c['difference']:+.4f} ({interval}exact p "
+        f"{c['unsteered']:.4f} unsteered, a difference of {c['difference']:+.4f} ({interval}p "
         f"{c['p_value']:.3g}){better}"
     )
