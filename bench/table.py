@@ -296,33 +296,24 @@ def trials(study: Path) -> str:
     """What many steerings take, as measured; or how to measure it."""
     from bench import trials
 
-    if not study.exists():
-        return "Not measured yet: `python -m bench.trials`, on a machine that does nothing else."
-    result = json.loads(study.read_text(encoding="utf-8"))
-    return "\n\n".join(
-        [
-            _title(result),
-            "\n".join(f"- {line}" for line in trials.reached(result)),
-            *_markdown(trials.PRUNING, trials.pruning_table(result)),
-            *_markdown(trials.PREFIX, trials.prefix_table(result)),
-        ]
-    )
+    tables = ((trials.PRUNING, trials.pruning_table), (trials.PREFIX, trials.prefix_table))
+    return _jobs(study, "bench.trials", trials.reached, tables)
 
 
 def search(study: Path) -> str:
     """What search takes against the exhaustive grid, as measured; or how to measure it."""
     from bench import search
 
+    return _jobs(study, "bench.search", search.summary, ((search.HEADER, search.rows),))
+
+
+def _jobs(study: Path, command: str, lines: Callable[[Any], list[str]], tables: Iterable[tuple[Any, Any]]) -> str:
+    """A study of whole jobs: what it was measured on, a line for each finding, and its tables."""
     if not study.exists():
-        return "Not measured yet: `python -m bench.search`, on a machine that does nothing else."
+        return f"Not measured yet: `python -m {command}`, on a machine that does nothing else."
     result = json.loads(study.read_text(encoding="utf-8"))
-    return "\n\n".join(
-        [
-            _title(result),
-            "\n".join(f"- {line}" for line in search.summary(result)),
-            *_markdown(search.HEADER, search.rows(result)),
-        ]
-    )
+    found = [line for header, rows in tables for line in _markdown(header, rows(result))]
+    return "\n\n".join([_title(result), "\n".join(f"- {line}" for line in lines(result)), *found])
 
 
 # document -> its blocks: name, what makes it, and of which file or folder under bench/results

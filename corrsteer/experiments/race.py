@@ -87,7 +87,7 @@ class Race:
     ----------
     run : completes and grades samples under trials; gives the rewards of each.
     n : samples that there are.
-    most : comparisons that a trial can be in: of trials that can take part, those that enter later among them.
+    most : others that a trial can be compared with, besides no steering: those that enter later among them.
     alpha : the chance that a trial is dropped for one that is no better.
     reward_range : low and high, known without the race's samples.
 
@@ -95,7 +95,6 @@ class Race:
     ----------
     unsteered : what no steering gives.
     runners : every trial that ever took part.
-    completions : how many were asked for.
     """
 
     def __init__(
@@ -111,7 +110,6 @@ class Race:
         self._threshold = math.log((most + 1) / alpha)
         self.unsteered: Runner = unsteered or Runner(Trial(name="unsteered"))
         self.runners: list[Runner] = []
-        self.completions: int = 0
 
     @property
     def running(self) -> list[Runner]:
@@ -149,7 +147,6 @@ class Race:
             if runner.n < end:
                 behind.setdefault(runner.n, []).append(runner)
         for start, runners in behind.items():
-            self.completions += len(runners) * (end - start)
             for runner, rewards in zip(runners, self._run([r.trial for r in runners], range(start, end))):
                 runner.rewards += rewards
 

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -96,10 +96,14 @@ def calibrate_each(
     *,
     scales: Sequence[float] | None = None,
     positions: str | None = None,
+    stays: bool = True,
     decoding: Decoding | None = None,
     progress: bool = True,
 ) -> list[Steering]:
-    """`calibrate_scale` of several steerings, which share what is computed of prompts."""
+    """`calibrate_scale` of several steerings, which share what is computed of prompts.
+
+    Without `stays` a steering has the best of the scales that were tried, also where none does as well as no steering.
+    """
     if not steerings:
         return []
     grows, wanted = scales is None, SCALES if scales is None else scales
@@ -108,7 +112,7 @@ def calibrate_each(
     decoding = decoding or Decoding()
     unsteered, curves = _curves(model, tokenizer, steerings, validation, tried, grows, at, decoding, progress)
     return [
-        _calibrated(steering, curve, unsteered, validation, where, grows)
+        _calibrated(steering, curve, unsteered, validation, where, grows, stays)
         for steering, curve, where in zip(steerings, curves, at)
     ]
 
@@ -129,38 +133,42 @@ def calibrate_best(
     says of how many it is the best, which flatters its score the more.
     """
     flat = [(name, steering) for name, of_name in candidates.items() for steering in of_name]
-    steerings = [steering for _, steering in flat]
-    scaled = [
-        replace(steering, scale=_best_point(steering)["scale"])  # also where none does as well as no steering
-        for steering in calibrate_each(
-            model, tokenizer, steerings, validation, positions=positions, decoding=decoding, progress=progress
-        )
-    ]
+    scaled = calibrate_each(
+        model, tokenizer, [steering for _, steering in flat], validation,
+        positions=positions, stays=False, decoding=decoding, progress=progress,
+    )  # fmt: skip
     best: dict[str, Steering] = {}
     for (name, _), steering in zip(flat, scaled):
-        if name not in best or _best_point(steering)["score"] > _best_point(best[name])["score"]:
+        if name not in best or _best_score(steering) > _best_score(best[name]):
             best[name] = steering
     for name, steering in best.items():
         steering.provenance["calibration"]["candidates"] = len(candidates[name])
     return best
 
 
-def _best_point(steering: Steering) -> dict[str, Any]:
-    return max(steering.provenance["calibration"]["curve"][1:], key=lambda point: point["score"])
+def _best_score(steering: Steering) -> float:
+    return max(point["score"] for point in steering.provenance["calibration"]["curve"][1:])
 
 
 def _calibrated(
-    steering: Steering, curve: dict[float, Graded], unsteered: Graded, validation: Task, positions: str, grows: bool
+    steering: Steering,
+    curve: dict[float, Graded],
+    unsteered: Graded,
+    validation: Task,
+    positions: str,
+    grows: bool,
+    stays: bool,
 ) -> Steering:
     """The steering with the scale that its curve says is best."""
     points = [Point.of(scale, one, unsteered) for scale, one in sorted(curve.items(), key=lambda item: abs(item[0]))]
     best = max(points, key=lambda point: point.score)  # the first of equals
     notes, chosen = steering.notes + overlap_notes(validation, steering.provenance, (SELECTED,)), best.scale
     if best.score < unsteered.score:
-        chosen = steering.scale
+        chosen = steering.scale if stays else best.scale
         notes.append(
             f"no scale of {[point.scale for point in points]} did as well as unsteered on validation "
-            f"({unsteered.score:.4f}), so it stays at {chosen:g}; try smaller ones, or other features"
+            f"({unsteered.score:.4f})"
+            + (f", so it stays at {chosen:g}; try smaller ones, or other features" if stays else "")
         )
     elif not any(point.improved or point.worsened for point in points):
         notes.append(f"no scale of {[point.scale for point in points]} changed any reward on validation")

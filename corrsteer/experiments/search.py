@@ -1,4 +1,4 @@
-"""`search`: of features that correlates propose, the steering that trials decide on.
+"""`search`: of the features that correlation proposes, the steering that trials decide on.
 
 Candidates race on validation samples, each at scales of a grid that grows; what survives is tried together with the
 winner (greedy forward selection); and what wins is compared with no steering on validation samples that nothing was
@@ -26,6 +26,7 @@ from corrsteer.experiments.scale_grid import LEAST, MOST, RATIO, at_an_end, high
 from corrsteer.experiments.seen_samples import SELECTED, overlap_notes, repetition_notes, validated
 from corrsteer.experiments.trials import UNSTEERED, Trial, run_trials
 from corrsteer.lm.decoding import Decoding
+from corrsteer.rollouts.grading import Graded
 from corrsteer.stats.paired import difference, paired_p_value
 from corrsteer.steering.features import Feature
 from corrsteer.steering.steering import Steering
@@ -105,20 +106,19 @@ def search(
             f"{len(racing)} and {len(confirming)}; give more, or another confirm"
         )
     found = _Search(candidates, model, tokenizer, racing, positions, scale, reward_range, decoding, options)
-    found.budget.reserve(2 * len(confirming))
+    found.budget.reserved = 2 * len(confirming)
     with tqdm(unit="completion", desc=f"search {validation.name}", disable=not progress) as bar:
         found.bar = bar
         best = found.best()
         confirmation = None if best is None else _confirm(found, best, confirming)
     steering, first = candidates[0], found.described()
     if best is None or confirmation is None:
-        shown = found.unsteered
-        note = f"no trial did better than no steering on {shown.n} validation samples ({shown.score:.4f})"
+        plain = found.unsteered
+        note = f"no trial did better than no steering on {plain.n} validation samples ({plain.score:.4f})"
     else:
         first["confirmation"], note = confirmation, _in_words(confirmation, options.alpha)
     chosen = Steering([], torch.zeros(0, 0, dtype=torch.float32, device="cpu")) if best is None else best
-    repeats = repetition_notes(validation)
-    notes = [note, *found.notes, *repeats, *steering.notes]
+    notes = [note, *found.notes, *repetition_notes(validation), *steering.notes]
     notes += overlap_notes(validation, steering.provenance, (SELECTED,))
     provenance = validated(steering.provenance, validation)
     provenance |= {"search": first | {"completions": found.budget.spent}, "decoding": asdict(decoding)}
@@ -129,17 +129,13 @@ def search(
 
 @dataclass
 class _Budget:
-    """What may still be generated."""
+    """What may still be generated, and what of it is reserved for later."""
 
     completions: int | None
     minutes: float | None
     reserved: int = 0
     spent: int = 0
     started: float = field(default_factory=time.monotonic)
-
-    def reserve(self, completions: int) -> None:
-        """Keep some for what comes last."""
-        self.reserved = completions
 
     @property
     def left(self) -> float:
@@ -179,7 +175,7 @@ class _Search:
         self._joint_trials = 0
         self._middle, self._range = scale, reward_range
         scales = math.log(MOST / LEAST, RATIO) + 1
-        most = round(len(self._kinds) * scales) + 1  # all trials that there can be, and no steering
+        most = round(len(self._kinds) * scales)
         self._race = Race(self.complete, len(task), most, options.alpha, reward_range)
 
     @property
@@ -192,7 +188,7 @@ class _Search:
         part = replace(self.task, examples=self.task.examples[samples.start : samples.stop])
         return [graded.rewards for graded in self.grade(part, trials)]
 
-    def grade(self, task: Task, trials: Sequence[Trial]) -> list[Any]:
+    def grade(self, task: Task, trials: Sequence[Trial]) -> list[Graded]:
         """Completions of a task under trials."""
         graded = run_trials(self.model, self.tokenizer, task, trials, self.decoding, progress=False)
         self.budget.spent += len(task) * len(trials)
@@ -214,17 +210,7 @@ class _Search:
         kept = TOGETHER * (self.options.completions or 0) if self.options.most_features > 1 else 0
         kept = min(round(kept), (self.options.completions or least) - least)
         self.budget.reserved += kept
-        for end in race.rounds():
-            if not self._affords(race, end):
-                break
-            race.bring(end)
-            while self._grow(end):
-                race.bring(end)
-            entered = len(race.runners)
-            race.drop()
-            self._say(race, end, entered)
-            if len(race.running) < 2:
-                break
+        self._run(race)
         self.budget.reserved -= kept
         leader = race.leader
         if leader is race.unsteered:
@@ -249,7 +235,7 @@ class _Search:
         for kind, curve in self._curves.items():
             # A curve that was left behind is not what wins, and scores of fewer samples cannot be compared.
             scores = {scale: runner.score for scale, runner in curve.items() if runner.n == end}
-            if not scores or not self._ends_at(curve, scores):
+            if not scores:
                 continue
             scale = next_scale(scores, self.unsteered.score, highest, self._middle)
             if scale is not None and scale not in curve and end <= left:
@@ -258,10 +244,19 @@ class _Search:
                 grown = True
         return grown
 
-    @staticmethod
-    def _ends_at(curve: dict[float, Runner], scores: dict[float, float]) -> bool:
-        """Whether the scales that are left reach to an end of those tried."""
-        return max(scores, key=abs) == max(curve, key=abs) or min(scores, key=abs) == min(curve, key=abs)
+    def _run(self, race: Race) -> None:
+        """Run a race, as far as the budget allows; in that of single features, curves grow."""
+        for end in race.rounds():
+            if not self._affords(race, end):
+                break
+            race.bring(end)
+            while race is self._race and self._grow(end):
+                race.bring(end)
+            race.drop()
+            if race is self._race:
+                self._say(end)
+            if len(race.running) < 2:
+                break
 
     def _affords(self, race: Race, end: int) -> bool:
         """Whether the budget allows another round; where it does for some of the trials alone, the others leave."""
@@ -286,13 +281,13 @@ class _Search:
                 for part in SHARES
             }
             # Whoever is chosen was so by these samples: a trial may be compared with whichever might have been.
-            most = len(trials) * len(self._race.runners) + 1
+            most = len(trials) * len(self._race.runners)
             race = Race(self.complete, len(self.task), most, self.options.alpha, self._range, self.unsteered)
             base = Runner(chosen.trial, list(chosen.rewards))
             race.runners.append(base)
             race.enter(list(trials))
             if trials:
-                self._run_rounds(race)
+                self._run(race)
             joint = [runner for runner in race.runners if runner.n and runner is not base]  # the budget may leave none
             self._joint_trials += len(joint)
             if not joint:
@@ -300,7 +295,7 @@ class _Search:
             best = max(joint, key=lambda runner: (runner.left is None, runner.score))
             mean, error = _gain(best, base)
             kept = best.left is None and mean > norm.isf(self.options.alpha / len(joint)) * error
-            added = best.trial.steering.features[-1] if best.trial.steering else None
+            added = _steering_of(best.trial).features[-1]
             self._steps.append(
                 {"feature": _named(added), "trials": len(joint), "score": best.score, "n": best.n, "gain": mean,
                  "error": error, "kept": kept}
@@ -308,19 +303,7 @@ class _Search:
             if not kept:
                 break
             chosen, members = best, [*members, trials[best.trial]]
-        steering = chosen.trial.steering
-        assert steering is not None, "only unsteered has none"
-        return replace(steering, positions=chosen.trial.positions, scale=chosen.trial.scale)
-
-    def _run_rounds(self, race: Race) -> None:
-        """Run a race of features tried together, as far as the budget allows."""
-        for end in race.rounds():
-            if not self._affords(race, end):
-                break
-            race.bring(end)
-            race.drop()
-            if len(race.running) < 2:
-                break
+        return replace(_steering_of(chosen.trial), positions=chosen.trial.positions, scale=chosen.trial.scale)
 
     def _candidate(self, runner: Runner) -> int:
         return next(at for (at, _), curve in self._curves.items() if runner in curve.values())
@@ -342,19 +325,18 @@ class _Search:
     @staticmethod
     def _together(chosen: Trial, partner: Trial, part: float) -> Trial:
         """A trial of both, at the chosen one's scale, so that the other's coefficient makes up the difference."""
-        assert chosen.steering is not None and partner.steering is not None, "only unsteered has none"
-        (feature,) = partner.steering.features
-        features = [*chosen.steering.features, feature.scaled(part * partner.scale / chosen.scale)]
-        directions = torch.cat([chosen.steering.directions, partner.steering.directions])
-        return Trial(
-            Steering(features, directions), chosen.scale, chosen.positions, f"{chosen.name} and {feature.name}"
-        )
+        first, second = _steering_of(chosen), _steering_of(partner)
+        (feature,) = second.features
+        features = [*first.features, feature.scaled(part * partner.scale / chosen.scale)]
+        both = Steering(features, torch.cat([first.directions, second.directions]))
+        return Trial(both, chosen.scale, chosen.positions, f"{chosen.name} and {feature.name}")
 
-    def _say(self, race: Race, end: int, entered: int) -> None:
+    def _say(self, end: int) -> None:
+        race = self._race
         left = [sum(runner.left == why for runner in race.runners) for why in ("unsteered", "leader", "budget")]
         leader = race.leader
         self._rounds.append(
-            {"samples": end, "entered": entered, "running": len(race.running),
+            {"samples": end, "entered": len(race.runners), "running": len(race.running),
              **dict(zip(("worse_than_unsteered", "worse_than_leader", "over_budget"), left)),
              "unsteered": race.unsteered.score, "leader": leader.score}
         )  # fmt: skip
@@ -398,9 +380,14 @@ def _gain(runner: Runner, other: Runner) -> tuple[float, float]:
     return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
 
 
-def _named(feature: Feature | None) -> dict[str, Any]:
+def _steering_of(trial: Trial) -> Steering:
+    assert trial.steering is not None, "only no steering has none"
+    return trial.steering
+
+
+def _named(feature: Feature) -> dict[str, Any]:
     """What tells a feature from others."""
-    return {} if feature is None else {name: getattr(feature, name) for name in ("layer", "index", "coefficient")}
+    return {name: getattr(feature, name) for name in ("layer", "index", "coefficient")}
 
 
 def _confirm(found: _Search, best: Steering, task: Task) -> dict[str, Any]:

@@ -31,8 +31,8 @@ class BatchPool:
         self._pools = tuple(pools)
         self._over_steps = tuple(pool for pool in self._pools if pool != LAST_PROMPT)
         self._running: RunningPool | None = None
-        self._sums = torch.zeros(n, encoder.d_in, dtype=torch.float32, device="cpu")
-        self._tokens = torch.zeros(n, dtype=torch.int64, device="cpu")
+        self._sums: Tensor  # [N, d_in] float32, of the residuals so far
+        self._tokens: Tensor | None = None  # [N] int64, how many these are; None before the first
 
     def add(self, x: Tensor, cu_seqlens: Tensor) -> None:
         """Take in a part of the kept steps that had to leave the buffer: `x [T, d_in]`, `cu_seqlens [N + 1]`."""
@@ -59,6 +59,7 @@ class BatchPool:
         if LAST_PROMPT in self._pools and LAST_PROMPT not in pooled:
             each = torch.arange(self._n + 1, dtype=torch.int32, device=x.device)
             pooled[LAST_PROMPT] = self._encode(last_prompt, each, "mean")["mean"]
+        assert self._tokens is not None, "there are the rest, if none before"
         residuals = {"mean": self._sums / self._tokens[:, None], LAST_PROMPT: last_prompt.float()}
         return pooled, residuals
 
@@ -78,4 +79,7 @@ class BatchPool:
         tokens = cu_seqlens.diff().long()
         # segment_reduce rather than index_add_, which on a GPU adds in any order
         sums = torch.segment_reduce(x.float(), "sum", lengths=tokens, axis=0, initial=0, unsafe=True)
-        self._sums, self._tokens = self._sums.to(x.device) + sums, self._tokens.to(x.device) + tokens
+        if self._tokens is None:
+            self._sums, self._tokens = sums, tokens
+        else:
+            self._sums, self._tokens = self._sums + sums, self._tokens + tokens

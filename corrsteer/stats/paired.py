@@ -55,13 +55,7 @@ def difference(before: Sequence[float], after: Sequence[float], level: float = 0
     ------
     CorrSteerError : where the two are not of equal length, among others.
     """
-    first, second = numbers("before", before), numbers("after", after)
-    if len(first) != len(second):
-        raise CorrSteerError(
-            f"after must have a reward for each of before's {len(first)} samples, got {len(second)}; "
-            f"give both in the same order"
-        )
-    level = share("level", level)
+    (first, second), level = _paired(before, after), share("level", level)
     if _binary(first) and _binary(second):
         pairs = list(zip(first, second))
         both, gained, lost, neither = (pairs.count(pair) for pair in ((1, 1), (0, 1), (1, 0), (0, 0)))
@@ -86,10 +80,14 @@ def paired_p_value(before: Sequence[float], after: Sequence[float]) -> float:
     McNemar's exact test where all rewards are 0 or 1. Otherwise the permutation test of the mean difference (Fisher,
     "The design of experiments", 1935, section 21): where nothing has changed, each difference could as well have the
     other sign. All signs are tried of up to 13 differences, 9999 random ones of more: no p-value is below 1/5000 then.
+
+    Raises
+    ------
+    CorrSteerError : where the two are not of equal length, among others.
     """
     from scipy.stats import permutation_test
 
-    first, second = numbers("before", before), numbers("after", after)
+    first, second = _paired(before, after)
     differences = np.asarray(second) - np.asarray(first)
     if _binary(first) and _binary(second):
         return mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
@@ -115,6 +113,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(given) - rank) * given[at]))
         adjusted[at] = largest
     return adjusted
+
+
+def _paired(before: Sequence[float], after: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Both as numbers; raises unless they are of the same samples."""
+    first, second = numbers("before", before), numbers("after", after)
+    if len(first) != len(second):
+        raise CorrSteerError(
+            f"after must have a reward for each of before's {len(first)} samples, got {len(second)}; "
+            f"give both in the same order"
+        )
+    return first, second
 
 
 def _binary(values: Sequence[float]) -> bool:

@@ -17,8 +17,10 @@ def world(scores, n, seed=0, unsteered=0.5):
     drawn = {name: [float(rng.random() < mean) for _ in range(n)] for name, mean in means.items()}
 
     def run(trials, samples):
+        run.completions += len(trials) * len(samples)
         return [drawn[trial.name][samples.start : samples.stop] for trial in trials]
 
+    run.completions = 0
     return run, drawn
 
 
@@ -29,6 +31,7 @@ def raced(scores, n=512, alpha=0.05, seed=0, unsteered=0.5):
     for end in race.rounds():
         race.bring(end)
         race.drop()
+    race.completions = run.completions
     return race, drawn
 
 
@@ -115,7 +118,7 @@ def test_who_enters_later_is_compared_on_the_same_samples():
     race.bring(32)
     assert late.rewards == drawn["late"][:32]
     assert late.over(race.runners[0]) == [a - b for a, b in zip(drawn["late"][:32], drawn["early"][:32])]
-    assert race.completions == 3 * 32
+    assert run.completions == 3 * 32
 
 
 def test_a_budget_keeps_the_best_that_it_can_pay_for_and_ends_the_race_where_it_can_pay_for_none():

@@ -105,6 +105,8 @@ def test_the_best_of_several_candidates_is_each_at_its_best_scale(world):
     assert best["harmful"].provenance["calibration"]["candidates"] == 1
     curve = best["harmful"].provenance["calibration"]["curve"]
     assert best["harmful"].scale == max(curve[1:], key=lambda point: point["score"])["scale"] != 1, "not left at 1"
+    assert best["harmful"].provenance["calibration"]["scale"] == best["harmful"].scale
+    assert not any("stays at" in note for note in best["harmful"].notes)
 
 
 def test_a_single_sample_has_no_standard_error(world):

@@ -142,3 +142,9 @@ def test_other_rewards_are_tested_by_the_signs_of_their_differences(n):
         assert p == pytest.approx(stats.ttest_rel(after, before).pvalue, abs=0.03)
     assert paired_p_value(before.tolist(), before.tolist()) == 1
     assert paired_p_value([0, 1, 0, 0], [1, 1, 1, 1]) == mcnemar(3, 0)
+
+
+@pytest.mark.parametrize("of", [difference, paired_p_value])
+def test_rewards_of_other_samples_are_refused(of):
+    with pytest.raises(CorrSteerError, match="after must have a reward for each of before's 2 samples, got 3"):
+        of([0.0, 0.5], [1.0, 1.0, 1.0])
