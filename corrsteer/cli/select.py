@@ -89,7 +89,7 @@ def select(
             names = {name: getattr(settings, name) for name in SEARCH if name not in ("also_all", "search_seed")}
             trials["options"] = SearchOptions(**names, seed=settings.search_seed)
             if settings.also_all:
-                trials["positions"] = tuple(dict.fromkeys((trials["positions"], "all")))
+                trials["positions"] = (trials["positions"], "all")
         trials["validation"] = inputs.load_task(settings)
         trials["model"], trials["tokenizer"] = inputs.load_model(settings)
     elif given.names:
