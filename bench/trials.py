@@ -132,7 +132,7 @@ def loop(world: World, decoding: Decoding) -> list[float]:
                 written = out[0, len(prompt) :].tolist()
                 end = next((at for at, token in enumerate(written) if token in stops), len(written))
                 text = world.tokenizer.batch_decode([written[:end]], skip_special_tokens=True)[0]
-                total += world.task.grade(text, example)
+                total += world.task.reward(text, example)
         scores.append(total / len(prompts))
     return scores
 

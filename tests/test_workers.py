@@ -57,7 +57,7 @@ def use(what):
     if isinstance(what, Run):
         return {layer: what.correlation(layer).tolist() for layer in what.points}, what.provenance, what.notes
     if isinstance(what, Task):
-        return [what.grade(f"{n}", example) for n, example in enumerate(what.examples)]
+        return [what.reward(f"{n}", example) for n, example in enumerate(what.examples)]
     if isinstance(what, Steering):
         return what.features, what.directions.tolist(), what.provenance
     if hasattr(what, "STATE"):

@@ -18,13 +18,13 @@ from corrsteer.lm.hook_points import width
 from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.sae.releases import check_names
 from corrsteer.sae.sources import read_config
-from corrsteer.tasks import Task
+from corrsteer.tasks import GraderSpec, Task
 
 
 def load_task(given: TaskSettings) -> Task:
     """The part of a task that was asked for."""
     options = {
-        "grader": given.grader, "prompt_field": given.prompt_field, "answer_field": given.answer_field,
+        "grader": parse_graders(given.grader), "prompt_field": given.prompt_field, "answer_field": given.answer_field,
         "category_field": given.category_field or None, "chat": given.chat, "system": given.system,
     }  # fmt: skip
     if given.task.endswith((".jsonl", ".json")) or Path(given.task).is_file():
@@ -32,6 +32,8 @@ def load_task(given: TaskSettings) -> Task:
     else:
         name, _, config = given.task.partition(":")
         task = Task.from_dataset(name, config or None, split=given.split, **options)
+    if given.reward is not None:
+        task = task.rewarded_by(given.reward)
     if given.part != "all":
         parts = dict(zip(("train", "validation", "test"), task.split(seed=given.split_seed)))
         if len(parts[given.part]) == 0:
@@ -40,6 +42,25 @@ def load_task(given: TaskSettings) -> Task:
             )
         task = parts[given.part]
     return task if given.limit is None else task.take(given.limit)
+
+
+def parse_graders(entries: list[str]) -> GraderSpec:
+    """What `Task` takes, of entries GRADER or NAME=GRADER; among several, one without a name has its own."""
+    if entries == ["none"]:
+        return None
+    found: dict[str, str] = {}
+    for entry in entries:
+        # A name comes before any colon: regex:a=b has none.
+        named = re.fullmatch(r"([^:=\s]+)=(.+)", entry, re.DOTALL)
+        name, grader = named.groups() if named else (entry.rpartition(":")[2] or entry, entry)
+        if not named and len(entries) == 1:
+            return entry
+        if grader == "none":
+            raise CorrSteerError("grader none is for a task without rewards; give it alone")
+        if name in found:
+            raise CorrSteerError(f"grader gives the reward {name!r} twice; name them: --grader NAME={grader}")
+        found[name] = grader
+    return found
 
 
 def parse_saes(entries: list[str]) -> dict[int, str]:

@@ -39,12 +39,16 @@ class ChatSettings(Settings):
 
 
 class TaskSettings(ChatSettings):
-    """A task: its rows, its grader, and which part of it."""
+    """A task: its rows, its graders, and which part of it."""
 
     task: str = Field(description="JSONL file, or a dataset on the hub as NAME or NAME:CONFIG.")
-    grader: str = Field(
-        default="exact", description="exact, choice, number, contains, regex, regex:PATTERN or module:function."
+    grader: list[str] = Field(
+        default=["exact"],
+        min_length=1,
+        description="exact, choice, number, contains, regex, regex:PATTERN, module:function, or none. Give it again "
+        "for more rewards, as NAME=GRADER to name them.",
     )
+    reward: str | None = Field(default=None, description="Which of the graders' rewards to use; by default the first.")
     split: str = Field(default="train", description="Split of a hub dataset.")
     prompt_field: str = Field(default="prompt", description="Name of the prompt in each row.")
     answer_field: str | None = Field(default="answer", description="Name of the answer in each row.")
@@ -56,6 +60,14 @@ class TaskSettings(ChatSettings):
     )
     split_seed: int = Field(default=0, ge=0, description="Seed of that division.")
     limit: int | None = Field(default=None, ge=1, description="Use only the first so many examples of the part.")
+
+    @field_validator("grader", mode="before")
+    @classmethod
+    def _graders(cls, value: Any) -> Any:
+        """In YAML a mapping of names to graders, or a single grader, will do."""
+        if isinstance(value, dict):
+            return [f"{name}={grader}" for name, grader in value.items()]
+        return [value] if isinstance(value, str) else value
 
 
 class ModelSettings(Settings):

@@ -24,7 +24,7 @@ from corrsteer.lm.generation import Completion, Generator, Within, tokenize
 from corrsteer.lm.hook_points import HookPoint
 from corrsteer.lm.prefill import Begun
 from corrsteer.lm.sampling import sample_keys
-from corrsteer.rollouts.grading import Graded
+from corrsteer.rollouts.grading import Graded, by_name
 from corrsteer.steering.hooks import add_vectors
 from corrsteer.steering.steering import Steering, stack
 from corrsteer.tasks import Task
@@ -120,8 +120,7 @@ def run_trials(
             for kind in kinds:
                 rows = [_Row(trial, vector, sample) for trial, vector in kind.trials.items() for sample in batch]
                 for written in _complete(generator, kind, batch, rows, prompts, keys):
-                    for row, completion, seconds in written:
-                        results.add(row.trial, row.sample, completion, seconds)
+                    results.add(written)
                     bar.set_postfix_str(results.leader(), refresh=False)
                     bar.update(len(written))
     return results.graded()
@@ -239,18 +238,20 @@ class _Results:
     def __init__(self, task: Task, decoding: Decoding, trials: Sequence[Trial]):
         self._task, self._decoding, self._trials = task, decoding, trials
         self._completions = [[""] * len(task) for _ in trials]
-        self._rewards = [[0.0] * len(task) for _ in trials]
+        self._rewards = [[dict[str, float]()] * len(task) for _ in trials]
         self._tokens, self._seconds = [0] * len(trials), [0.0] * len(trials)
         self._sums, self._counts = [0.0] * len(trials), [0] * len(trials)
 
-    def add(self, trial: int, sample: int, completion: Completion, seconds: float) -> None:
-        """Grade a completion."""
-        reward = self._task.grade(completion.text, self._task.examples[sample])
-        self._completions[trial][sample], self._rewards[trial][sample] = completion.text, reward
-        self._tokens[trial] += completion.tokens
-        self._seconds[trial] += seconds
-        self._sums[trial] += reward
-        self._counts[trial] += 1
+    def add(self, written: Sequence[_Written]) -> None:
+        """Grade completions that were written together."""
+        examples = [self._task.examples[each.row.sample] for each in written]
+        rewards = self._task.grade([each.completion.text for each in written], examples)
+        for (row, completion, seconds), given in zip(written, rewards):
+            self._completions[row.trial][row.sample], self._rewards[row.trial][row.sample] = completion.text, given
+            self._tokens[row.trial] += completion.tokens
+            self._seconds[row.trial] += seconds
+            self._sums[row.trial] += next(iter(given.values()))
+            self._counts[row.trial] += 1
 
     def leader(self) -> str:
         """The trial with the highest mean reward so far."""
@@ -262,4 +263,4 @@ class _Results:
         """All of them."""
         identity = self._task.identity
         found = zip(self._completions, self._rewards, self._tokens, self._seconds)
-        return [Graded(c, r, identity, self._decoding, tokens, seconds) for c, r, tokens, seconds in found]
+        return [Graded(c, by_name(r), identity, self._decoding, tokens, seconds) for c, r, tokens, seconds in found]

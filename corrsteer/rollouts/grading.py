@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -28,16 +29,22 @@ class Graded:
     Attributes
     ----------
     task, decoding : what was graded, and how it was generated.
+    rewards_by_name : a list for each reward that the graders give; the first is the default.
     tokens : generated in all, with those that ended a completion.
     seconds : that generating them took, prompts read and texts decoded, but not graded.
     """
 
     completions: list[str]
-    rewards: list[float]
+    rewards_by_name: dict[str, list[float]]
     task: TaskIdentity
     decoding: Decoding
     tokens: int
     seconds: float = field(compare=False)
+
+    @property
+    def rewards(self) -> list[float]:
+        """The default reward of each."""
+        return next(iter(self.rewards_by_name.values()))
 
     @property
     def score(self) -> float:
@@ -54,7 +61,7 @@ class Graded:
         mine, theirs = self.task, task.identity
         differs = [
             f"{words} is {getattr(mine, name)}, not {getattr(theirs, name)}"
-            for name, words in (("grader", "grader"), ("samples", "number of samples"))
+            for name, words in (("grader", "grader"), ("reward", "reward"), ("samples", "number of samples"))
             if getattr(mine, name) != getattr(theirs, name)
         ]
         if mine.samples == theirs.samples and mine.fingerprint != theirs.fingerprint:
@@ -71,6 +78,11 @@ class Graded:
             )
 
 
+def by_name(rewards: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Rewards of samples, all of the same names, as a list for each name."""
+    return {name: [of_sample[name] for of_sample in rewards] for name in rewards[0]}
+
+
 def grade(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -84,7 +96,7 @@ def grade(
     decoding = decoding or Decoding()
     prompts = tokenize(model, tokenizer, task, decoding)
     generator, keys = Generator(model, tokenizer, decoding), sample_keys(prompts)
-    completions, rewards = [""] * len(task), [0.0] * len(task)
+    completions, rewards = [""] * len(task), [dict[str, float]()] * len(task)
     total = done = seconds = 0.0
     tokens = 0
     with tqdm(total=len(task), unit="sample", desc=f"grade {task.name}", disable=not progress) as bar:
@@ -92,11 +104,12 @@ def grade(
             started = time.perf_counter()
             written = generator.complete([prompts[i] for i in batch], [keys[i] for i in batch])
             seconds += time.perf_counter() - started
-            for i, (text, count) in zip(batch, written):
-                completions[i], rewards[i] = text, task.grade(text, task.examples[i])
-                total += rewards[i]
-                tokens += count
+            graded = task.grade([each.text for each in written], [task.examples[i] for i in batch])
+            for i, each, given in zip(batch, written, graded):
+                completions[i], rewards[i] = each.text, given
+                total += next(iter(given.values()))
+                tokens += each.tokens
             done += len(batch)
             bar.set_postfix_str(f"reward {total / done:.3f}", refresh=False)
             bar.update(len(batch))
-    return Graded(completions, rewards, task.identity, decoding, tokens, seconds)
+    return Graded(completions, by_name(rewards), task.identity, decoding, tokens, seconds)

@@ -130,14 +130,14 @@ class BlockCollector:
                 [self.prompts[i] for i in batch], [self.keys[i] for i in batch],
                 share=self._shares, criteria=[capture.stopping_criterion],
             )  # fmt: skip
-        grades = [self.task.grade(written.text, example) for written, example in zip(completions, examples)]
+        rewards = self.task.rewards([written.text for written in completions], examples)
         for layer, pool in pools.items():
             x, cu_seqlens = self._checked(layer, *capture.packed(layer), examples)
             last_prompt = capture.last_prompt(layer).to(x.device)  # it is among the tokens that were checked
             for into, found in zip((rows.pooled, rows.residuals), pool.finish(x, cu_seqlens, last_prompt)):
                 for name, values in found.items():
                     into[layer][name][at] = values
-        rows.rewards[at] = torch.tensor(grades, dtype=torch.float64, device="cpu")
+        rows.rewards[at] = torch.tensor(rewards, dtype=torch.float64, device="cpu")
 
     def _fold(self, number: int, block: list[int], rows: _Rows) -> None:
         """Fold what there is of a block into the run: all of it, or nothing."""

@@ -1,8 +1,19 @@
-"""Tasks: prompts with answers, and the graders that turn a completion into a reward."""
+"""Tasks: prompts with answers, and the graders that turn a completion into rewards."""
 
 from corrsteer.tasks.control import with_shuffled_rewards
 from corrsteer.tasks.examples import Example
-from corrsteer.tasks.graders import Grader, TaskError
+from corrsteer.tasks.graders import TaskError
+from corrsteer.tasks.grading import BatchGrader, Grader, GraderSpec, Grading, batched
 from corrsteer.tasks.task import Task
 
-__all__ = ["Example", "Grader", "Task", "TaskError", "with_shuffled_rewards"]
+__all__ = [
+    "BatchGrader",
+    "Example",
+    "Grader",
+    "GraderSpec",
+    "Grading",
+    "Task",
+    "TaskError",
+    "batched",
+    "with_shuffled_rewards",
+]

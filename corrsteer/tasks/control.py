@@ -11,6 +11,7 @@ from functools import partial
 from corrsteer.arguments import whole
 from corrsteer.tasks.examples import Example
 from corrsteer.tasks.graders import TaskError
+from corrsteer.tasks.grading import Grading
 from corrsteer.tasks.task import Task
 
 
@@ -35,7 +36,7 @@ def with_shuffled_rewards(task: Task, rewards: Sequence[float], seed: int = 0) -
         )
     random.Random(whole("seed", seed, 0)).shuffle(shuffled)
     given = dict(zip((example.source for example in task.examples), shuffled))
-    return replace(task, grader=partial(_given, given), grader_name="shuffled rewards")
+    return replace(task, grading=Grading.of(partial(_given, given), "shuffled rewards"))
 
 
 def _given(rewards: dict[str, float], completion: str, example: Example) -> float:

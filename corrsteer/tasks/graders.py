@@ -16,6 +16,9 @@ name                 reward is 1.0 when, else 0.0                             th
 
 Several acceptable answers are a tuple of strings; any of them will do. White space around
 a completion does not count for the named graders.
+
+A function of yours takes a completion and its `Example`, and returns a finite number, or several by name:
+``{"correct": 1.0, "length": 12}``. Under `batched` it takes a sequence of each, and returns a sequence.
 """
 
 from __future__ import annotations
@@ -25,15 +28,20 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 from functools import partial, reduce
+from typing import Any
 
 from corrsteer.errors import CorrSteerError
 from corrsteer.tasks.examples import Example
 
-Grader = Callable[[str, Example], float]
-
 
 class TaskError(CorrSteerError):
     """A mistake in a task's data, settings or grader; the message is one line."""
+
+
+def one_line(error: Exception) -> str:
+    """An error in a line, with its kind unless its message says enough."""
+    text = str(error) if isinstance(error, TaskError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())
 
 
 def exact(completion: str, example: Example) -> float:
@@ -81,14 +89,14 @@ def number(completion: str, example: Example) -> float:
     return float(any(_number(completion) == _required_number(answer) for answer in _answers(example)))
 
 
-def resolve(grader: str | Grader) -> tuple[str, Grader, bool]:
+def resolve(grader: str | Callable[..., Any]) -> tuple[str, Callable[..., Any], bool]:
     """Find a grader.
 
     Returns
     -------
     name : str
         What provenance records: the string given, or ``module:qualname`` of a callable.
-    grader : Grader
+    grader
     needs_answer : bool
         Whether every example must have an answer.
     """
@@ -196,21 +204,22 @@ def _required_number(answer: str) -> Decimal:
     return value
 
 
-def _imported(path: str) -> Grader:
+def _imported(path: str) -> Callable[..., Any]:
     module, _, function = path.partition(":")
     try:
         found = reduce(getattr, function.split("."), importlib.import_module(module))
     except AttributeError as error:
         raise TaskError(f"grader {path!r}: {error}") from error
     except Exception as error:  # importing runs the user's module, which may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise TaskError(f"grader {path!r} cannot be imported (is it installed or on PYTHONPATH?): {reason}") from error
+        raise TaskError(
+            f"grader {path!r} cannot be imported (is it installed or on PYTHONPATH?): {one_line(error)}"
+        ) from error
     if not callable(found):
         raise TaskError(f"grader {path!r} must be callable, got {type(found).__name__}")
     return found
 
 
-_NAMED: dict[str, Grader] = {
+_NAMED: dict[str, Callable[[str, Example], float]] = {
     "exact": exact,
     "choice": choice,
     "number": number,

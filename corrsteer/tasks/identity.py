@@ -22,7 +22,8 @@ class TaskIdentity:
     Attributes
     ----------
     name, part : as in `Task`.
-    grader : its name.
+    grader : the names of its graders.
+    reward : the default reward, where another than the first was asked for.
     samples : how many.
     fingerprint : of all prompts and answers in their order, and of how prompts are wrapped.
     """
@@ -30,6 +31,7 @@ class TaskIdentity:
     name: str
     part: str
     grader: str
+    reward: str | None
     samples: int
     fingerprint: str
 

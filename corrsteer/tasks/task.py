@@ -1,21 +1,20 @@
-"""`Task`: rows of JSONL or of a Hugging Face dataset become prompts with answers and a grader."""
+"""`Task`: rows of JSONL or of a Hugging Face dataset become prompts with answers and graders."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corrsteer.arguments import number, whole
-from corrsteer.tasks import graders
 from corrsteer.tasks.examples import Example
-from corrsteer.tasks.graders import Grader, TaskError
+from corrsteer.tasks.graders import TaskError, one_line
+from corrsteer.tasks.grading import GraderSpec, Grading
 from corrsteer.tasks.identity import TaskIdentity, fingerprint, pack_prompts
 
 if TYPE_CHECKING:
@@ -24,16 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """Examples and the grader that scores their completions.
+    """Examples and the graders that score their completions.
 
-    ``grader_name`` is what provenance records, ``part`` which part of a task it is, such as ``train``.
-    ``category_field`` is the key of `Example.fields` that holds an example's category, None where there are none.
+    ``grading`` holds the graders, ``part`` says which part of a task it is, such as ``train``. ``category_field``
+    is the key of `Example.fields` that holds an example's category, None where there are none.
     """
 
     name: str
     examples: tuple[Example, ...]
-    grader: Grader
-    grader_name: str
+    grading: Grading
     chat: bool = False
     system: str | None = None
     part: str = "all"
@@ -50,7 +48,7 @@ class Task:
     def identity(self) -> TaskIdentity:
         """What its results remember of it."""
         prints = fingerprint(self.examples, self.chat, self.system)
-        return TaskIdentity(self.name, self.part, self.grader_name, len(self), prints)
+        return TaskIdentity(self.name, self.part, self.grader_name, self.grading.default, len(self), prints)
 
     def samples(self, which: Iterable[int] | None = None) -> dict[str, Any]:
         """A record of its samples, or those numbered, for provenance: small, and enough to know each again."""
@@ -58,18 +56,58 @@ class Task:
         hashes = pack_prompts(example.prompt for example in chosen)
         return {"task": self.name, "part": self.part, "n": len(chosen), "prompt_hashes": hashes}
 
-    def grade(self, completion: str, example: Example) -> float:
-        """Reward of one completion: a finite number."""
-        try:
-            reward: Any = self.grader(completion, example)
-            reward = reward.item() if hasattr(reward, "item") else reward  # numpy and torch scalars
-        except Exception as error:  # a user's grader may raise anything
-            raise TaskError(f"{example.source}: grader {self.grader_name} failed: {_one_line(error)}") from error
-        if not isinstance(reward, Real) or not math.isfinite(reward):
-            raise TaskError(
-                f"{example.source}: grader {self.grader_name} must return a finite number, got {reward!r:.80}"
-            )
-        return float(reward)
+    @property
+    def grader_name(self) -> str:
+        """What provenance records of the graders: ``number``, or ``correct=number, length=my_graders:length``."""
+        return str(self.grading)
+
+    def grade(self, completions: Sequence[str], examples: Sequence[Example]) -> list[dict[str, float]]:
+        """Rewards by name of a batch of completions, which belong to as many of the task's examples.
+
+        Every completion has the same names in the same order, and finite numbers. The first is the default reward.
+
+        Raises
+        ------
+        TaskError : for a grader that fails or returns something else, with the example where that is known; and for a
+            task without a grader.
+        """
+        return self.grading.grade(completions, examples)
+
+    def rewards(self, completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
+        """The default reward of each of a batch of completions; otherwise as `grade`."""
+        return [next(iter(rewards.values())) for rewards in self.grade(completions, examples)]
+
+    def reward(self, completion: str, example: Example) -> float:
+        """The default reward of one completion; otherwise as `grade`."""
+        return self.rewards([completion], [example])[0]
+
+    def rewarded_by(self, name: str) -> Task:
+        """The same task with another of its rewards as the default.
+
+        Raises
+        ------
+        TaskError : where no grader gives it. What a function returns is known once it is called, so this may also be
+            raised by `grade`.
+        """
+        return replace(self, grading=self.grading.rewarded_by(name))
+
+    def graded_by(self, grader: GraderSpec) -> Task:
+        """The same examples with other graders, given as to `from_rows`.
+
+        Raises
+        ------
+        TaskError : for what is no grader, or an example whose answer a grader cannot do with.
+        """
+        grading = Grading.of(grader)
+        for example in self.examples:
+            if example.answer is None and grading.needs_answer:
+                raise TaskError(f"{example.source}: no answer, and grader {grading.needs_answer} needs one")
+            try:
+                if example.answer is not None:
+                    grading.check_answer(example.answer)
+            except TaskError as error:
+                raise TaskError(f"{example.source}: {error}") from None
+        return replace(self, grading=grading)
 
     def category(self, example: Example) -> str | None:
         """Of which category an example is; None where the task has none."""
@@ -97,7 +135,7 @@ class Task:
             try:
                 text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             except Exception as error:  # a template raises as it likes, as some do on a system message
-                raise TaskError(f"{example.source}: the chat template failed: {_one_line(error)}") from error
+                raise TaskError(f"{example.source}: the chat template failed: {one_line(error)}") from error
             rendered.append(text)
         return rendered
 
@@ -143,7 +181,7 @@ class Task:
     def from_rows(
         cls,
         rows: Iterable[Mapping[str, Any]],
-        grader: str | Grader = "exact",
+        grader: GraderSpec = "exact",
         name: str = "task",
         prompt_field: str = "prompt",
         answer_field: str | None = "answer",
@@ -159,7 +197,8 @@ class Task:
         rows
             A prompt is a non-empty string. An answer is a string, a number or a list of these.
         grader
-            A name of `corrsteer.tasks.graders`, ``regex:PATTERN``, ``module:function``, or a callable.
+            A name of `corrsteer.tasks.graders`, ``regex:PATTERN``, ``module:function``, or a callable; or several of
+            these by the names of their rewards, of which the first is the default. None for a task without rewards.
         answer_field
             None leaves every key but the prompt in `Example.fields`, for graders that need no answer.
         category_field
@@ -171,14 +210,14 @@ class Task:
         """
         source = source or name
         numbered = ((f"{source}:{number}", row) for number, row in enumerate(rows, start=1))
-        examples, grader_name, grade = _read(numbered, grader, prompt_field, answer_field, category_field, source)
-        return cls(name, examples, grade, grader_name, chat, system, category_field=category_field)
+        examples, grading = _read(numbered, grader, prompt_field, answer_field, category_field, source)
+        return cls(name, examples, grading, chat, system, category_field=category_field)
 
     @classmethod
     def from_jsonl(
         cls,
         path: str | os.PathLike[str],
-        grader: str | Grader = "exact",
+        grader: GraderSpec = "exact",
         name: str | None = None,
         prompt_field: str = "prompt",
         answer_field: str | None = "answer",
@@ -194,10 +233,8 @@ class Task:
         path = Path(path)
         source = source or path.name
         lines = _numbered_lines(path, source)
-        examples, grader_name, grade = _read(
-            lines, grader, prompt_field, answer_field, category_field, source, parse=_parse_line
-        )
-        return cls(name or path.stem, examples, grade, grader_name, chat, system, category_field=category_field)
+        examples, grading = _read(lines, grader, prompt_field, answer_field, category_field, source, parse=_parse_line)
+        return cls(name or path.stem, examples, grading, chat, system, category_field=category_field)
 
     @classmethod
     def from_dataset(
@@ -205,7 +242,7 @@ class Task:
         name_or_path: Any,
         config: str | None = None,
         split: str = "train",
-        grader: str | Grader = "exact",
+        grader: GraderSpec = "exact",
         name: str | None = None,
         prompt_field: str = "prompt",
         answer_field: str | None = "answer",
@@ -235,25 +272,25 @@ class Task:
 
 def _read(
     numbered: Iterable[tuple[str, Any]],
-    grader: str | Grader,
+    grader: GraderSpec,
     prompt_field: str,
     answer_field: str | None,
     category_field: str | None,
     source: str,
     parse: Callable[[Any], Any] = lambda row: row,
-) -> tuple[tuple[Example, ...], str, Grader]:
+) -> tuple[tuple[Example, ...], Grading]:
     """Turn (source, row) pairs into examples, or report the first bad row and how many more there are."""
-    grader_name, grade, needs_answer = graders.resolve(grader)
-    if needs_answer and answer_field is None:
-        raise TaskError(f"answer_field must name the answer's field: grader {grader_name} needs an answer")
+    grading = Grading.of(grader)
+    if grading.needs_answer and answer_field is None:
+        raise TaskError(f"answer_field must name the answer's field: grader {grading.needs_answer} needs an answer")
     examples, bad = [], []
     for where, row in numbered:
         try:
             row = parse(row)
             prompt = _prompt(row, prompt_field)
-            answer = _answer(row, answer_field, needs_answer)
+            answer = _answer(row, answer_field, grading.needs_answer is not None)
             if answer is not None:
-                graders.check_answer(grader_name, answer)
+                grading.check_answer(answer)
             if category_field is not None:
                 _category(row, category_field)
         except TaskError as error:
@@ -267,7 +304,7 @@ def _read(
         raise TaskError(bad[0] + more)
     if not examples:
         raise TaskError(f"{source} has no examples")
-    return tuple(examples), grader_name, grade
+    return tuple(examples), grading
 
 
 def _prompt(row: Any, key: str) -> str:
@@ -363,7 +400,7 @@ def _open_dataset(name_or_path: Any, config: str | None, split: str) -> tuple[An
             return datasets.load_from_disk(str(folder)), origin
         return datasets.load_dataset(str(name_or_path), config, split=split), origin
     except Exception as error:  # the library and a dataset's own reader raise many kinds
-        raise TaskError(f"cannot load dataset {origin}: {_one_line(error)}") from error
+        raise TaskError(f"cannot load dataset {origin}: {one_line(error)}") from error
 
 
 def _pick_split(rows: Any, split: str, origin: str) -> Any:
@@ -374,8 +411,3 @@ def _pick_split(rows: Any, split: str, origin: str) -> Any:
     if not isinstance(rows, Iterable):
         raise TaskError(f"name_or_path must be a name, a folder or a dataset, got {type(rows).__name__}")
     return rows
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error) if isinstance(error, TaskError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())

@@ -52,7 +52,7 @@ def test_the_parts_of_the_sums_share_no_sum():
     asked = [{tuple(filter(str.isdigit, e.prompt)) for e in part.examples} for part in parts]
     assert not asked[0] & asked[1] and not asked[0] & asked[2] and not asked[1] & asked[2]
     example = parts[0].examples[0]
-    assert parts[0].grade(f"That is {example.answer}.", example) == 1
+    assert parts[0].reward(f"That is {example.answer}.", example) == 1
 
 
 def test_saes_without_their_model_are_refused(capsys):

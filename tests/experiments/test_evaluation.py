@@ -27,7 +27,7 @@ def task(n, categories=None):
 
 def graded(task, rewards, completions=None, tokens=60, seconds=2.0):
     completions = completions or [f"{reward}" for reward in rewards]
-    return Graded(list(completions), list(rewards), task.identity, DECODING, tokens, seconds)
+    return Graded(list(completions), {"reward": list(rewards)}, task.identity, DECODING, tokens, seconds)
 
 
 @pytest.fixture

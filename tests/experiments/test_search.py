@@ -168,7 +168,7 @@ def test_all_positions_are_tried_as_well_if_asked(world):
 
 def test_where_no_trial_is_better_the_result_says_so_in_words(world):
     """Every completion is right, so none is better."""
-    everything = dataclasses.replace(world[2], grader=lambda completion, example: 1.0, grader_name="always right")
+    everything = world[2].graded_by(lambda completion, example: 1.0)
     steering = searched(world, everything)
     assert steering.features == []
     assert steering.notes[0] == "no trial did better than no steering on 150 validation samples (1.0000)"
@@ -181,7 +181,7 @@ def test_rewards_that_are_no_shares_are_searched_too(world):
     def digits(completion, example):
         return float(sum(int(character) for character in completion if character.isdigit()))
 
-    sized = dataclasses.replace(world[2], grader=digits, grader_name="digits")
+    sized = world[2].graded_by(digits)
     steering = searched(world, sized, candidates=1)
     confirmation = steering.provenance["search"]["confirmation"]
     assert confirmation["difference"] == pytest.approx(confirmation["steered"] - confirmation["unsteered"])

@@ -178,10 +178,10 @@ def test_a_reward_that_means_nothing_is_a_coin_that_changes_with_the_completion(
     train, validation = second_world.null(3, seed=world.seed, n_validation=400)
     assert [e.prompt for e in train.examples] == [e.prompt for e in world.train.examples]
     answers = ("right .", "wrong .", ". eh", "eh")
-    coins = torch.tensor([[validation.grade(a, e) for a in answers] for e in validation.examples])
+    coins = torch.tensor([[validation.reward(a, e) for a in answers] for e in validation.examples])
     assert coins.unique().tolist() == [0, 1]
     assert ((coins.mean(0) - 0.5).abs() < 0.1).all(), "4 standard errors"
     assert (torch.corrcoef(coins.T) - torch.eye(4)).abs().max() < 0.2
     (other, _) = second_world.null(4, seed=world.seed)
-    assert [train.grade("eh", e) for e in train.examples] != [other.grade("eh", e) for e in train.examples]
-    assert [train.grade("eh", e) for e in train.examples] == [train.grade("eh", e) for e in train.examples]
+    assert [train.reward("eh", e) for e in train.examples] != [other.reward("eh", e) for e in train.examples]
+    assert [train.reward("eh", e) for e in train.examples] == [train.reward("eh", e) for e in train.examples]

@@ -94,7 +94,7 @@ def test_a_collection_that_stopped_saw_the_samples_that_were_graded(world, task,
         return float("nan") if len(graded) == 20 else float(len(graded) % 2)
 
     with pytest.raises(CollectionStopped) as stopped:
-        collect(*world, tiny_pipeline.encoders(), dataclasses.replace(task, grader=grader), permutations=0, **QUIET)
+        collect(*world, tiny_pipeline.encoders(), task.graded_by(grader), permutations=0, **QUIET)
     stopped.value.run.save(tmp_path)
     samples = Run.load(tmp_path).provenance["samples"]
     assert samples["n"] == 16

@@ -64,7 +64,7 @@ def one_at_a_time(model, layer, encoder, task, positions, exclude_tokens=()):
         if positions == "all":
             kept = [at for at in range(prompt - 1) if ids[at] not in exclude_tokens] + kept
         z, h = encode(states, encoder), states.float()
-        y = torch.tensor([task.grade(tokenizer.decode(generated, skip_special_tokens=True), example)])
+        y = torch.tensor([task.reward(tokenizer.decode(generated, skip_special_tokens=True), example)])
         for pool, pooled in (("max", z[kept].amax(0)), ("mean", z[kept].mean(0)), ("last_prompt", z[prompt - 1])):
             update_moments(pooled[None], y, of_features[pool])
         for pool, pooled in (("mean", h[kept].mean(0)), ("last_prompt", h[prompt - 1])):
@@ -265,7 +265,7 @@ def test_a_part_of_a_block_is_of_the_samples_that_were_graded(model):
 
     decoding = Decoding(max_new_tokens=5, batch_size=8)
     with pytest.raises(CollectionStopped, match="interrupted") as stopped:
-        gather(model, task=dataclasses.replace(task, grader=grader), decoding=decoding, permutations=20)
+        gather(model, task=task.graded_by(grader), decoding=decoding, permutations=20)
     part = stopped.value.run
     there = part.rewards.isfinite().nonzero()[:, 0].tolist()
     assert len(there) == part.n == 24 and len({len(task.examples[i].prompt) for i in there}) > 1
@@ -380,7 +380,7 @@ def test_shuffled_rewards_are_the_same_rewards_of_other_examples(model):
     assert not torch.equal(shuffled, run.rewards) and torch.equal(shuffled.sort().values, run.rewards.sort().values)
     assert control.grader_name == "shuffled rewards"
     again = [with_shuffled_rewards(tiny_pipeline.task(), run.rewards.tolist(), seed=seed) for seed in (1, 2)]
-    same, other = ([task.grade("", e) for e in task.examples] for task in again)
+    same, other = ([task.reward("", e) for e in task.examples] for task in again)
     assert same == shuffled.tolist() != other
     with pytest.raises(CorrSteerError, match="rewards must be finite"):
         with_shuffled_rewards(tiny_pipeline.task(), [float("nan")] * 40)

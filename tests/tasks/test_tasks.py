@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from corrsteer import CorrSteerError
-from corrsteer.tasks import Example, Task, TaskError, graders
+from corrsteer.tasks import Example, Grading, Task, TaskError, graders
 
 
 def example(answer=None):
@@ -181,7 +181,7 @@ def test_an_answer_that_could_never_be_graded_is_reported_when_read(grader, answ
 
 
 def graded(grader):
-    return Task("task", (example(),), grader, "mine").grade("completion", example())
+    return Task("task", (example(),), Grading.of(grader, "mine")).reward("completion", example())
 
 
 @pytest.mark.parametrize("returned, reward", [(True, 1.0), (2, 2.0), (-0.5, -0.5)])
@@ -234,7 +234,7 @@ def test_a_jsonl_file_becomes_examples_that_know_their_line(tmp_path):
         Example("p", "only", {}, "train.jsonl:4"),
     )
     assert (task.name, task.grader_name, len(task)) == ("train", "exact", 3)
-    assert task.grade("42", task.examples[0]) == 1.0
+    assert task.reward("42", task.examples[0]) == 1.0
 
 
 GOOD = '{"prompt": "p", "answer": "a"}'
