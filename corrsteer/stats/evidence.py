@@ -2,7 +2,7 @@
 
 Everything is a column of weighted power sums of pooled activations (`ops.update_sums`), so that it costs time for
 activations that are not 0 only, and memory that does not grow with the number of samples: 8 · d_sae · columns bytes,
-where columns are 23 + permutations + 3 · bootstrap for one label (`Evidence.n_columns`).
+where columns are 23 + permutations + 3 · bootstrap for one label, and two more `within` prompts (`Evidence.n_columns`).
 
 With u = (y - origin) / scale, whose powers neither overflow nor vanish, whatever the unit of rewards:
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import everywhere
 from scipy import stats
 
 from corrsteer import CorrSteerError, Evidence, Moments, inference, scores, update_moments
@@ -319,6 +320,19 @@ def test_prompts_that_are_split_and_what_is_not_defined_within_prompts_are_refus
         within.merge(plain)
     with pytest.raises(CorrSteerError, match="must be of the same samples and permutations"):
         inference.significance({0: within, 1: plain})
+
+
+@everywhere()
+@pytest.mark.parametrize("within", (False, True))
+def test_every_backends_evidence_of_prompts_is_that_of_the_reference(place, within):
+    z, y, groups = clustered_data([4] * 12 + [2] * 5, labels="real")
+    given, expected = (Evidence(6, within=within, device=device, **SETTINGS) for device in (place.device, "cpu"))
+    given.update(z.to(place.device), y.to(place.device), 0, groups=groups, backend=place.backend)
+    expected.update(z, y, 0, groups=torch.from_numpy(groups), backend="reference")
+    for name in Evidence.STATE:
+        torch.testing.assert_close(
+            getattr(given, name).cpu(), getattr(expected, name), rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 # Intervals from the activations themselves
