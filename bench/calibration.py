@@ -6,14 +6,17 @@ goes through `Evidence`, block by block, as in a collection, and comes from one 
 - `family_wise`: null runs, in which no feature has to do with the reward. How often does any survive alpha = 0.05?
 - `coverage`: how often does a 95 % interval hold the true correlation, which is known?
 - `demo`: the demo with its rewards shuffled, seed after seed. How often does no feature survive?
+- `clustered_...`: several completions of a prompt, see `bench.clusters`.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from bench import record
+from bench import clusters, record
 from corrsteer import inference
 from corrsteer.report.tables import table
 from corrsteer.stats.evidence import Evidence
@@ -184,18 +187,23 @@ CELLS = [
 ]
 
 
-def study(seed: int, quick: bool = False) -> dict[str, Any]:
-    """Everything, as the result file has it; `quick` a little of each, for a test."""
+PARTS = ("family_wise", "coverage", "demo", "clustered_family_wise", "clustered_confounded", "clustered_coverage")
+
+
+def study(seed: int, quick: bool = False, only: Collection[str] = PARTS) -> dict[str, Any]:
+    """Everything, or `only` some parts, as the result file has it; `quick` a little of each, for a test."""
     cells = [cell for cell in CELLS if cell[0] * 2000 > cell[1]][::31] if quick else CELLS
     runs, trials, seeds = (40, 200, 1) if quick else (4000, 2000, 20)
     parts = {
         "family_wise": (family_wise(seed, runs, 400, 60, 199, SCENARIOS), len(SCENARIOS)),
         "coverage": (coverage(seed, trials, 100, cells), len(cells)),
         "demo": (demo(seeds), seeds),
+        **clusters.study(seed, quick),
     }
     result = record.study("calibration", seed)
     for name, (rows, total) in parts.items():
-        result[name] = list(tqdm(rows, total=total, desc=name))
+        if name in only:
+            result[name] = list(tqdm(rows, total=total, desc=name))
     return result
 
 
@@ -238,11 +246,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=record.STUDIES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a little of each, for a test")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run; the others are kept")
     args = parser.parse_args()
     torch.set_num_threads(1)  # everything here is small, and threads would wait for each other
-    result = study(args.seed, args.quick)
+    kept, head = {}, record.study("calibration", args.seed)
+    if set(args.only) < set(PARTS):
+        kept = json.loads((args.out / "calibration.json").read_text(encoding="utf-8"))
+        if any(kept[name] != head[name] for name in ("seed", "version", "packages")):
+            raise SystemExit("the parts that are kept are of another seed or of other packages; run all of it")
+    result = kept | study(args.seed, args.quick, args.only)
     path = record.write_study(result, args.out)
-    print("\n".join(summary(result)), table(COVERAGE_HEADER, coverage_rows(result)), path, sep="\n\n")
+    for part in (sys.modules[__name__], clusters):
+        print("\n".join(part.summary(result)), table(part.COVERAGE_HEADER, part.coverage_rows(result)), sep="\n\n")
+    print(path)
 
 
 if __name__ == "__main__":

@@ -259,6 +259,22 @@ def calibration(study: Path) -> str:
     )
 
 
+def clusters(study: Path) -> str:
+    """What the simulation of several completions of a prompt came to."""
+    from bench import clusters
+
+    result = json.loads(study.read_text(encoding="utf-8"))
+    return "\n\n".join(
+        [
+            f"`python -m bench.calibration --seed {result['seed']}` simulates prompts with several completions:",
+            "\n".join(f"- {line}" for line in clusters.summary(result)),
+            "The table says how often 95 % intervals hold the true correlation, by how many prompts there are and in "
+            "what share of the samples a feature is active. `delta` is as if samples were independent.",
+            *_markdown(clusters.COVERAGE_HEADER, clusters.coverage_rows(result)),
+        ]
+    )
+
+
 def propositions(study: Path) -> str:
     """What the simulation of the paper's statements on sampling came to."""
     from bench import propositions
@@ -326,6 +342,7 @@ DOCUMENTS: dict[str, tuple[tuple[str, Callable[[Path], str], str], ...]] = {
         ("benchmarks", lambda folder: section(load(folder)), "."),
     ),
     "docs/statistics.md": (
+        ("clusters", clusters, "studies/calibration.json"),
         ("calibration", calibration, "studies/calibration.json"),
         ("propositions", propositions, "studies/propositions.json"),
     ),

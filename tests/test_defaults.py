@@ -149,6 +149,33 @@ def test_what_a_run_says_is_the_same_where_the_default_device_holds_no_numbers(u
     assert_the_same(got, {name: usual[name] for name in got})
 
 
+def of_prompts(z, y, groups):
+    """What evidence says of prompts with several samples, and the interval of a few of their features."""
+    found = {}
+    for within in (False, True):
+        evidence = Evidence(z.shape[1], permutations=19, bootstrap=30, within=within)
+        evidence.update(z, y, 0, groups=groups)
+        found |= {f"{name}, {within}": getattr(evidence, name) for name in Evidence.STATE}
+        found[f"p, {within}"] = inference.significance({0: evidence})[0].p_adjusted
+        for name, ends in (
+            ("bootstrap", inference.bootstrap_interval(evidence)),
+            ("cluster", inference.cluster_interval(z[:, :3], y, groups, within=within)),
+        ):
+            found[f"{name}, {within}"] = torch.stack(ends)
+    return found
+
+
+@pytest.mark.parametrize("defaults", DEFAULTS)
+def test_what_is_said_of_prompts_with_several_samples_is_the_same_under_any_default(defaults):
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    z, y = (torch.rand(*size, generator=generator, dtype=torch.float32, device="cpu") for size in ((48, 5), (48,)))
+    groups = [i // 4 for i in range(48)]
+    expected = of_prompts(z, y, groups)
+    with DEFAULTS[defaults]():
+        got = of_prompts(z, y, groups)
+    assert_the_same(got, expected)
+
+
 def assert_the_same(got, expected):
     assert got.keys() == expected.keys()
     for name, value in expected.items():

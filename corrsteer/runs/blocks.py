@@ -7,7 +7,6 @@ batches before it.
 from __future__ import annotations
 
 import contextlib
-import random
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,19 +29,6 @@ from corrsteer.stats import stability
 from corrsteer.tasks import Example, Task
 
 _Moments = dict[int, dict[str, Moments]]  # layer -> pooling -> moments
-
-
-def shuffled_blocks(lengths: Sequence[int], block_size: int, seed: int) -> dict[int, list[int]]:
-    """Examples by the number of their block, in the order in which blocks are taken.
-
-    Examples are shuffled. The block of the longest prompt comes first, so that what is too large for the memory fails
-    at once; it keeps its number.
-    """
-    order = list(range(len(lengths)))
-    random.Random(seed).shuffle(order)
-    blocks = dict(enumerate(order[at : at + block_size] for at in range(0, len(order), block_size)))
-    first = max(blocks, key=lambda number: max(lengths[i] for i in blocks[number]))
-    return {first: blocks.pop(first), **blocks}
 
 
 @dataclass

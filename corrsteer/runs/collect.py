@@ -17,7 +17,7 @@ from corrsteer.lm.decoding import Decoding
 from corrsteer.lm.generation import Generator, tokenize
 from corrsteer.lm.sampling import sample_keys
 from corrsteer.ops import Moments, registry
-from corrsteer.runs.blocks import BlockCollector, shuffled_blocks
+from corrsteer.runs.blocks import BlockCollector
 from corrsteer.runs.excluded import excluded_tokens
 from corrsteer.runs.options import Options
 from corrsteer.runs.placement import place
@@ -26,6 +26,7 @@ from corrsteer.runs.provenance import provenance
 from corrsteer.runs.run import Run
 from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.stats import stability
+from corrsteer.stats.blocks import shuffled_blocks
 from corrsteer.stats.evidence import Evidence
 from corrsteer.tasks import Task
 from corrsteer.types import Device

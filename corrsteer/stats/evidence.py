@@ -2,7 +2,7 @@
 
 Everything is a column of weighted power sums of pooled activations (`ops.update_sums`), so that it costs time for
 activations that are not 0 only, and memory that does not grow with the number of samples: 8 · d_sae · columns bytes,
-where columns are 23 + permutations + 3 · bootstrap for one label (`Evidence.n_columns`).
+where columns are 23 + permutations + 3 · bootstrap for one label, and two more `within` prompts (`Evidence.n_columns`).
 
 With u = (y - origin) / scale, whose powers neither overflow nor vanish, whatever the unit of rewards:
 
@@ -16,6 +16,11 @@ Samples arrive in numbered blocks. Labels are permuted within a block, which is 
 are exchangeable, so a block must be a random part of the data, such as a slice of it in shuffled order. What a
 permutation does to a sample depends on the seed, the block's number and the sample's place in it, and on nothing else:
 neither on the order in which blocks come nor on the process that takes them.
+
+Several samples of one prompt are not exchangeable with those of another, so `update` is told which prompt each is of.
+Whole prompts change places then, and bootstrap weights are drawn for whole prompts; or, `within` prompts, u is centred
+in each prompt and permuted there, and sums of (z - z̄_g)² are kept besides (see `stats.groups`). A prompt lies in one
+block.
 
 Sums are of z itself, as centring it would cost the zeros: r loses about 1e-16 times the square of a feature's mean over
 its standard deviation; permuted sums on the `triton` backend, which multiplies in float32, 1e-7 times that ratio.
@@ -40,14 +45,26 @@ from corrsteer.arguments import check_type, shown, whole
 from corrsteer.errors import CorrSteerError
 from corrsteer.files import to_json, write_tensors
 from corrsteer.ops.operations import check_rewards
+from corrsteer.stats.groups import (
+    Numbered,
+    centred,
+    fixed,
+    informative,
+    numbered,
+    squares_within,
+    whole_orders,
+    within_orders,
+)
 from corrsteer.stats.histograms import Histograms
 from corrsteer.types import Device, Features, PathLike
 
 ORDER = 6  # p + q of the highest joint moments
-FORMAT = "corrsteer.evidence/2"
+FEATURES_AT_A_TIME = 4096  # whose squares within prompts are made together
+FORMAT = "corrsteer.evidence/3"
 SCORES = (
     "pearson", "point_biserial", "contrastive", "squared_ratio", "mutual_information", "auroc", "spearman",
 )  # fmt: skip
+WITHIN = ("pearson", "point_biserial", "contrastive")  # those that there are of samples centred within prompts
 BINNED = ("mutual_information", "auroc", "spearman")  # what is read from histograms
 
 
@@ -99,18 +116,26 @@ class Evidence:
         `squared_ratio` one; `mutual_information`, `auroc` and `spearman` together one for each of the `bins`.
     bins : of each feature's histogram, kept if one of the last three scores is asked for.
     seed : of permutations and bootstrap weights.
+    within : whether rewards and activations are centred within each prompt, and rewards permuted within it. What is
+        left is what tells good from bad samples of the same prompt. Of `scores`, there are `pearson`, and for rewards
+        of two values `point_biserial` and `contrastive`.
     device : where the state lives.
 
     Attributes
     ----------
-    sums : `[D, 6 + 17 R]` joint moments Σ z^p u^q, and Σ z and Σ z² over samples with y > 0.
+    sums : `[D, 6 + 17 R]` joint moments Σ z^p u^q, and Σ z and Σ z² over samples with y > 0; `within`, u is centred in
+        each prompt, and there are two more columns, Σ_g s_g and Σ_g s_g² of prompts' s_g = Σ (z - z̄_g)².
     resampled : `[D, ...]` sums of permuted labels and bootstrap replicates; `columns` finds its way in both.
     labels : `[R, 7]` Σ u^q for q = 0 to 6; the first is the number of samples.
     bootstrap_labels : `[1 + 2 R, B]` Σ w, then Σ w u and Σ w u² of each label.
     n_positive : `[R]` samples with y > 0.
     origin, scale : `[R]` what rewards are measured from, and in which unit, a power of 2^16.
     low, high, n_low, n_high : `[R]` least and largest reward, and in how many samples it is that.
+    n_groups : `[1]` prompts; samples that came without `groups` are each of their own.
+    n_fixed : `[1]` samples that no permutation moves, see `fixed`.
+    n_informative : `[R]` prompts in which rewards differ, all that there is to go by `within` prompts.
     blocks : numbers of the blocks seen.
+    groups : numbers of the prompts seen, as `update` was given them.
     """
 
     STATE = (
@@ -125,6 +150,9 @@ class Evidence:
         "high",
         "n_low",
         "n_high",
+        "n_groups",
+        "n_fixed",
+        "n_informative",
     )
     sums: Tensor
     resampled: Tensor
@@ -137,6 +165,9 @@ class Evidence:
     high: Tensor
     n_low: Tensor
     n_high: Tensor
+    n_groups: Tensor
+    n_fixed: Tensor
+    n_informative: Tensor
 
     def __init__(
         self,
@@ -148,6 +179,7 @@ class Evidence:
         scores: Sequence[str] = ("pearson",),
         bins: int = 32,
         seed: int = 0,
+        within: bool = False,
         device: Device = "cpu",
     ):
         self.d_sae: int = whole("d_sae", d_sae, 1)
@@ -157,18 +189,28 @@ class Evidence:
         self.scores: tuple[str, ...] = known_scores(scores)
         self.bins: int = whole("bins", bins, 3)
         self.seed: int = whole("seed", seed, 0)
+        check_type("within", within, bool, "True or False")
+        self.within: bool = within
+        if within and not set(self.scores) <= set(WITHIN):
+            raise CorrSteerError(
+                f"scores must be among {', '.join(WITHIN)} with within=True, as the others are not defined for samples "
+                f"that are centred within prompts, got {', '.join(self.scores)}"
+            )
         R, P, B = self.n_labels, self.permutations, self.bootstrap
         moments = [(f"z{p}u{q}", p, R if q else 1, 1) for p in range(1, ORDER + 1) for q in range(ORDER + 1 - p)]
         moments += [("positive", 1, R, 1), ("positive2", 2, R, 1)]
+        moments += [("within2", 1, 1, 1), ("within4", 1, 1, 1)] if within else []
         resampled = [("permuted", 1, R, P), ("bootstrap", 1, 1, B), ("bootstrap_u", 1, R, B), ("bootstrap2", 2, 1, B)]
-        if {"point_biserial", "contrastive"} & set(self.scores):
+        if {"point_biserial", "contrastive"} & set(self.scores) and not within:
             resampled += [("permuted_positive", 1, R, P)]
         if "squared_ratio" in self.scores:
             resampled += [("permuted_positive2", 2, R, P)]
         self._layouts = {"sums": _Layout(moments), "resampled": _Layout(resampled)}
         self.blocks: set[int] = set()
+        self.groups: set[int] = set()
         widths = [layout.width for layout in self._layouts.values()]
         shapes = [(self.d_sae, width) for width in widths] + [(R, ORDER + 1), (1 + 2 * R, B), *[(R,)] * 7]
+        shapes += [(1,), (1,), (R,)]
         with torch.inference_mode(False):  # made inside of it, it could not be updated outside
             for name, shape in zip(self.STATE, shapes):
                 setattr(self, name, torch.zeros(shape, dtype=torch.float64, device=device))
@@ -195,6 +237,18 @@ class Evidence:
         return int(self.labels[0, 0])
 
     @property
+    def clustered(self) -> bool:
+        """Whether a prompt had several samples, or everything is centred within prompts, so that samples are not
+        independent: then there are no `delta` and `fisher` intervals."""
+        return self.within or int(self.n_groups) < self.n
+
+    @property
+    def fixed(self) -> int:
+        """Samples that no permutation moves, as no other prompt of their block has as many samples; or, `within`
+        prompts, as their prompt has no other sample. Tests find nothing in them."""
+        return int(self.n_fixed)
+
+    @property
     def device(self) -> torch.device:
         return self.sums.device
 
@@ -207,6 +261,8 @@ class Evidence:
 
         Groups are `z{p}u{q}`, `positive` and `positive2` (of z and z² where y > 0), one column each, `permuted`,
         `permuted_positive` and `permuted_positive2`, P each, and `bootstrap`, `bootstrap_u`, `bootstrap2`, B each.
+        `within` prompts there are `within2` and `within4`, Σ_g s_g and Σ_g s_g² of s_g = Σ (z - z̄_g)², and
+        `bootstrap2` is of s_g.
         """
         self.check_label(label)
         tensor = next(tensor for tensor, layout in self._layouts.items() if name in layout.groups)
@@ -218,17 +274,28 @@ class Evidence:
             raise CorrSteerError(f"label must lie in 0..{self.n_labels - 1}, got {label}")
 
     @torch.no_grad()
-    def update(self, pooled: Tensor, y: Tensor, block: int, *, backend: str | None = None) -> None:
+    def update(
+        self,
+        pooled: Tensor,
+        y: Tensor,
+        block: int,
+        *,
+        groups: Sequence[int] | Tensor | None = None,
+        backend: str | None = None,
+    ) -> None:
         """Fold in a whole block: pooled activations `[N, d_sae]` and rewards `[N]` or `[N, n_labels]`.
 
         Parameters
         ----------
         block : the block's number, which no other block has; in this process or in any whose evidence is merged.
+        groups : `[N]` whole numbers, which prompt each sample is of; by default each is of its own. All samples of a
+            prompt are in one block. Prompts of the same number of samples change places, with all their rewards: the
+            first sample of one gets that of the first of another. Prompts of one sample are permuted as without groups.
 
         Raises
         ------
-        CorrSteerError : for wrong shapes, rewards that are not finite, a block that was seen before, and for negative
-            activations where histograms are kept.
+        CorrSteerError : for wrong shapes, rewards that are not finite, a block or a prompt that was seen before,
+            `within` without groups, and for negative activations where histograms are kept.
         """
         for name, tensor in (("pooled", pooled), ("y", y)):
             check_type(name, tensor, Tensor, "a tensor", "use torch.as_tensor")
@@ -242,14 +309,19 @@ class Evidence:
         block = whole("block", block, 0)
         if block in self.blocks:
             raise CorrSteerError(f"block must be a number that was not given before, got {block}")
+        if self.within and groups is None:
+            raise CorrSteerError("groups must be given with within=True, got None; say which prompt each sample is of")
+        group, called = numbered(groups, len(y))
+        self._refuse_split("groups", self.groups & set(called))
         if len(y) == 0:
             return
         if self.histograms:
             self.histograms.check(pooled)
-        origin = self.origin.cpu() if self.blocks else y.mean(0)
-        self._make_room((y - origin).abs().amax(0))
-        u, positive = (y - origin) / self.scale.cpu(), (y > 0).double()
-        permuted, drawn = self._permutations(len(y), block), self._bootstrap_weights(len(y), block)
+        values = centred(y, group) if self.within else y
+        origin = self.origin.cpu() if self.blocks or self.within else y.mean(0)
+        self._make_room((values - origin).abs().amax(0))
+        u, positive = (values - origin) / self.scale.cpu(), (y > 0).double()
+        permuted, drawn = (draw(len(y), block, group) for draw in (self._permutations, self._bootstrap_weights))
         weights = {f"z{p}u{q}": u**q if q else torch.ones_like(y[:, :1])
                    for p in range(1, ORDER + 1) for q in range(ORDER + 1 - p)}  # fmt: skip
         weights |= {
@@ -262,10 +334,21 @@ class Evidence:
         }
         if self.histograms or self.has("permuted_positive") or self.has("permuted_positive2"):
             weights["permuted_positive"] = weights["permuted_positive2"] = _permute(positive, permuted)
+        if self.within:  # squares of centred activations, which are added below
+            weights["within2"] = weights["within4"] = torch.zeros_like(y[:, :1])
+            weights["bootstrap2"] = torch.zeros_like(drawn)
         for name, layout in self._layouts.items():
             if layout.width:
                 columns = torch.cat([weights[group] for group in layout.groups], 1).to(self.device)
                 ops.update_sums(pooled, columns, getattr(self, name), layout.powers, backend=backend)
+        if self.within:
+            of_prompts = drawn[np.unique(group, return_index=True)[1]].to(pooled.device)  # [G, B]
+            for at in range(0, self.d_sae, FEATURES_AT_A_TIME):
+                some = slice(at, at + FEATURES_AT_A_TIME)
+                squares = squares_within(pooled[:, some], group).T  # [some, G]
+                self.columns("within2", some).add_(squares.sum(1, keepdim=True).to(self.device))
+                self.columns("within4", some).add_(squares.square().sum(1, keepdim=True).to(self.device))
+                self.columns("bootstrap2", some).add_((squares @ of_prompts).to(self.device))
         if self.histograms:
             columns = torch.cat([positive, weights["permuted_positive"]], 1).to(self.device)
             self.histograms.update(pooled, columns, backend=backend)
@@ -273,9 +356,21 @@ class Evidence:
         self.labels += torch.stack([(u**q).sum(0) for q in range(ORDER + 1)], 1).to(self.device)
         self.bootstrap_labels += torch.cat([drawn[None].sum(1), u.T @ drawn, (u**2).T @ drawn]).to(self.device)
         self.n_positive += positive.sum(0).to(self.device)
+        self.n_groups += max(group) + 1
+        self.n_fixed += fixed(group, self.within)
+        self.n_informative += informative(y, group).to(self.device)
         low, high = y.amin(0), y.amax(0)
         self._extend(low, high, (y == low).double().sum(0), (y == high).double().sum(0))
         self.blocks.add(block)
+        self.groups.update(called)
+
+    def _refuse_split(self, name: str, again: set[int]) -> None:
+        """Raise where prompts that were seen in a block come in another."""
+        if again:
+            raise CorrSteerError(
+                f"{name} must keep each prompt's samples in one block, but prompts {sorted(again)[:8]} are in two; "
+                f"make blocks of whole prompts, as `shuffled_blocks` does"
+            )
 
     def _make_room(self, largest: Tensor) -> None:
         """Choose `scale` for rewards as far as `largest: [R]` from the origin, and bring what was summed to it."""
@@ -300,13 +395,13 @@ class Evidence:
         self.n_high = self.n_high * (self.high >= high) + n_high * (high >= self.high)
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
 
-    def _permutations(self, n: int, block: int) -> Tensor:
+    def _permutations(self, n: int, block: int, groups: Numbered | None = None) -> Tensor:
         """`[P, n]`: in each row, which sample's label each sample of a block gets."""
-        return _orders(self.seed, block, self.permutations, n)
+        return _orders(self.seed, block, self.permutations, groups or tuple(range(n)), self.within)
 
-    def _bootstrap_weights(self, n: int, block: int) -> Tensor:
-        """`[n, B]`, how often each replicate has each sample of a block."""
-        return _draws(self.seed, block, self.bootstrap, n)
+    def _bootstrap_weights(self, n: int, block: int, groups: Numbered | None = None) -> Tensor:
+        """`[n, B]`, how often each replicate has each sample of a block: all of a prompt alike."""
+        return _draws(self.seed, block, self.bootstrap, groups or tuple(range(n)))
 
     @torch.no_grad()
     def merge(self, other: Evidence) -> None:
@@ -319,6 +414,7 @@ class Evidence:
         both = sorted(self.blocks & other.blocks)
         if both:
             raise CorrSteerError(f"other must hold other blocks, but blocks {both[:8]} are in both")
+        self._refuse_split("other", self.groups & other.groups)
         if not other.blocks:
             return
         if not self.blocks:
@@ -328,11 +424,13 @@ class Evidence:
         self._make_room(torch.maximum(shift.abs(), torch.where(varied, unit, 0)))
         for name, moved in other._moved(torch.where(varied, unit / self.scale, 1), shift / self.scale).items():
             getattr(self, name).add_(moved)
-        self.n_positive += other.n_positive.to(self.device)
+        for name in ("n_positive", "n_groups", "n_fixed", "n_informative"):
+            getattr(self, name).add_(getattr(other, name).to(self.device))
         self._extend(other.low, other.high, other.n_low, other.n_high)
         if self.histograms and other.histograms:  # both have them, or neither
             self.histograms.merge(other.histograms)
         self.blocks |= other.blocks
+        self.groups |= other.groups
 
     def _moved(self, ratio: Tensor, shift: Tensor) -> dict[str, Tensor]:
         """What is summed of u, with ratio · u + shift for u, by the binomial theorem; on the shift's device."""
@@ -364,7 +462,7 @@ class Evidence:
         return bool((self.low[label] <= 0) & (self.high[label] > 0) & counted)
 
     def _settings(self) -> dict[str, Any]:
-        names = ("d_sae", "n_labels", "permutations", "bootstrap", "scores", "bins", "seed")
+        names = ("d_sae", "n_labels", "permutations", "bootstrap", "scores", "bins", "seed", "within")
         return {name: getattr(self, name) for name in names}
 
     def save(self, path: PathLike) -> None:
@@ -372,7 +470,7 @@ class Evidence:
         tensors = {name: getattr(self, name).cpu().contiguous() for name in self.STATE}
         if self.histograms:
             tensors |= {"histogram_top": self.histograms.top.cpu(), "histogram_counts": self.histograms.counts.cpu()}
-        described = self._settings() | {"blocks": sorted(self.blocks)}
+        described = self._settings() | {"blocks": sorted(self.blocks), "groups": sorted(self.groups)}
         write_tensors(path, tensors, {"format": FORMAT, "evidence": to_json(described)})
 
     @classmethod
@@ -386,9 +484,9 @@ class Evidence:
                 if metadata.get("format") != FORMAT:
                     raise CorrSteerError(f"{path} is not an evidence file of this version ({FORMAT})")
                 described = json.loads(metadata["evidence"])
-                blocks = described.pop("blocks")
+                blocks, groups = described.pop("blocks"), described.pop("groups")
                 evidence = cls(**described, device=device)
-                evidence.blocks = set(blocks)
+                evidence.blocks, evidence.groups = set(blocks), set(groups)
                 into = {name: getattr(evidence, name) for name in cls.STATE}
                 if evidence.histograms:
                     histograms = evidence.histograms
@@ -407,20 +505,21 @@ class Evidence:
         return f"Evidence(n={self.n}, d_sae={self.d_sae}, permutations={self.permutations}, bootstrap={self.bootstrap})"
 
 
-# Of the last block, as the evidence of every layer and pooling asks for the same.
+# Of the last block, as the evidence of every layer asks for the same: once for the pooling that is tested, once for the
+# others.
 
 
-@functools.lru_cache(maxsize=1)
-def _orders(seed: int, block: int, permutations: int, n: int) -> Tensor:
+@functools.lru_cache(maxsize=2)
+def _orders(seed: int, block: int, permutations: int, groups: Numbered, within: bool) -> Tensor:
     rng = np.random.default_rng([seed, block, 0])
-    rows = np.tile(np.arange(n, dtype=np.int64), (permutations, 1))
-    return torch.from_numpy(rng.permuted(rows, axis=1))
+    return torch.from_numpy((within_orders if within else whole_orders)(rng, permutations, groups))
 
 
-@functools.lru_cache(maxsize=1)
-def _draws(seed: int, block: int, bootstrap: int, n: int) -> Tensor:
+@functools.lru_cache(maxsize=2)
+def _draws(seed: int, block: int, bootstrap: int, groups: Numbered) -> Tensor:
     rng = np.random.default_rng([seed, block, 1])
-    return torch.from_numpy(rng.poisson(1.0, (n, bootstrap)).astype(np.float64))
+    of_prompts = rng.poisson(1.0, (max(groups, default=-1) + 1, bootstrap)).astype(np.float64)
+    return torch.from_numpy(of_prompts[np.asarray(groups, dtype=np.int64)])
 
 
 def _permute(values: Tensor, permuted: Tensor) -> Tensor:

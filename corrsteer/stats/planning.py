@@ -14,6 +14,9 @@ Cho, Wu & Koshiyama (2025, arXiv:2508.12535, Proposition 1) start from Hoeffding
 N >= k/s + √(L/(2s²)): the deviation Ns - k >= √(NL/2) without its √N. Then Ns - k is the same √(L/2) for every k, while
 X has a standard deviation of about √k: the chance of seeing too few goes to 1/2 as k grows, whatever δ.
 
+**Samples** are independent here. Several completions of one prompt are not: count prompts. As far as what is asked for
+differs within prompts, that is more than enough.
+
 **Correlations.** Pearson's r on Fisher's scale, z = atanh r, varies with standard error 1/√(n - 3) (Fisher 1921) if
 activation and reward are jointly normal. `interval_width_sparse` is for those that are anything but.
 """

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from corrsteer.errors import CorrSteerError
-from corrsteer.stats.evidence import BINNED, SCORES, Evidence
+from corrsteer.stats.evidence import BINNED, SCORES, WITHIN, Evidence
 from corrsteer.types import Features
 
 # Of the largest score, what counts as equal to the observed one: sums in another order differ by rounding (in float32,
@@ -33,6 +33,11 @@ def score(evidence: Evidence, name: str = "pearson", features: Features = slice(
       and how far from the truth the bins may have brought it.
     - `spearman`: the correlation of ranks (Spearman, "The proof and measurement of association between two things",
       1904), of z's bins, for rewards of two values.
+
+    Of evidence `within` prompts: `pearson` of z and y less their means in each prompt; for rewards of two values
+    `point_biserial`, which then is the same, and `contrastive`, the mean over prompts of the difference of means in the
+    prompt, which weighs n₊ n₋ / n_g (the fixed-effects estimate: Wooldridge, "Econometric analysis of cross section and
+    panel data", 2010, section 10.5). The others are refused.
     """
     check(evidence, name, label)
     return _observed(evidence, name, features, label)
@@ -62,20 +67,35 @@ def check(evidence: Evidence, name: str, label: int = 0) -> None:
     evidence.check_label(label)
     if name not in SCORES:
         raise CorrSteerError(f"score must be one of {', '.join(SCORES)}, got {name!r}")
+    if evidence.within and name not in WITHIN:
+        raise CorrSteerError(
+            f"score {name!r} is not defined for samples that are centred within prompts; use {', '.join(WITHIN)}, or "
+            f"collect without within"
+        )
+    if evidence.within and name != "pearson" and not evidence.two_valued(label) and _varies(evidence, label):
+        raise CorrSteerError(
+            f"score {name!r} within prompts needs rewards of two values, one above 0 and one not; use 'pearson'"
+        )
     if name in BINNED and evidence.histograms is None:
         raise CorrSteerError(
             f"score {name!r} needs histograms, which were not kept; collect with scores=[..., {name!r}]"
         )
-    if name == "spearman" and not evidence.two_valued(label) and evidence.low[label] < evidence.high[label]:
+    if name == "spearman" and not evidence.two_valued(label) and _varies(evidence, label):
         raise CorrSteerError(
             "score 'spearman' needs rewards of two values, one above 0 and one not, since ranks of others cannot be "
             "had in bounded memory; use 'auroc' (of y > 0) or 'pearson'"
         )
 
 
+def _varies(evidence: Evidence, label: int) -> bool:
+    return bool(evidence.low[label] < evidence.high[label])
+
+
 def _observed(evidence: Evidence, name: str, features: Features, label: int) -> Tensor:
     if name == "pearson":
         return correlation(evidence, features, label)
+    if evidence.within:
+        return _of_centred(evidence, name, evidence.columns("z1u1", features, label), features, label)[:, 0]
     if name in BINNED:
         value = _of_bins(name, *_binned(evidence, features, label))[:, 0]
         value = value * correlation(evidence, features, label).sign() if name == "mutual_information" else value
@@ -91,6 +111,8 @@ def permuted(evidence: Evidence, name: str, features: Features, label: int) -> T
     check(evidence, name, label)
     if name == "pearson":
         return pearson(evidence, evidence.columns("permuted", features, label), features, label)[0]
+    if evidence.within:
+        return _of_centred(evidence, name, evidence.columns("permuted", features, label), features, label)
     if name in BINNED:
         return _of_bins(name, *_binned(evidence, features, label, of_permutations=True))
     if name == "squared_ratio":
@@ -111,6 +133,8 @@ def testable(evidence: Evidence, name: str, label: int = 0) -> bool:
     """Whether a score's permutations are kept, or follow from others that are."""
     if evidence.permutations == 0 or (name in BINNED and evidence.histograms is None):
         return False
+    if evidence.within:
+        return name == "pearson" or (name in WITHIN and evidence.two_valued(label))
     if name in ("point_biserial", "contrastive"):
         return evidence.has("permuted_positive") or evidence.two_valued(label)
     return name != "squared_ratio" or evidence.has("permuted_positive2")
@@ -121,10 +145,26 @@ def pearson(evidence: Evidence, cross: Tensor, features: Features, label: int) -
     n = max(evidence.n, 1)
     z, zz = evidence.columns("z1u0", features), evidence.columns("z2u0", features)
     u, uu = evidence.labels[label, 1], evidence.labels[label, 2]
-    z_m2, u_m2 = zz - z * z / n, uu - u * u / n
+    z_m2 = evidence.columns("within2", features) if evidence.within else zz - z * z / n
+    u_m2 = uu - u * u / n  # within prompts, u is 0 but for rounding
     varies = (z_m2 > 1e-12 * zz) & (u_m2 > 1e-12 * uu)
     r = (cross - z * (u / n)) / torch.where(varies, z_m2 * u_m2, 1).sqrt()
     return torch.where(varies, r, 0).clamp(-1, 1), varies
+
+
+def _of_centred(evidence: Evidence, name: str, cross: Tensor, features: Features, label: int) -> Tensor:
+    """Scores of rewards of two values within prompts, from `cross: [features, any]`, columns of Σ z u.
+
+    With b = 1 where y > 0, less its mean in the prompt, Σ z b / Σ b² is the weighted mean of differences; y is a linear
+    function of b.
+    """
+    r, varies = pearson(evidence, cross, features, label)
+    if name == "point_biserial":
+        return r
+    uu, high, low, scale = (
+        float(t) for t in (evidence.labels[label, 2], evidence.high[label], evidence.low[label], evidence.scale[label])
+    )
+    return torch.where(varies, cross * ((high - low) / scale / max(uu, 1e-300)), 0)
 
 
 def _of_groups(evidence: Evidence, name: str, positive: Tensor, features: Features, label: int) -> Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import calibration, record
+from bench import calibration, clusters, record
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,31 @@ def test_null_features_are_sparse_heavy_tailed_and_correlated_only_if_asked(toge
     assert (r.mean() > 0.15) if together else (abs(r).max() < 0.1)
 
 
+def within_prompts(values):
+    of_prompts = values.reshape(-1, clusters.COMPLETIONS, values.shape[-1])
+    return (of_prompts - of_prompts.mean(1, keepdims=True)).reshape(values.shape)
+
+
+@pytest.mark.parametrize("frequency", (0.05, 0.3))
+def test_the_true_correlations_of_clustered_samples_are_those_of_very_many_prompts(frequency):
+    z, y, truth = clusters.known_samples(np.random.default_rng(0), 30_000, frequency, 3)
+    y = y[:, None]
+    assert np.corrcoef(z.T, y.T)[-1, :-1] == pytest.approx(truth[False], abs=0.01) and truth[False] > 0.07
+    z, y = within_prompts(z), within_prompts(y)
+    r = (z * y).sum(0) / np.sqrt((z**2).sum(0) * (y**2).sum())
+    assert r == pytest.approx(truth[True], abs=0.008) and truth[True] > 0.01
+
+
+def test_null_samples_go_with_their_prompt_and_not_with_the_reward():
+    z, y = clusters.null_samples(np.random.default_rng(0), "normal", 4000, 8)
+    neighbour = np.corrcoef(y[::8], y[1::8])[0, 1]
+    assert neighbour == pytest.approx(clusters.OF_REWARDS, abs=0.05)
+    assert np.corrcoef(z[::8, 0], z[1::8, 0])[0, 1] > 0.2 and abs(np.corrcoef(z.T, y)[-1, :-1]).max() < 0.06
+
+
 def test_the_study_runs_and_says_what_it_found():
     torch.manual_seed(0)
-    result = calibration.study(3, quick=True)
+    result = calibration.study(3, quick=True, only=("family_wise", "coverage", "demo"))
     assert len(result["family_wise"]) == 4 and len(result["demo"]) == 1 and len(result["coverage"]) > 3
     assert all(row["adjusted_below_raw"] == 0 and row["family_wise_error"] < 0.3 for row in result["family_wise"])
     for row in result["coverage"]:
@@ -43,6 +65,36 @@ def test_the_study_runs_and_says_what_it_found():
     lines = calibration.summary(result)
     assert "family-wise error of maxT at 0.05" in lines[0] and "of 1 seeds" in lines[1]
     assert all(len(row) == len(calibration.COVERAGE_HEADER) for row in calibration.coverage_rows(result))
+
+
+def test_the_study_of_several_completions_runs_and_says_what_it_found():
+    parts = [name for name in calibration.PARTS if name.startswith("clustered")]
+    result = calibration.study(3, quick=True, only=parts)
+    assert [name for name in result if name in calibration.PARTS] == parts
+    assert [len(result[name]) for name in parts] == [6, 4, 8]
+    for row in result["clustered_coverage"]:
+        assert row["intervals"] > 90 and 0.7 < row["coverage"]["cluster"] <= 1
+    lines = clusters.summary(result)
+    assert "permuting whole prompts" in lines[0] and "a feature that goes with the answer: r is 0." in lines[2]
+    assert all(len(row) == len(clusters.COVERAGE_HEADER) for row in clusters.coverage_rows(result))
+
+
+def test_the_committed_result_of_several_completions_keeps_its_promises(committed):
+    for row in committed["clustered_family_wise"]:
+        assert row["runs"] >= 500
+        if row["permuted"] == "single samples":
+            assert row["family_wise_error"] > 0.5
+        else:
+            assert 0.02 <= row["family_wise_error"] <= 0.08
+    of = {(row["permuted"], row["feature"]): row for row in committed["clustered_confounded"]}
+    by_chance = of["within prompts", "goes with the prompt"]
+    assert abs(by_chance["correlation"]) < 0.01 and by_chance["significant"] < 0.05
+    assert of["whole prompts", "goes with the prompt"]["significant"] > 0.8
+    assert of["within prompts", "goes with the answer"]["significant"] > 0.5
+    assert len(committed["clustered_coverage"]) == 2 * len(clusters.CELLS)
+    for row in committed["clustered_coverage"]:
+        if row["prompts"] * row["completions"] * row["frequency"] >= calibration.ENOUGH:
+            assert 0.93 <= row["coverage"]["cluster"] <= 0.97 and 0.92 <= row["coverage"]["bootstrap"] <= 0.99
 
 
 def test_the_committed_result_is_whole_and_keeps_its_promises(committed):

@@ -1,5 +1,6 @@
 """What `Evidence` says: intervals of the correlation, which features chance explains, and errors of coefficients."""
 
+from corrsteer.stats.inference.clusters import cluster_interval
 from corrsteer.stats.inference.coefficients import coefficient_error
 from corrsteer.stats.inference.intervals import (
     METHODS,
@@ -13,5 +14,5 @@ from corrsteer.stats.inference.permutation import Significance, benjamini_hochbe
 
 __all__ = [
     "METHODS", "Significance", "benjamini_hochberg", "bootstrap_correlations", "bootstrap_interval",
-    "coefficient_error", "delta_interval", "fisher_interval", "interval", "significance",
+    "cluster_interval", "coefficient_error", "delta_interval", "fisher_interval", "interval", "significance",
 ]  # fmt: skip

@@ -18,11 +18,14 @@ def coefficient_error(
 
     A mean's is the group's standard deviation over the root of its size; a difference's the root of the sum of squares
     (Welch, "The generalization of 'Student's' problem when several different population variances are involved", 1947).
-    For signed activations that of `mean_positive_active` is NaN, as squares are not kept by sign.
+    For signed activations that of `mean_positive_active` is NaN, as squares are not kept by sign. All are NaN where a
+    prompt had several samples, as these are not independent.
     """
     if kind not in COEFFICIENTS:
         raise CorrSteerError(f"coefficient must be one of {', '.join(COEFFICIENTS)}, got {kind!r}")
     n, n_positive = evidence.n, evidence.n_positive[label]
+    if evidence.clustered:
+        return torch.full_like(evidence.columns("z1u0", features)[:, 0], torch.nan)
     squares = evidence.columns("positive2", features, label)[:, 0]
     sums = moments.group_sum[:, label, features]
 

@@ -61,18 +61,18 @@ def delta_interval(
     such as those that are both active and rewarded where both are rare, they cannot tell its variance: there the
     interval is made to hold Fisher's, which is right for features that are independent of the reward.
 
+    Samples of one prompt are not independent, and their influences would have to be summed by prompt, which moments do
+    not tell: where a prompt had several samples there is no interval. See `cluster_interval`, which has it from the
+    activations of a few features.
+
     Returns
     -------
     Low and high ends, `[features]` float64; NaN where the reward or the feature does not vary, where fewer than four
-    samples were seen, and for a feature whose mean is over 50 times its standard deviation.
+    samples were seen, for a feature whose mean is over 50 times its standard deviation, and where a prompt had several
+    samples.
     """
-    of = _influence(evidence, level, features, label)
-    centre = torch.atanh(of.r)
-    low = torch.tanh(centre - of.error * _unskewed(of.quantile, of.skew))
-    high = torch.tanh(centre - of.error * _unskewed(-of.quantile, of.skew))
-    low, high = _widened(low, high, of, evidence.n, level)
-    perfect = (of.r**2 > 1 - 1e-7) & of.error.isfinite()  # the influence of every sample is rounding
-    return torch.where(perfect, of.r, low), torch.where(perfect, of.r, high)
+    level = share("level", level)
+    return ends(_influence(evidence, features, label), level)
 
 
 def bootstrap_interval(
@@ -85,16 +85,22 @@ def bootstrap_interval(
     "What teachers should know about the bootstrap", 2015). Its ends are quantiles of the replicates; 500 or more
     of these are enough for 95 %.
 
+    A replicate has a prompt's samples all as often, so that it holds for several samples a prompt as well; then without
+    acceleration, and with Student's quantile and Fisher's interval as if a prompt were one sample.
+
     Returns
     -------
-    As `delta_interval`, and widened where few samples carry it as there.
+    As `delta_interval`, and widened where few samples carry it as there. `within` prompts, NaN where rewards differ in
+    fewer than four prompts.
     """
     if evidence.bootstrap < 20:
         raise CorrSteerError(
             f"evidence must hold at least 20 bootstrap replicates for an interval, got {evidence.bootstrap}; "
             f"collect with bootstrap=500"
         )
-    of = _influence(evidence, level, features, label)
+    level = share("level", level)
+    of = _influence(evidence, features, label)
+    quantile = of.quantile(level)
     replicates = bootstrap_correlations(evidence, features, label).sort(1).values
     B, apart = evidence.bootstrap, replicates - of.r[:, None]
     below = ((apart < -scores.TIE).double() + (apart <= scores.TIE).double()).mean(1) / 2
@@ -102,26 +108,29 @@ def bootstrap_interval(
     acceleration = of.skew / 6
 
     def at(side: float) -> Tensor:
-        moved = bias + side * of.quantile
+        moved = bias + side * quantile
         left = 1 - acceleration * moved
         # past its pole the formula would come back from the other end
         share = torch.where(left > 0, torch.special.ndtr(bias + moved / left), (moved > 0).double())
-        rank = torch.where(of.quantile.isnan(), torch.nan, share) * (B - 1)
+        rank = torch.where(quantile.isnan(), torch.nan, share) * (B - 1)
         lower = rank.floor().clamp(0, B - 1).nan_to_num().long()
         upper = (lower + 1).clamp(max=B - 1)
         low, high = (replicates.gather(1, k[:, None])[:, 0] for k in (lower, upper))
         return torch.lerp(low, high, rank - lower)
 
-    return _widened(at(-1.0), at(1.0), of, evidence.n, level)
+    return _widened(at(-1.0), at(1.0), of, level)
 
 
 def bootstrap_correlations(evidence: Evidence, features: Features = slice(None), label: int = 0) -> Tensor:
-    """Every bootstrap replicate's r, `[features, B]` float64; 0 where a replicate's variance is 0."""
+    """Every bootstrap replicate's r, `[features, B]` float64; 0 where a replicate's variance is 0.
+
+    `within` prompts, sums of z² and u² are of centred ones, and those of u are 0.
+    """
     R = evidence.n_labels
     w, wu, wuu = (evidence.bootstrap_labels[at] for at in (0, 1 + label, 1 + R + label))
     z, zu, zz = (evidence.columns(name, features, label) for name in ("bootstrap", "bootstrap_u", "bootstrap2"))
     w = w.clamp(min=1)
-    z_m2, u_m2 = zz - z * z / w, wuu - wu * wu / w
+    z_m2, u_m2 = zz if evidence.within else zz - z * z / w, wuu - wu * wu / w
     varies = (z_m2 > 1e-12 * zz) & (u_m2 > 1e-12 * wuu)
     r = (zu - z * wu / w) / torch.where(varies, z_m2 * u_m2, 1).sqrt()
     return torch.where(varies, r, 0).clamp(-1, 1)
@@ -130,31 +139,58 @@ def bootstrap_correlations(evidence: Evidence, features: Features = slice(None),
 def interval(
     evidence: Evidence, method: str = "delta", level: float = 0.95, features: Features = slice(None), label: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Low and high ends of the correlation's interval by `delta`, `fisher` or `bootstrap`."""
+    """Low and high ends of the correlation's interval by `delta`, `fisher` or `bootstrap`.
+
+    Where a prompt had several samples, `delta` and `fisher`, which take samples for independent, are NaN.
+    """
     if method not in METHODS:
         raise CorrSteerError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if method == "fisher":
         r, varies = scores.pearson(evidence, evidence.columns("z1u1", features, label), features, label)
         low, high = fisher_interval(r[:, 0], evidence.n, level)
-        return torch.where(varies[:, 0], low, torch.nan), torch.where(varies[:, 0], high, torch.nan)
+        there = varies[:, 0] & (not evidence.clustered)
+        return torch.where(there, low, torch.nan), torch.where(there, high, torch.nan)
     chosen = delta_interval if method == "delta" else bootstrap_interval
     return chosen(evidence, level, features, label)
 
 
 @dataclass(frozen=True)
-class _Influence:
-    """`[features]` each: r, Student's quantile, the skewness of Σ I, the standard error of atanh r (NaN where there is
-    no interval), and whether too few samples carry that."""
+class Influence:
+    """What an interval follows from, of features.
+
+    Attributes
+    ----------
+    r : `[features]`.
+    freedom : `[features]`, Student's degrees of freedom; NaN where there is no interval.
+    skew : `[features]`, the skewness of Σ I.
+    error : `[features]`, the standard error of atanh r; NaN where there is none.
+    few : `[features]` bool, whether too few samples carry that.
+    n : independent samples, or prompts.
+    """
 
     r: Tensor
-    quantile: Tensor
+    freedom: Tensor
     skew: Tensor
     error: Tensor
     few: Tensor
+    n: int
+
+    def quantile(self, level: float) -> Tensor:
+        """Student's, of a two-sided interval."""
+        return torch.from_numpy(stats.t.isf((1 - level) / 2, self.freedom.cpu().numpy())).to(self.r.device)
 
 
-def _influence(evidence: Evidence, level: float, features: Features, label: int) -> _Influence:
-    level = share("level", level)
+def ends(of: Influence, level: float) -> tuple[Tensor, Tensor]:
+    """Low and high ends of the delta interval, `[features]`."""
+    centre, quantile = torch.atanh(of.r), of.quantile(level)
+    low = torch.tanh(centre - of.error * _unskewed(quantile, of.skew))
+    high = torch.tanh(centre - of.error * _unskewed(-quantile, of.skew))
+    low, high = _widened(low, high, of, level)
+    perfect = (of.r**2 > 1 - 1e-7) & of.error.isfinite()  # the influence of every sample is rounding
+    return torch.where(perfect, of.r, low), torch.where(perfect, of.r, high)
+
+
+def _influence(evidence: Evidence, features: Features, label: int) -> Influence:
     n = evidence.n
     k, trusted = _standardised(evidence, features, label)
     r = k[1, 1].clamp(-1, 1)
@@ -169,17 +205,28 @@ def _influence(evidence: Evidence, level: float, features: Features, label: int)
     square = square.clamp(min=1e-30)  # 0, but for rounding, where r is 1
     variance = (square + 2 * (square + by_leverage.clamp(min=0)) / n) / n
     skew = (cube / square**1.5).clamp(-(n**0.5), n**0.5) / n**0.5
-    freedom = (n / torch.maximum(k[4, 0], k[0, 4])).clamp(min=1)
-    quantile = torch.from_numpy(stats.t.isf((1 - level) / 2, freedom.cpu().numpy())).to(r.device)
-    error = torch.where(trusted, variance.sqrt() / (1 - r**2).clamp(min=1e-12), torch.nan)
-    few = n / (k[4, 0] * k[0, 4]).clamp(min=1) < FEW
-    return _Influence(r, torch.where(trusted, quantile, torch.nan), skew, error, few)
+    error = variance.sqrt() / (1 - r**2).clamp(min=1e-12)
+    carry_z, carry_u = n / k[4, 0], n / k[0, 4]  # how many samples carry Σ a² and Σ b²
+    if evidence.clustered:  # how many prompts do, at least
+        n = int(evidence.n_informative[label] if evidence.within else evidence.n_groups)
+        carry_z, carry_u = n / k[4, 0], n / k[0, 4]
+        r, varies = scores.pearson(evidence, evidence.columns("z1u1", features, label), features, label)
+        r, trusted = r[:, 0], trusted & varies[:, 0] & (n > 3)
+        skew, error = torch.zeros_like(r), torch.full_like(r, torch.nan)  # which moments do not tell
+        if evidence.within:
+            squares, fourth = (evidence.columns(name, features)[:, 0] for name in ("within2", "within4"))
+            carry_z = squares**2 / torch.where(fourth > 0, fourth, 1)
+            carry_u = (evidence.n / k[0, 4]).clamp(max=n)
+    freedom = torch.minimum(carry_z, carry_u).clamp(min=1)
+    few = carry_z * carry_u / max(n, 1) < FEW
+    freedom, error = (torch.where(trusted, values, torch.nan) for values in (freedom, error))
+    return Influence(r, freedom, skew, error, few, n)
 
 
-def _widened(low: Tensor, high: Tensor, of: _Influence, n: int, level: float) -> tuple[Tensor, Tensor]:
+def _widened(low: Tensor, high: Tensor, of: Influence, level: float) -> tuple[Tensor, Tensor]:
     """Ends that hold Fisher's interval where too few samples say how wide it is."""
-    ends = fisher_interval(of.r, n, level)
-    return torch.where(of.few, low.minimum(ends[0]), low), torch.where(of.few, high.maximum(ends[1]), high)
+    fisher = fisher_interval(of.r, of.n, level)
+    return torch.where(of.few, low.minimum(fisher[0]), low), torch.where(of.few, high.maximum(fisher[1]), high)
 
 
 def _unskewed(quantile: Tensor, skew: Tensor) -> Tensor:

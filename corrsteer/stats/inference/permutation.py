@@ -42,7 +42,8 @@ def significance(evidences: Mapping[int, Evidence], name: str = "pearson", label
 
     - `p` = (1 + #{|score_π| >= |score|}) / (P + 1) (Phipson & Smyth, "Permutation p-values should never be zero",
       2010): exact where samples of a block are exchangeable, whatever their distribution. What is tested is that the
-      feature and the reward are independent, not only uncorrelated.
+      feature and the reward are independent, not only uncorrelated. Where prompts have several samples, it is exact
+      where prompts of as many samples are exchangeable; of evidence `within` prompts, where a prompt's samples are.
     - Family-wise: the null of the *largest* |score|, with step-down, where the feature of rank k meets only those of
       ranks k and below (Westfall & Young 1993, algorithm 4.1, maxT). Features that go together cost no power.
     - False discoveries: q-values of Benjamini & Hochberg ("Controlling the false discovery rate", 1995), of p-values
@@ -192,7 +193,8 @@ def _never_falling(p: Tensor, downwards: Tensor) -> None:
 def _samples(evidence: Evidence, label: int) -> tuple[object, ...]:
     """What evidences of the same samples and permutations have in common."""
     rewards = (float(t[label]) for t in (evidence.labels[:, 0], evidence.n_positive, evidence.low, evidence.high))
-    return (evidence.permutations, evidence.seed, evidence.blocks, *rewards)
+    prompts = (evidence.within, int(evidence.n_groups), evidence.fixed)
+    return (evidence.permutations, evidence.seed, evidence.blocks, *prompts, *rewards)
 
 
 def benjamini_hochberg(p: Tensor) -> Tensor:
