@@ -120,7 +120,8 @@ class TeacherForcing:
         self.batch_tokens: int = whole("batch_tokens", batch_tokens, 1)
         self.buffer_bytes: int = whole("buffer_bytes", buffer_bytes, 0)
         self._settings = settings(model, max_new_tokens=1, stop_tokens=[], pad_token=_pad_token(model))
-        self._settings.use_cache = _use_cache(self)
+        self._settings.use_cache = False
+        _check_reads(self)
 
     def plan(self, sequences: Sequence[Ids]) -> list[list[int]]:
         """Which sequences to read together, as indices; the longest first, so that what is too large fails at once.
@@ -355,8 +356,8 @@ class _Reading:
         steps = columns - self._start
         if len(h) != rows or h.shape[1] < steps or reading.end - reading.virtual != columns:
             raise CorrSteerError(
-                "sequences must be read in one pass, a row each; take prefill_chunk_size, num_beams and "
-                "prompt_lookup_num_tokens out of model.generation_config"
+                f"sequences must be read in one pass of {rows} rows and {steps} tokens, but the model reads "
+                f"{list(h.shape[:2])}; set in model.generation_config what makes it do so to None"
             )
         flat = h[:, -steps:].reshape(rows * steps, h.shape[2])  # behind virtual tokens, as those of PEFT
         if h.device not in self._index:
@@ -395,60 +396,44 @@ def _pad_token(model: Any) -> int:
     return next((token for token in named if isinstance(token, int) and token >= 0), 0)
 
 
-_known: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], bool | None | CorrSteerError]] = (
-    weakref.WeakKeyDictionary()
-)
+_known: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
 
 
-def _use_cache(forcing: TeacherForcing) -> bool | None:
-    """What `use_cache` has to be for a pass over a completion to be what the model did when it wrote it.
-
-    False where that will do, as it takes less memory, or None, the model's own. Tried once a model and way to run it.
-
-    Raises
-    ------
-    CorrSteerError : where neither is, as with models whose residuals depend on the padding beside a prompt.
-    """
+def _check_reads(forcing: TeacherForcing) -> None:
+    """Raise unless a pass over a completion is what the model did when it wrote it, which is tried once a model and way
+    to run it: some models' residuals depend on the padding beside a prompt."""
     model: Any = forcing.model
-    own = getattr(model.generation_config, "cache_implementation", None)
-    state = (frozenset(forcing.points.values()), model.training, model.dtype, own)
+    own = (getattr(model.generation_config, name, None) for name in ("cache_implementation", "use_cache"))
+    state = (frozenset(forcing.points.values()), model.training, model.dtype, *own)
     known = _known.setdefault(model, {})
     if state not in known:
-        known[state] = _tried(forcing)
-    found = known[state]
-    if isinstance(found, CorrSteerError):
-        raise CorrSteerError(str(found))
-    return found
+        known[state] = _problem(forcing)
+    if known[state]:
+        in_training = "; or call model.eval(), if it drops activations in training" if model.training else ""
+        raise CorrSteerError(
+            f"{type(model).__name__} does not read a completion again as it wrote it, so that what it did then cannot "
+            f"be had from tokens: its residuals depend on what is beside a row in a batch, on its cache or on where a "
+            f"prompt ends ({known[state]}); capture while it generates{in_training}"
+        )
 
 
-def _tried(forcing: TeacherForcing) -> bool | None | CorrSteerError:
-    """Have the model write a little, and read it again: in a batch, and each row alone."""
+def _problem(forcing: TeacherForcing) -> str:
+    """Have the model write a little, and read it again in a batch and each row alone: what goes wrong, if anything."""
     everything = copy.copy(forcing)
     everything.positions, everything.exclude_tokens, everything.buffer_bytes = "all", frozenset(), 1 << 62
     sequences, written = _written(everything)
-    reason = ""
-    for use_cache in (False, None):
-        everything._settings = copy.copy(forcing._settings)
-        everything._settings.use_cache = use_cache
+    for chosen in ([1, 0], [0], [1]):
         try:
-            for chosen in ([1, 0], [0], [1]):
-                residuals = everything.read([sequences[i] for i in chosen])
-                for key, point in everything.points.items():
-                    x, cu_seqlens = residuals.packed(key)
-                    read = dict(zip(chosen, x.split(cu_seqlens.diff().tolist())))
-                    worst = max(_difference(read[i], written[key][i], len(sequences[i][0])) for i in chosen)
-                    if not worst <= _close(x.dtype):  # nor NaN
-                        raise ValueError(f"what is read at {point} differs by {worst:.2g} of its norm")
+            residuals = everything.read([sequences[i] for i in chosen])
         except Exception as error:  # whatever a model raises where it cannot do without a cache
-            reason = reason or " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        else:
-            return use_cache
-    in_training = "; or call model.eval(), if it drops activations in training" if forcing.model.training else ""
-    return CorrSteerError(
-        f"{type(forcing.model).__name__} does not read a completion again as it wrote it, so that what it did then "
-        f"cannot be had from tokens: its residuals depend on what is beside a row in a batch, or on its cache "
-        f"({reason}); capture while it generates{in_training}"
-    )
+            return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        for key, point in everything.points.items():
+            x, cu_seqlens = residuals.packed(key)
+            for row, read in zip(chosen, x.split(cu_seqlens.diff().tolist())):
+                apart = _difference(read, written[key][row], len(sequences[row][0]))
+                if not apart <= max(1e-3, 16 * torch.finfo(x.dtype).eps):  # nor NaN
+                    return f"what is read at {point} differs by {apart:.2g} of its norm"
+    return ""
 
 
 @torch.inference_mode()
@@ -482,8 +467,3 @@ def _difference(read: Tensor, written: Tensor, prompt: int) -> float:
     apart = difference.norm(dim=1) / written.nan_to_num().norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
     parts = [part for part in (apart[:prompt], apart[prompt:]) if len(part)]
     return max(float(part.max() if precise else part.median()) for part in parts)
-
-
-def _close(dtype: torch.dtype) -> float:
-    """How far apart is no more than rounding."""
-    return max(1e-3, 16 * torch.finfo(dtype).eps)
