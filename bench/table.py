@@ -323,6 +323,22 @@ def search(study: Path) -> str:
     return _jobs(study, "bench.search", search.summary, ((search.HEADER, search.rows),))
 
 
+def teacher_forcing(study: Path) -> str:
+    """How near what is read again is to what was captured, as measured; or how to measure it."""
+    from bench import teacher_forcing
+
+    tables = ((teacher_forcing.HEADER, teacher_forcing.rows),)
+    return _jobs(study, "bench.teacher_forcing", teacher_forcing.lines, tables)
+
+
+def collection(study: Path) -> str:
+    """What a collection takes beside its parts, as measured; or how to measure it."""
+    from bench import collection
+
+    tables = ((collection.HEADER, collection.rows), (collection.PROFILE, collection.profile_rows))
+    return _jobs(study, "bench.collection", collection.reached, tables)
+
+
 def _jobs(study: Path, command: str, lines: Callable[[Any], list[str]], tables: Iterable[tuple[Any, Any]]) -> str:
     """A study of whole jobs: what it was measured on, a line for each finding, and its tables."""
     if not study.exists():
@@ -338,6 +354,8 @@ DOCUMENTS: dict[str, tuple[tuple[str, Callable[[Path], str], str], ...]] = {
     "docs/benchmarks.md": (
         ("trials", trials, "studies/trials.json"),
         ("search", search, "studies/search.json"),
+        ("teacher_forcing", teacher_forcing, "studies/teacher_forcing.json"),
+        ("collection", collection, "studies/collection.json"),
         ("hooks", hooks, "studies/hooks.json"),
         ("benchmarks", lambda folder: section(load(folder)), "."),
     ),

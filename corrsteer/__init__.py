@@ -23,6 +23,7 @@ _HOME = {
     "update_sums": "ops",
     "HookPoint": "lm.hook_points",
     "Capture": "lm.capture",
+    "TeacherForcing": "lm.teacher_forcing",
     "Decoding": "lm.decoding",
     "Evidence": "stats.evidence",
     "Steering": "steering.steering",
@@ -59,6 +60,7 @@ __all__ = [
     "SparseEncoder",
     "Steering",
     "Task",
+    "TeacherForcing",
     "Trial",
     "__version__",
     "apply_rows",
@@ -94,6 +96,7 @@ if TYPE_CHECKING:
     from corrsteer.lm.capture import Capture
     from corrsteer.lm.decoding import Decoding
     from corrsteer.lm.hook_points import HookPoint
+    from corrsteer.lm.teacher_forcing import TeacherForcing
     from corrsteer.ops import Moments, encode, encode_pool, encode_update, steer_add, update_moments, update_sums
     from corrsteer.runs.collect import collect
     from corrsteer.runs.run import Run

@@ -38,12 +38,12 @@ def plan_batches(prompts: Prompts, decoding: Decoding, *, share: bool) -> list[l
     prompts : token ids of each.
     share : whether what a batch's prompts begin with will be read once.
     """
-    plans = [_plan(prompts, groups, decoding) for groups in _groupings(prompts, share)]
+    plans = [_plan(prompts, groups, decoding) for groups in groupings(prompts, share)]
     best = min(plans, key=lambda plan: sum(_cost([prompts[i] for i in batch], decoding, share) for batch in plan))
     return sorted(best, key=lambda batch: -len(prompts[batch[0]]))
 
 
-def _groupings(prompts: Prompts, share: bool) -> Iterable[list[list[int]]]:
+def groupings(prompts: Prompts, share: bool) -> Iterable[list[list[int]]]:
     """Prompts in groups that begin with as many of the same tokens, for more and more of them."""
     yield [list(range(len(prompts)))]
     if not share:

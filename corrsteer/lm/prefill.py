@@ -168,10 +168,17 @@ def empty_cache(model: Any, room: int) -> Cache:
     return Cache(next(name for name in NAMES if name in takes), reserved_cache(room))
 
 
-def read_prefix(model: nn.Module, prompts: Prompts, prefix: int, room: int, settings: Any) -> Cache:
+def read_prefix(
+    model: nn.Module,
+    prompts: Prompts,
+    prefix: int,
+    room: int,
+    settings: Any,
+    reader: Callable[[nn.Module, Prompts, Any, Cache], Cache] = read,
+) -> Cache:
     """Read what all prompts begin with in one row, and give it to each: the cache of the prompts' first columns.
 
-    `room` is how many tokens it will hold.
+    `room` is how many tokens it will hold, and `reader` reads into a cache, as `read` does.
 
     Padding stays on the left. So a row that is shorter than the longest has less of the prefix in those columns, and
     the rest of it is read again with what follows: as many columns are read as if padding lay in between, but every
@@ -179,7 +186,7 @@ def read_prefix(model: nn.Module, prompts: Prompts, prefix: int, room: int, sett
     """
     row = int(prompts.mask.sum(1).argmax())  # the longest, which has no padding
     first = Prompts(prompts.ids[row : row + 1, :prefix], prompts.mask[row : row + 1, :prefix])
-    cache = read(model, first, settings, empty_cache(model, prefix))
+    cache = reader(model, first, settings, empty_cache(model, prefix))
     padding = prompts.width - prompts.mask.sum(1)
     columns = torch.arange(prefix, dtype=torch.int64, device=padding.device) - padding[:, None]
     shift = columns.clamp(min=0) if bool(padding.any()) else None
