@@ -307,6 +307,14 @@ def search(study: Path) -> str:
     return _jobs(study, "bench.search", search.summary, ((search.HEADER, search.rows),))
 
 
+def stored_rows(study: Path) -> str:
+    """What stored rows of activations take against permuted sums, as measured; or how to measure it."""
+    from bench import stored_rows
+
+    tables = ((stored_rows.HEADER, stored_rows.rows_of), (stored_rows.MADE, stored_rows.made_of))
+    return _jobs(study, "bench.stored_rows", stored_rows.lines, tables)
+
+
 def _jobs(study: Path, command: str, lines: Callable[[Any], list[str]], tables: Iterable[tuple[Any, Any]]) -> str:
     """A study of whole jobs: what it was measured on, a line for each finding, and its tables."""
     if not study.exists():
@@ -323,6 +331,7 @@ DOCUMENTS: dict[str, tuple[tuple[str, Callable[[Path], str], str], ...]] = {
         ("trials", trials, "studies/trials.json"),
         ("search", search, "studies/search.json"),
         ("hooks", hooks, "studies/hooks.json"),
+        ("stored rows", stored_rows, "studies/stored_rows.json"),
         ("benchmarks", lambda folder: section(load(folder)), "."),
     ),
     "docs/statistics.md": (
