@@ -337,6 +337,12 @@ def collection(study: Path) -> str:
 
     tables = ((collection.HEADER, collection.rows), (collection.PROFILE, collection.profile_rows))
     return _jobs(study, "bench.collection", collection.reached, tables)
+def stored_rows(study: Path) -> str:
+    """What stored rows of activations take against permuted sums, as measured; or how to measure it."""
+    from bench import stored_rows
+
+    tables = ((stored_rows.HEADER, stored_rows.rows_of), (stored_rows.MADE, stored_rows.made_of))
+    return _jobs(study, "bench.stored_rows", stored_rows.lines, tables)
 
 
 def _jobs(study: Path, command: str, lines: Callable[[Any], list[str]], tables: Iterable[tuple[Any, Any]]) -> str:
@@ -357,6 +363,7 @@ DOCUMENTS: dict[str, tuple[tuple[str, Callable[[Path], str], str], ...]] = {
         ("teacher_forcing", teacher_forcing, "studies/teacher_forcing.json"),
         ("collection", collection, "studies/collection.json"),
         ("hooks", hooks, "studies/hooks.json"),
+        ("stored rows", stored_rows, "studies/stored_rows.json"),
         ("benchmarks", lambda folder: section(load(folder)), "."),
     ),
     "docs/statistics.md": (

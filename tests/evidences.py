@@ -25,11 +25,3 @@ def orders(evidence, n):
     """`[P, n]`: whose label each sample gets in each permutation."""
     blocks = range(0, n, 100)
     return np.concatenate([evidence._permutations(min(100, n - at), k).numpy() + at for k, at in enumerate(blocks)], 1)
-
-
-def bins_of(evidence, z):
-    """Which bin each activation is in, by the edges."""
-    edges = evidence.histograms.edges().numpy()
-    return np.stack(
-        [np.where(z[:, i] > 0, np.searchsorted(edges[:, i], z[:, i], "right"), 0) for i in range(z.shape[1])], 1
-    )

@@ -115,7 +115,6 @@ WHOLE = {
     "rows": lambda value: apply_rows(None, [STEERING], [value]).__enter__(),
     "d_sae": lambda value: Moments(value),
     "n_labels": lambda value: Moments(3, value),
-    "bins": lambda value: Evidence(3, bins=value),
     "block": lambda value: Evidence(3).update(torch.ones(2, 3), torch.ones(2), value),
     "label": lambda value: inference.interval(EVIDENCE, label=value),
     "patience": lambda value: stability.stable([], value, []),

@@ -35,7 +35,9 @@ from corrsteer import (
 )
 from corrsteer.lm.decoding import Decoding
 from corrsteer.ops import RunningPool
-from corrsteer.stats.evidence import SCORES
+from corrsteer.ops.rows import SparseRows
+from corrsteer.stats import stored
+from corrsteer.stats.evidence import SCORES, STREAMED
 
 ROOT = Path(__file__).parents[1]
 OURS = [ROOT / "corrsteer", ROOT / "kernels", ROOT / "bench"]
@@ -85,7 +87,7 @@ def whole_way(model, folder):
     task, tokenizer = tiny_pipeline.task(48), tiny_pipeline.tokenizer()
     run = collect(
         model, tokenizer, encoders, task, pool="max", coefficient_pool="mean", decoding=DECODING, permutations=19,
-        bootstrap=30, scores=SCORES, block_size=24, buffer_bytes=1 << 18, progress=False,
+        bootstrap=30, scores=STREAMED, block_size=24, buffer_bytes=1 << 18, progress=False,
     )  # fmt: skip
     run.save(folder / "run")
     found = said_of(folder)
@@ -104,11 +106,10 @@ def said_of(folder):
     found = {"rewards": run.rewards}
     for layer, evidence in ((layer, of["max"]) for layer, of in run.evidence.items()):
         found |= {f"{layer} {name}": getattr(evidence, name) for name in Evidence.STATE}
-        found |= {f"{layer} {name}": scores.score(evidence, name) for name in SCORES}
+        found |= {f"{layer} {name}": scores.score(evidence, name) for name in STREAMED}
         found |= {f"{layer} {name}": torch.stack(inference.interval(evidence, name)) for name in inference.METHODS}
-        found[f"{layer} edges"] = evidence.histograms.edges()
         found[f"{layer} error"] = inference.coefficient_error(evidence, run.moments[layer]["mean"], "contrastive")
-    for name in SCORES:
+    for name in STREAMED:
         for layer, tested in inference.significance({n: of["max"] for n, of in run.evidence.items()}, name).items():
             found[f"{layer} tests of {name}"] = torch.stack([tested.p, tested.p_layer, tested.p_adjusted, tested.q])
     leaders = stability.snapshot({n: of["max"] for n, of in run.evidence.items()}).leaders
@@ -216,7 +217,21 @@ def of_operations(problems, place):
     h = torch.ones(2, 3, 5, dtype=torch.bfloat16, device=place.device)
     row = torch.tensor([0, -1], dtype=torch.int32, device=place.device)
     vectors = torch.full((1, 5), 0.3, dtype=torch.float32, device=place.device)
-    return found | {"sums": sums, "h": steer_add(h, vectors, row, backend=place.backend)}
+    found |= {"sums": sums, "h": steer_add(h, vectors, row, backend=place.backend)}
+    return found | (of_rows(found["jumprelu mean"], y, place.backend) if place.device == "cpu" else {})
+
+
+def of_rows(pooled, y, backend):
+    """What is said of stored rows."""
+    backend = backend if backend == "native" else None  # rows have no kernels but those
+    rows = SparseRows.from_dense(pooled, backend=backend)
+    settings = {"permutations": 19, "bootstrap": 20, "device": "cpu", "backend": backend}
+    moments, evidence = stored.statistics([(0, rows, y)], 37, **settings)
+    found = {"features": rows.features.int(), "rows": rows.dense(), "moments of rows": moments.correlation()}
+    for name in SCORES:
+        tested = inference.significance({0: evidence}, name)[0]
+        found |= {f"score {name}": scores.score(evidence, name), f"p {name}": tested.p, f"q {name}": tested.q}
+    return found | {"interval": torch.stack(inference.interval(evidence, "bootstrap"))}
 
 
 @everywhere((*REFERENCE, *NATIVE[:1], *TRITON))

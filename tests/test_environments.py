@@ -39,13 +39,13 @@ from corrsteer import Decoding, Run, Steering, calibrate_scale, collect, evaluat
 model, tokenizer, encoders = tiny_pipeline.model(), tiny_pipeline.tokenizer(), tiny_pipeline.encoders()
 train, validation, test = tiny_pipeline.task(40).split()
 quiet = {"decoding": Decoding(3, batch_size=8), "progress": False}
-run = collect(model, tokenizer, encoders, train, scores=("pearson", "auroc"), bootstrap=30, block_size=8, **quiet)
+run = collect(model, tokenizer, encoders, train, scores=("squared_ratio",), bootstrap=30, block_size=8, **quiet)
 run.save(sys.argv[1] + "/run")
 run = Run.load(sys.argv[1] + "/run")
 world = {"model": model, "tokenizer": tokenizer, "encoders": encoders}
 for options in ({"interval": "bootstrap"}, {"strategy": "pruned", "validation": validation, **world, **quiet}):
     steering = select(run, **{"encoders": encoders, **options})
-steering = select(run, encoders=encoders, score="auroc")
+steering = select(run, encoders=encoders, score="squared_ratio")
 steering.save(sys.argv[1] + "/s.safetensors")
 steering = Steering.load(sys.argv[1] + "/s.safetensors", model)
 steering = calibrate_scale(model, tokenizer, steering, validation, scales=(1, 2), **quiet)

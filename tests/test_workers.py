@@ -25,7 +25,7 @@ def objects(tmp_path_factory):
     encoders = tiny_pipeline.encoders()
     world = tiny_pipeline.model(), tiny_pipeline.tokenizer(), encoders
     run = collect(
-        *world, tiny_pipeline.task(24), permutations=19, bootstrap=20, scores=("pearson", "auroc"),
+        *world, tiny_pipeline.task(24), permutations=19, bootstrap=20, scores=("pearson", "squared_ratio"),
         decoding=Decoding(3), progress=False,
     )  # fmt: skip
     rows = [{"prompt": f"{n}+", "answer": str(n)} for n in range(6)]

@@ -140,8 +140,7 @@ class CollectSettings(TaskSettings, ModelSettings):
     )
     score: list[str] = Field(
         default=["pearson"],
-        description="A score to keep permutations of, besides the correlation; give it again for more. One of "
-        "histograms (mutual_information, auroc, spearman) takes 32 times the memory.",
+        description="A score to keep permutations of, besides the correlation; give it again for more.",
     )
     block_size: int = Field(
         default=512, ge=1, description="Examples among which rewards are permuted; no batch is larger."

@@ -46,7 +46,7 @@ def baselines(
 
     The first note of each says what it is. Layer 0 is left out, as `select` does, unless the steering is of it. A
     baseline that cannot be had is left out, such as a difference of means where all rewards are positive, or a score
-    that the run holds no histograms for.
+    that needs activations which the run does not keep.
 
     Parameters
     ----------

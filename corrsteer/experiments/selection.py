@@ -22,7 +22,7 @@ from corrsteer.ops.moments import COEFFICIENTS
 from corrsteer.runs.run import Run
 from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.stats import inference
-from corrsteer.stats.evidence import BINNED, SCORES
+from corrsteer.stats.evidence import FROM_ROWS, SCORES, STREAMED
 from corrsteer.steering.features import CHANCE, Feature
 from corrsteer.steering.steering import Steering, check_application
 from corrsteer.tasks import Task
@@ -217,10 +217,10 @@ class Choices:
                 f"alpha must be left out to search, where trials decide and not p-values of correlations, got "
                 f"{self.alpha}"
             )
-        if self.score in BINNED:
+        if self.score in FROM_ROWS:
             raise CorrSteerError(
-                f"score must be one that every pooling has to search, and histograms are kept of one, got "
-                f"{self.score!r}; use {', '.join(name for name in SCORES if name not in BINNED)}"
+                f"score must be one that every pooling has to search, and activations are not kept of each, got "
+                f"{self.score!r}; use {', '.join(STREAMED)}"
             )
 
     def _check_alpha(self, alpha: float, run: Run) -> None:

@@ -197,6 +197,31 @@ def steer_add(h: Tensor, vectors: Tensor, row_vector: Tensor, positions: Tensor 
     _native.steer_add(_array(h), _array(vectors), _array(row_vector), where)
 
 
+# What has no counterpart there: rows and columns without zeros, see `corrsteer.ops.rows`
+
+
+def nonzeros(pooled: Tensor, places: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """What is not 0 in `pooled: [N, D]`: values float32, their places in the row as `places`, and rows' offsets."""
+    pooled, isa, threads = _rows(pooled), instruction_set(), torch.get_num_threads()
+    offsets = torch.zeros(len(pooled) + 1, dtype=torch.int64, device="cpu")
+    _native.count_nonzeros(isa, _array(pooled), _array(offsets[1:]), threads)
+    offsets = offsets.cumsum(0)
+    values = torch.empty(int(offsets[-1]), dtype=torch.float32, device="cpu")
+    found = torch.empty(len(values), dtype=places, device="cpu")
+    _native.list_nonzeros(isa, _array(pooled), _array(offsets), _array(values), _array(found), threads)
+    return values, found, offsets
+
+
+def update_sparse_sums(columns: Any, features: Tensor, weights: Tensor, sums: Tensor, first: int, power: int) -> None:
+    parts = [part.contiguous() for part in (columns.values, columns.samples, columns.offsets, features, weights)]
+    into = _rows(sums)
+    _native.update_sparse_sums(
+        instruction_set(), *map(_array, parts), first, power, _array(into), torch.get_num_threads()
+    )
+    if into is not sums:
+        sums.copy_(into)
+
+
 def _state(moments: Moments) -> dict[str, Any]:
     return {name: _array(getattr(moments, name)) for name in moments.STATE}
 

@@ -207,7 +207,7 @@ def _allocate_evidence(
     )
     remedy = (
         f"evidence takes {kept / 2**30:.3g} GiB (8 bytes a feature, permutation and score, three times that a "
-        f"bootstrap replicate, and for scores of histograms as often as there are bins), a block of {block} samples "
+        f"bootstrap replicate), a block of {block} samples "
         f"{held / 2**30:.3g} GiB; take fewer permutations, replicates or scores, or a smaller block_size"
     )
     if kept + held > options.statistics_bytes:

@@ -12,8 +12,8 @@ from corrsteer.lm.capture import KEPT_POSITIONS
 from corrsteer.lm.token_positions import check_positions
 from corrsteer.ops import registry
 from corrsteer.runs.pooling import LAST_PROMPT, POOLINGS
-from corrsteer.sae.encoder import SIGNED, SparseEncoder
-from corrsteer.stats.evidence import BINNED, Evidence, known_scores
+from corrsteer.sae.encoder import SparseEncoder
+from corrsteer.stats.evidence import Evidence, known_scores
 from corrsteer.types import Device
 
 FEWEST_PERMUTATIONS = 19  # with which a p-value can be 0.05
@@ -79,12 +79,6 @@ class Options:
         layers = self.patience_layers
         if layers is not None and not set(layers) <= set(encoders):
             raise CorrSteerError(f"patience_layers must be some of {sorted(encoders)}, got {sorted(layers)}")
-        for layer, encoder in encoders.items():
-            if self.evidence(encoder, self.pool, "meta").histograms and encoder.activation in SIGNED:
-                raise CorrSteerError(
-                    f"scores must not be {', '.join(BINNED)} for encoders[{layer}], whose activation "
-                    f"{encoder.activation} can be negative; leave them out, got {', '.join(self.scores)}"
-                )
 
     def evidence(self, encoder: SparseEncoder, pool: str, device: Device) -> Evidence:
         """Empty evidence of an encoder's features: with permutations and bootstrap for `pool` alone."""

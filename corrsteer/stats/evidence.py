@@ -28,12 +28,13 @@ its standard deviation; permuted sums on the `triton` backend, which multiplies 
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -55,7 +56,6 @@ from corrsteer.stats.groups import (
     whole_orders,
     within_orders,
 )
-from corrsteer.stats.histograms import Histograms
 from corrsteer.types import Device, Features, PathLike
 
 ORDER = 6  # p + q of the highest joint moments
@@ -64,19 +64,41 @@ FORMAT = "corrsteer.evidence/3"
 SCORES = (
     "pearson", "point_biserial", "contrastive", "squared_ratio", "mutual_information", "auroc", "spearman",
 )  # fmt: skip
+FROM_ROWS = ("mutual_information", "auroc", "spearman")  # what needs every sample's activations, see `stats.stored`
+STREAMED = tuple(name for name in SCORES if name not in FROM_ROWS)
 WITHIN = ("pearson", "point_biserial", "contrastive")  # those that there are of samples centred within prompts
-BINNED = ("mutual_information", "auroc", "spearman")  # what is read from histograms
 
 
 def known_scores(scores: Sequence[str]) -> tuple[str, ...]:
-    """Scores, or the one named, in the order of `SCORES`; raises for an unknown one."""
+    """Scores, or the one named, in the order of `SCORES`; raises unless streaming has them."""
     scores = (scores,) if isinstance(scores, str) else scores
     if not isinstance(scores, Collection):
         raise CorrSteerError(f"scores must be a list of {', '.join(SCORES)}, got {shown(scores)}")
     for name in scores:
         if not isinstance(name, str) or name not in SCORES:
             raise CorrSteerError(f"scores must be among {', '.join(SCORES)}, got {shown(name)}")
+    if from_rows := [name for name in FROM_ROWS if name in scores]:
+        raise CorrSteerError(
+            f"scores must be among {', '.join(STREAMED)} where statistics are "
+            f"summed up as samples come, got {', '.join(from_rows)}; keep activations, of which there is every score"
+        )
     return tuple(name for name in SCORES if name in scores)
+
+
+class Rows(Protocol):
+    """What gives columns that are not kept: `stored.StoredRows`."""
+
+    def has(self, name: str) -> bool: ...
+
+    def columns(self, evidence: Evidence, name: str, features: Tensor, label: int) -> Tensor: ...
+
+    def bins(
+        self, evidence: Evidence, features: Tensor, label: int, permuted: bool
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def rank_squares(self, label: int) -> float: ...
+
+    def bootstrap_labels(self, evidence: Evidence, replicates: int) -> Tensor: ...
 
 
 class _Layout:
@@ -113,8 +135,7 @@ class Evidence:
     bootstrap : B, how many replicates; 0 for no bootstrap intervals.
     scores : which scores' permutations are kept (see `scores.score`). `pearson` costs one column a permutation;
         `point_biserial` and `contrastive` another one together, unless rewards take two values, when they need none;
-        `squared_ratio` one; `mutual_information`, `auroc` and `spearman` together one for each of the `bins`.
-    bins : of each feature's histogram, kept if one of the last three scores is asked for.
+        `squared_ratio` one. The others need rows, see `stored.statistics`.
     seed : of permutations and bootstrap weights.
     within : whether rewards and activations are centred within each prompt, and rewards permuted within it. What is
         left is what tells good from bad samples of the same prompt. Of `scores`, there are `pearson`, and for rewards
@@ -136,6 +157,7 @@ class Evidence:
     n_informative : `[R]` prompts in which rewards differ, all that there is to go by `within` prompts.
     blocks : numbers of the blocks seen.
     groups : numbers of the prompts seen, as `update` was given them.
+    rows : the samples' own activations, which give what is resampled instead of `resampled`; or None.
     """
 
     STATE = (
@@ -177,7 +199,6 @@ class Evidence:
         permutations: int = 0,
         bootstrap: int = 0,
         scores: Sequence[str] = ("pearson",),
-        bins: int = 32,
         seed: int = 0,
         within: bool = False,
         device: Device = "cpu",
@@ -187,7 +208,6 @@ class Evidence:
         self.permutations: int = whole("permutations", permutations, 0)
         self.bootstrap: int = whole("bootstrap", bootstrap, 0)
         self.scores: tuple[str, ...] = known_scores(scores)
-        self.bins: int = whole("bins", bins, 3)
         self.seed: int = whole("seed", seed, 0)
         check_type("within", within, bool, "True or False")
         self.within: bool = within
@@ -217,19 +237,17 @@ class Evidence:
         self.scale.fill_(1)
         self.low.fill_(math.inf)
         self.high.fill_(-math.inf)
-        binned = any(name in BINNED for name in self.scores)
-        self.histograms: Histograms | None = Histograms(self.d_sae, self.bins, R * (1 + P), device) if binned else None
+        self.rows: Rows | None = None
 
     @property
     def n_columns(self) -> int:
-        """Float64 numbers a feature, histograms not counted."""
+        """Float64 numbers a feature."""
         return sum(layout.width for layout in self._layouts.values())
 
     @property
     def nbytes(self) -> int:
-        """Memory of the state: 8 · d_sae · (n_columns + bins · columns of the histograms), and a little."""
-        kept = sum(getattr(self, name).nbytes for name in self.STATE)
-        return kept + (self.histograms.nbytes if self.histograms else 0)
+        """Memory of the state: 8 · d_sae · n_columns, and a little."""
+        return sum(getattr(self, name).nbytes for name in self.STATE)
 
     @property
     def n(self) -> int:
@@ -253,20 +271,38 @@ class Evidence:
         return self.sums.device
 
     def has(self, name: str) -> bool:
-        """Whether a group of columns is kept."""
-        return any(name in layout.groups for layout in self._layouts.values())
+        """Whether a group of columns is kept, or follows from rows."""
+        return self._keeps(name) or (self.rows is not None and self.rows.has(name))
+
+    def _keeps(self, name: str) -> bool:
+        return any(name in layout.groups and layout.groups[name][2] for layout in self._layouts.values())
 
     def columns(self, name: str, features: Features = slice(None), label: int = 0) -> Tensor:
         """A group of columns of some features, `[features, width]`: of a group with a share for each reward, `label`'s.
 
         Groups are `z{p}u{q}`, `positive` and `positive2` (of z and z² where y > 0), one column each, `permuted`,
-        `permuted_positive` and `permuted_positive2`, P each, and `bootstrap`, `bootstrap_u`, `bootstrap2`, B each.
-        `within` prompts there are `within2` and `within4`, Σ_g s_g and Σ_g s_g² of s_g = Σ (z - z̄_g)², and
-        `bootstrap2` is of s_g.
+        `permuted_positive` and `permuted_positive2`, P each, and `bootstrap`, `bootstrap_u`, `bootstrap2`, B each; and
+        what `stored.StoredRows.columns` has, where there are rows. `within` prompts there are `within2` and `within4`,
+        Σ_g s_g and Σ_g s_g² of s_g = Σ (z - z̄_g)², and `bootstrap2` is of s_g.
         """
         self.check_label(label)
+        if self.rows is not None and self.rows.has(name):
+            return self.rows.columns(self, name, self.numbers(features), label)
         tensor = next(tensor for tensor, layout in self._layouts.items() if name in layout.groups)
         return getattr(self, tensor)[features, self._layouts[tensor].share(name, label)]
+
+    def numbers(self, features: Features) -> Tensor:
+        """The numbers of features, `[any]` int64 on the CPU."""
+        every = torch.arange(self.d_sae, dtype=torch.int64, device="cpu")
+        return every[features.cpu() if isinstance(features, Tensor) else features].reshape(-1)
+
+    def with_rows(self, rows: Rows, permutations: int, bootstrap: int) -> Evidence:
+        """The same with what is resampled from rows; see `stored.resampled`, which checks them."""
+        evidence = copy.copy(self)
+        evidence.rows, evidence.permutations, evidence.bootstrap = rows, permutations, bootstrap
+        evidence.blocks = set(self.blocks)
+        evidence.bootstrap_labels = rows.bootstrap_labels(self, bootstrap)
+        return evidence
 
     def check_label(self, label: int) -> None:
         """Raise unless there is such a reward column."""
@@ -295,8 +331,9 @@ class Evidence:
         Raises
         ------
         CorrSteerError : for wrong shapes, rewards that are not finite, a block or a prompt that was seen before,
-            `within` without groups, and for negative activations where histograms are kept.
+            `within` without groups, and where there are rows.
         """
+        self._check_streaming()
         for name, tensor in (("pooled", pooled), ("y", y)):
             check_type(name, tensor, Tensor, "a tensor", "use torch.as_tensor")
         y = (y[:, None] if y.dim() == 1 else y).detach().to("cpu", torch.float64)
@@ -315,8 +352,6 @@ class Evidence:
         self._refuse_split("groups", self.groups & set(called))
         if len(y) == 0:
             return
-        if self.histograms:
-            self.histograms.check(pooled)
         values = centred(y, group) if self.within else y
         origin = self.origin.cpu() if self.blocks or self.within else y.mean(0)
         self._make_room((values - origin).abs().amax(0))
@@ -332,7 +367,7 @@ class Evidence:
             "bootstrap2": drawn,
             "bootstrap_u": (drawn[:, None] * u[:, :, None]).flatten(1),
         }
-        if self.histograms or self.has("permuted_positive") or self.has("permuted_positive2"):
+        if self._keeps("permuted_positive") or self._keeps("permuted_positive2"):
             weights["permuted_positive"] = weights["permuted_positive2"] = _permute(positive, permuted)
         if self.within:  # squares of centred activations, which are added below
             weights["within2"] = weights["within4"] = torch.zeros_like(y[:, :1])
@@ -349,9 +384,6 @@ class Evidence:
                 self.columns("within2", some).add_(squares.sum(1, keepdim=True).to(self.device))
                 self.columns("within4", some).add_(squares.square().sum(1, keepdim=True).to(self.device))
                 self.columns("bootstrap2", some).add_((squares @ of_prompts).to(self.device))
-        if self.histograms:
-            columns = torch.cat([positive, weights["permuted_positive"]], 1).to(self.device)
-            self.histograms.update(pooled, columns, backend=backend)
         self.origin.copy_(origin)
         self.labels += torch.stack([(u**q).sum(0) for q in range(ORDER + 1)], 1).to(self.device)
         self.bootstrap_labels += torch.cat([drawn[None].sum(1), u.T @ drawn, (u**2).T @ drawn]).to(self.device)
@@ -407,6 +439,8 @@ class Evidence:
     def merge(self, other: Evidence) -> None:
         """Fold in the evidence of other blocks, such as another process's; the order does not matter."""
         check_type("other", other, Evidence, "an Evidence")
+        self._check_streaming()
+        other._check_streaming()
         mine, theirs = self._settings(), other._settings()
         for name, value in mine.items():
             if theirs[name] != value:
@@ -427,8 +461,6 @@ class Evidence:
         for name in ("n_positive", "n_groups", "n_fixed", "n_informative"):
             getattr(self, name).add_(getattr(other, name).to(self.device))
         self._extend(other.low, other.high, other.n_low, other.n_high)
-        if self.histograms and other.histograms:  # both have them, or neither
-            self.histograms.merge(other.histograms)
         self.blocks |= other.blocks
         self.groups |= other.groups
 
@@ -462,14 +494,25 @@ class Evidence:
         return bool((self.low[label] <= 0) & (self.high[label] > 0) & counted)
 
     def _settings(self) -> dict[str, Any]:
-        names = ("d_sae", "n_labels", "permutations", "bootstrap", "scores", "bins", "seed", "within")
+        names = ("d_sae", "n_labels", "permutations", "bootstrap", "scores", "seed", "within")
         return {name: getattr(self, name) for name in names}
 
+    def _check_streaming(self) -> None:
+        """Raise where there are rows, which hold all samples there are."""
+        if self.rows is not None:
+            raise CorrSteerError(
+                f"{self!r} must be without rows to take in more samples; update or merge before `stored.resampled`"
+            )
+
     def save(self, path: PathLike) -> None:
-        """Write the state to a safetensors file; `load` gives it back bit for bit."""
+        """Write the state to a safetensors file; `load` gives it back bit for bit. What rows give is not written."""
+        if self.rows is not None:
+            kept = copy.copy(self)
+            kept.rows, kept.permutations, kept.bootstrap = None, 0, 0
+            kept.bootstrap_labels = self.bootstrap_labels[:, :0]
+            kept.save(path)
+            return
         tensors = {name: getattr(self, name).cpu().contiguous() for name in self.STATE}
-        if self.histograms:
-            tensors |= {"histogram_top": self.histograms.top.cpu(), "histogram_counts": self.histograms.counts.cpu()}
         described = self._settings() | {"blocks": sorted(self.blocks), "groups": sorted(self.groups)}
         write_tensors(path, tensors, {"format": FORMAT, "evidence": to_json(described)})
 
@@ -488,9 +531,6 @@ class Evidence:
                 evidence = cls(**described, device=device)
                 evidence.blocks, evidence.groups = set(blocks), set(groups)
                 into = {name: getattr(evidence, name) for name in cls.STATE}
-                if evidence.histograms:
-                    histograms = evidence.histograms
-                    into |= {"histogram_top": histograms.top, "histogram_counts": histograms.counts}
                 for name, tensor in into.items():
                     if tuple(tensor.shape) != tuple(file.get_slice(name).get_shape()):
                         raise ValueError(f"{name} has another shape than its settings say")
@@ -511,12 +551,14 @@ class Evidence:
 
 @functools.lru_cache(maxsize=2)
 def _orders(seed: int, block: int, permutations: int, groups: Numbered, within: bool) -> Tensor:
+    """`[P, n]` int64: in each permutation, which sample's label each sample of a block gets."""
     rng = np.random.default_rng([seed, block, 0])
     return torch.from_numpy((within_orders if within else whole_orders)(rng, permutations, groups))
 
 
 @functools.lru_cache(maxsize=2)
 def _draws(seed: int, block: int, bootstrap: int, groups: Numbered) -> Tensor:
+    """`[n, B]` float64: how often each replicate has each sample of a block."""
     rng = np.random.default_rng([seed, block, 1])
     of_prompts = rng.poisson(1.0, (max(groups, default=-1) + 1, bootstrap)).astype(np.float64)
     return torch.from_numpy(of_prompts[np.asarray(groups, dtype=np.int64)])

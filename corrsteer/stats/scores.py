@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from corrsteer.errors import CorrSteerError
-from corrsteer.stats.evidence import BINNED, SCORES, WITHIN, Evidence
+from corrsteer.stats.evidence import FROM_ROWS, SCORES, STREAMED, WITHIN, Evidence
 from corrsteer.types import Features
 
 # Of the largest score, what counts as equal to the observed one: sums in another order differ by rounding (in float32,
 # on GPUs), and of sparse features many permutations give the very same score.
 TIE = 1e-6
+FEATURES_AT_A_TIME = 64  # whose bins are looked at together, up to 64 each
 
 
 def score(evidence: Evidence, name: str = "pearson", features: Features = slice(None), label: int = 0) -> Tensor:
@@ -25,14 +26,15 @@ def score(evidence: Evidence, name: str = "pearson", features: Features = slice(
     - `squared_ratio`: (A - B) / (A + B) of A = E[z² | y > 0], B = E[z² | y <= 0]: the ratio A / B by which Muhamed et
       al. ("SAEs can improve unlearning: dynamic sparse autoencoder guardrails", 2025) approximate Fisher information,
       brought between -1 and 1, which ranks alike and is finite.
-    - `mutual_information`: of the histogram's bins with whether y > 0, in nats (Cover & Thomas, "Elements of
-      information theory", eq. 2.28), with the sign of r.
+    - `mutual_information`: of which bin z is in (see `stored.StoredRows.bins`) with whether y > 0, in nats (Cover &
+      Thomas, "Elements of information theory", eq. 2.28), with the sign of r.
     - `auroc`: 2 AUROC - 1, also Somers' D: the share of pairs of a sample with y > 0 and one with y <= 0 in which z is
       larger in the first, less that in which it is smaller (Hanley & McNeil, "The meaning and use of the area under a
-      receiver operating characteristic (ROC) curve", 1982), ties within a bin as half; `auroc` gives the area itself,
-      and how far from the truth the bins may have brought it.
+      receiver operating characteristic (ROC) curve", 1982); `auroc` gives the area itself.
     - `spearman`: the correlation of ranks (Spearman, "The proof and measurement of association between two things",
-      1904), of z's bins, for rewards of two values.
+      1904), of ties their mean.
+
+    The last three need the samples' own activations: evidence of `stored.statistics`.
 
     Of evidence `within` prompts: `pearson` of z and y less their means in each prompt; for rewards of two values
     `point_biserial`, which then is the same, and `contrastive`, the mean over prompts of the difference of means in the
@@ -48,18 +50,14 @@ def correlation(evidence: Evidence, features: Features = slice(None), label: int
     return pearson(evidence, evidence.columns("z1u1", features, label), features, label)[0][:, 0]
 
 
-def auroc(evidence: Evidence, features: Features = slice(None), label: int = 0) -> tuple[Tensor, Tensor]:
-    """The area under the ROC curve of z for y > 0, and a bound of its error, `[features]` float64 each.
+def auroc(evidence: Evidence, features: Features = slice(None), label: int = 0) -> Tensor:
+    """The area under the ROC curve of z for y > 0, `[features]` float64; ties count half. 0.5 where there is one group.
 
-    Pairs that share a bin count as ties. Pairs of zeros are; of any others each could go either way by half, so the
-    error is at most half of their share of all pairs.
+    Raises
+    ------
+    CorrSteerError : where the evidence has no rows, see `stored.statistics`.
     """
-    check(evidence, "auroc", label)
-    total, positive = _binned(evidence, features, label)
-    positive = positive[..., 0]
-    others = total - positive
-    pairs = (positive.sum(0) * others.sum(0)).clamp(min=1)
-    return 0.5 + _auroc(total, positive[..., None])[:, 0] / 2, (positive * others)[1:].sum(0) / pairs / 2
+    return 0.5 + score(evidence, "auroc", features, label) / 2
 
 
 def check(evidence: Evidence, name: str, label: int = 0) -> None:
@@ -76,14 +74,10 @@ def check(evidence: Evidence, name: str, label: int = 0) -> None:
         raise CorrSteerError(
             f"score {name!r} within prompts needs rewards of two values, one above 0 and one not; use 'pearson'"
         )
-    if name in BINNED and evidence.histograms is None:
+    if name in FROM_ROWS and evidence.rows is None:
         raise CorrSteerError(
-            f"score {name!r} needs histograms, which were not kept; collect with scores=[..., {name!r}]"
-        )
-    if name == "spearman" and not evidence.two_valued(label) and _varies(evidence, label):
-        raise CorrSteerError(
-            "score 'spearman' needs rewards of two values, one above 0 and one not, since ranks of others cannot be "
-            "had in bounded memory; use 'auroc' (of y > 0) or 'pearson'"
+            f"score {name!r} needs each sample's activations, which were not kept; keep them, or use one of "
+            f"{', '.join(STREAMED)}"
         )
 
 
@@ -96,8 +90,8 @@ def _observed(evidence: Evidence, name: str, features: Features, label: int) -> 
         return correlation(evidence, features, label)
     if evidence.within:
         return _of_centred(evidence, name, evidence.columns("z1u1", features, label), features, label)[:, 0]
-    if name in BINNED:
-        value = _of_bins(name, *_binned(evidence, features, label))[:, 0]
+    if name in FROM_ROWS:
+        value = _from_rows(evidence, name, features, label, permuted=False)[:, 0]
         value = value * correlation(evidence, features, label).sign() if name == "mutual_information" else value
     else:
         positive = evidence.columns("positive2" if name == "squared_ratio" else "positive", features, label)
@@ -113,8 +107,8 @@ def permuted(evidence: Evidence, name: str, features: Features, label: int) -> T
         return pearson(evidence, evidence.columns("permuted", features, label), features, label)[0]
     if evidence.within:
         return _of_centred(evidence, name, evidence.columns("permuted", features, label), features, label)
-    if name in BINNED:
-        return _of_bins(name, *_binned(evidence, features, label, of_permutations=True))
+    if name in FROM_ROWS:
+        return _from_rows(evidence, name, features, label, permuted=True)
     if name == "squared_ratio":
         positive = evidence.columns("permuted_positive2", features, label)
     elif evidence.has("permuted_positive"):
@@ -130,11 +124,15 @@ def permuted(evidence: Evidence, name: str, features: Features, label: int) -> T
 
 
 def testable(evidence: Evidence, name: str, label: int = 0) -> bool:
-    """Whether a score's permutations are kept, or follow from others that are."""
-    if evidence.permutations == 0 or (name in BINNED and evidence.histograms is None):
+    """Whether a score's permutations are kept, or follow from others that are or from rows."""
+    if evidence.permutations == 0:
         return False
     if evidence.within:
         return name == "pearson" or (name in WITHIN and evidence.two_valued(label))
+    if evidence.rows is not None:
+        return True
+    if name in FROM_ROWS:
+        return False
     if name in ("point_biserial", "contrastive"):
         return evidence.has("permuted_positive") or evidence.two_valued(label)
     return name != "squared_ratio" or evidence.has("permuted_positive2")
@@ -185,42 +183,42 @@ def _of_groups(evidence: Evidence, name: str, positive: Tensor, features: Featur
     return torch.where(varies, (above - below) * (share * (1 - share) / torch.where(varies, variance, 1)).sqrt(), 0)
 
 
-def _binned(evidence: Evidence, features: Features, label: int, of_permutations: bool = False) -> tuple[Tensor, Tensor]:
-    """Samples in each bin, `[1 + bins, features]`, and those with y > 0, `[1 + bins, features, 1]` or, permuted,
-    `[..., P]`. The first bin is that of zeros, which are what is left."""
-    R, P = evidence.n_labels, evidence.permutations
-    assert evidence.histograms is not None, "`check` has seen to it"
-    counts = evidence.histograms.counts[:, features]
-    columns = slice(1 + R + label * P, 1 + R + (label + 1) * P) if of_permutations else slice(1 + label, 2 + label)
-    total, positive = counts[..., 0], counts[..., columns]
-    zeros, positive_zeros = evidence.n - total.sum(0), evidence.n_positive[label] - positive.sum(0)
-    return torch.cat([zeros[None], total]), torch.cat([positive_zeros[None], positive])
-
-
-def _of_bins(name: str, total: Tensor, positive: Tensor) -> Tensor:
-    """Scores `[features, any]` of `total: [bins, features]` and `positive: [bins, features, any]`."""
+def _from_rows(evidence: Evidence, name: str, features: Features, label: int, permuted: bool) -> Tensor:
+    """Scores of ranks or bins, `[features, 1]`, or of every permutation `[features, P]`."""
     if name == "mutual_information":
-        n, n_positive = total.sum(0)[:, None].clamp(min=1), positive.sum(0)
-        information = torch.zeros_like(n_positive)
-        for here, above in zip(total, positive):
-            for count, group in ((above, n_positive), (here[:, None] - above, n - n_positive)):
-                expected = (here[:, None] * group / n).clamp(min=1e-300)
-                information += torch.where(count > 0, count / n * (count.clamp(min=0.5) / expected).log(), 0)
-        return information.clamp(min=0)
-    if name == "auroc":
-        return _auroc(total, positive)
-    # Spearman's: Pearson's r of mid-ranks with an indicator is D √(share (1 - share)) n² / (2 n std(rank))
-    n = total.sum(0).clamp(min=1)
-    ranks_m2 = (n**3 - (total**3).sum(0)) / 12  # with ties (Kendall, "The treatment of ties in ranking problems", 1945)
-    n_positive = positive[:, 0, 0].sum() if positive.shape[1] else 0
-    spread = (n_positive * (n - n_positive) * n / 4 / ranks_m2.clamp(min=1)).clamp(min=0).sqrt()
-    return torch.where(ranks_m2[:, None] > 0, _auroc(total, positive) * spread[:, None], 0)
+        parts = evidence.numbers(features).split(FEATURES_AT_A_TIME)
+        return torch.cat([_information(evidence, some, label, permuted) for some in parts])
+    n, n_positive = evidence.n, float(evidence.n_positive[label])
+    prefix, rank = "permuted_" if permuted else "", evidence.columns("rank1", features)
+    if name == "auroc":  # the area is 1/2 and the difference of the groups' mean ranks, over n
+        above = evidence.columns(f"{prefix}rank_positive", features, label)
+        if not 0 < n_positive < n:
+            return torch.zeros_like(above)
+        return 2 / n * (above / n_positive - (rank - above) / (n - n_positive))
+    cross = evidence.columns(f"{prefix}rank_cross", features, label)
+    assert evidence.rows is not None, "`check` has seen to it"
+    m2 = (evidence.columns("rank2", features) - rank**2 / max(n, 1)) * evidence.rows.rank_squares(label)
+    varies = m2 > 0.25  # squares of ranks are multiples of a quarter
+    return torch.where(varies, cross / torch.where(varies, m2, 1).sqrt(), 0).clamp(-1, 1)
 
 
-def _auroc(total: Tensor, positive: Tensor) -> Tensor:
-    """2 AUROC - 1: pairs whose sample with y > 0 is in the higher bin, less those in which it is in the lower."""
-    others = total[..., None] - positive
-    below = others.cumsum(0) - others
-    above = others.sum(0) - below - others
-    pairs = positive.sum(0) * others.sum(0)
-    return (positive * (below - above)).sum(0) / pairs.clamp(min=1)
+def _information(evidence: Evidence, features: Tensor, label: int, permuted: bool) -> Tensor:
+    """Mutual information of the bins of `features: [F]` with whether y > 0, `[F, 1]` or of every permutation."""
+    assert evidence.rows is not None, "`check` has seen to it"
+    n, n_positive = evidence.n, float(evidence.n_positive[label])
+    if n == 0:
+        return torch.zeros(len(features), 1, dtype=torch.float64, device=evidence.device)
+    owner, total, positive = evidence.rows.bins(evidence, features, label, permuted)
+
+    def of_features(values: Tensor) -> Tensor:
+        summed = torch.zeros(len(features), values.shape[1], dtype=torch.float64, device=evidence.device)
+        return summed.index_add_(0, owner, values)
+
+    def counted(positive: Tensor, total: Tensor) -> Tensor:  # Σ c log c of both groups, less that of their sum
+        others = total - positive
+        return torch.xlogy(positive, positive) + torch.xlogy(others, others) - torch.xlogy(total, total)
+
+    zeros, zeros_positive = n - of_features(total[:, None]), n_positive - of_features(positive)
+    every = torch.tensor([[n_positive]], dtype=torch.float64, device=evidence.device)
+    of_all = counted(every, torch.full_like(every, n))
+    return ((of_features(counted(positive, total[:, None])) + counted(zeros_positive, zeros) - of_all) / n).clamp(min=0)

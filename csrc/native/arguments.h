@@ -45,7 +45,8 @@ T parse(const char* argument, const Named<T> (&choices)[N], const std::string& n
 
 constexpr Named<Dtype> DTYPES[] = {{"float32", Dtype::float32}, {"bfloat16", Dtype::bfloat16},
                                    {"float16", Dtype::float16}, {"float64", Dtype::float64},
-                                   {"int32", Dtype::int32},     {"bool", Dtype::boolean}};
+                                   {"int32", Dtype::int32},     {"int64", Dtype::int64},
+                                   {"uint16", Dtype::uint16},   {"bool", Dtype::boolean}};
 
 inline std::string name_of(Dtype dtype) {
     for (const auto& one : DTYPES)

@@ -6,12 +6,12 @@
 
 namespace corrsteer {
 
-enum class Dtype { float32, bfloat16, float16, float64, int32, boolean };
+enum class Dtype { float32, bfloat16, float16, float64, int32, int64, uint16, boolean };
 
 inline int64_t size_of(Dtype dtype) {
     if (dtype == Dtype::boolean) return 1;
-    if (dtype == Dtype::bfloat16 || dtype == Dtype::float16) return 2;
-    return dtype == Dtype::float64 ? 8 : 4;
+    if (dtype == Dtype::bfloat16 || dtype == Dtype::float16 || dtype == Dtype::uint16) return 2;
+    return dtype == Dtype::float64 || dtype == Dtype::int64 ? 8 : 4;
 }
 
 inline float float_of(uint32_t bits) {

@@ -68,7 +68,7 @@ struct Kernels {
     const char* name;
     int64_t nr;           // features in a panel
     int64_t f64_vectors;  // float64 registers in a panel
-    int64_t sum_columns;  // that weighted_column_sums adds up at a time, and the stride of its weights
+    int64_t sum_columns;  // that weighted_column_sums adds up at a time
     bool bf16_dot;        // whether there is an instruction for bf16_by_bf16; otherwise x is widened
 
     // tile[t, f] (+)= sum over k of weight[k, f] * x[t, k]. `weight` is the packed panel from the k at which it
@@ -89,10 +89,10 @@ struct Kernels {
     void (*label_moments)(const float* pooled, int64_t samples, const NonzeroRows&, const double* mean,
                           const double* deviation, const double* positive, PanelLabelMoments&);
     // sums[c] += sum over i of values[i] * weights[rows[i], c], for `width` of `sum_columns` columns: a sparse row
-    // times a dense matrix. Columns lie in the lanes, so that zeros cost nothing, feature by feature: they need not be
-    // among the values.
+    // times a dense matrix, whose rows lie `stride` apart. Columns lie in the lanes, so that zeros cost nothing,
+    // feature by feature: they need not be among the values. Of each row whole registers are read.
     void (*weighted_column_sums)(const double* values, const int32_t* rows, int64_t n, const double* weights,
-                                 double* sums, int64_t width);
+                                 int64_t stride, double* sums, int64_t width);
 };
 
 extern const Kernels portable;

@@ -14,6 +14,7 @@
 #include "arguments.h"
 #include "encode.h"
 #include "power_sums.h"
+#include "sparse.h"
 #include "steer_add.h"
 
 namespace py = pybind11;
@@ -21,7 +22,8 @@ namespace py = pybind11;
 namespace corrsteer {
 namespace {
 
-const std::vector<Dtype> F32{Dtype::float32}, F64{Dtype::float64}, I32{Dtype::int32}, BOOL{Dtype::boolean};
+const std::vector<Dtype> F32{Dtype::float32}, F64{Dtype::float64}, I32{Dtype::int32}, I64{Dtype::int64},
+    BOOL{Dtype::boolean};
 const std::vector<Dtype> RESIDUALS{Dtype::float32, Dtype::bfloat16, Dtype::float16};
 
 constexpr Named<Activation> ACTIVATIONS[] = {{"relu", Activation::relu}, {"jumprelu", Activation::jumprelu},
@@ -242,6 +244,71 @@ void run_update_sums(const std::string& instruction_set, const Array& pooled, co
                     threads);
 }
 
+void run_count_nonzeros(const std::string& instruction_set, const Array& pooled, const Array& counts, int threads) {
+    const Kernels& kernels = kernels_named(instruction_set);
+    pooled.expect("pooled", RESIDUALS, {-1, -1});
+    const Rows rows = rows_of("pooled", pooled, pooled.shape[1]);
+    auto* into = data_of<int64_t>("counts", counts, I64, {rows.n});
+    check_threads(threads);
+    py::gil_scoped_release released;
+    count_nonzeros(kernels, rows, pooled.shape[1], into, threads);
+}
+
+// Offsets that rise from 0 or more to at most `end`.
+const int64_t* checked_offsets(const Array& offsets, int64_t n, int64_t end) {
+    const auto* at = data_of<int64_t>("offsets", offsets, I64, {n + 1});
+    bool fits = at[0] >= 0 && at[n] <= end;
+    for (int64_t i = 0; fits && i < n; i++) fits = at[i] <= at[i + 1];
+    if (!fits) refuse("offsets must rise from 0 to at most the number of values, " + std::to_string(end));
+    return at;
+}
+
+void run_list_nonzeros(const std::string& instruction_set, const Array& pooled, const Array& offsets,
+                       const Array& values, const Array& places, int threads) {
+    const Kernels& kernels = kernels_named(instruction_set);
+    pooled.expect("pooled", RESIDUALS, {-1, -1});
+    const Rows rows = rows_of("pooled", pooled, pooled.shape[1]);
+    auto* into = data_of<float>("values", values, F32, {-1});
+    auto* beside = data_of<void>("places", places, {Dtype::uint16, Dtype::int32}, {values.shape[0]});
+    const bool narrow = places.dtype == Dtype::uint16;
+    if (pooled.shape[1] > (narrow ? int64_t(UINT16_MAX) + 1 : int64_t(INT32_MAX)))
+        refuse("places must hold numbers below " + std::to_string(pooled.shape[1]) + ", got " + name_of(places.dtype));
+    const int64_t* at = checked_offsets(offsets, rows.n, values.shape[0]);
+    check_threads(threads);
+    py::gil_scoped_release released;
+    list_nonzeros(kernels, rows, pooled.shape[1], at, into, beside, narrow, threads);
+}
+
+void run_update_sparse_sums(const std::string& instruction_set, const Array& values, const Array& samples,
+                            const Array& offsets, const Array& features, const Array& weights, int64_t first,
+                            int64_t power, const Array& sums, int threads) {
+    const Kernels& kernels = kernels_named(instruction_set);
+    sums.expect("sums", F64, {-1, -1}).contiguous("sums", 1);
+    const int64_t n = sums.shape[0], columns = sums.shape[1];
+    if (n > 1 && sums.strides[0] < columns)
+        refuse("sums must not hold the same element twice, got strides " + text(sums.strides) + " for " +
+               text(sums.shape));
+    const auto* z = data_of<float>("values", values, F32, {-1});
+    const auto* of = data_of<int32_t>("samples", samples, I32, {values.shape[0]});
+    if (offsets.shape.size() != 1 || offsets.shape[0] < 1) refuse("offsets must be [d_sae + 1], got " + text(offsets.shape));
+    const int64_t d_sae = offsets.shape[0] - 1;
+    const int64_t* at = checked_offsets(offsets, d_sae, values.shape[0]);
+    const auto* chosen = data_of<int64_t>("features", features, I64, {n});
+    for (int64_t f = 0; f < n; f++)
+        if (chosen[f] < 0 || chosen[f] >= d_sae)
+            refuse("features must lie in 0.." + std::to_string(d_sae - 1) + ", got " + std::to_string(chosen[f]));
+    weights.expect("weights", F64, {-1, columns}).contiguous("weights");
+    const int64_t rows = weights.shape[0];
+    if (first < 0 || rows > INT32_MAX || first > INT32_MAX - rows)
+        refuse("first must lie in 0.." + std::to_string(INT32_MAX) + " less the samples, got " + std::to_string(first));
+    if (power < 1) refuse("power must be at least 1, got " + std::to_string(power));
+    check_threads(threads);
+    py::gil_scoped_release released;
+    if (rows && n && columns)
+        update_sparse_sums(kernels, {z, of, at}, chosen, n, weights.data<double>(), rows, columns, first, power,
+                           sums.data<double>(), sums.strides[0], threads);
+}
+
 Strided strided(const Array& array) {
     Strided out{array.data<void>(), array.dtype};
     for (size_t i = 0; i < array.shape.size(); i++) out.shape[i] = array.shape[i], out.stride[i] = array.strides[i];
@@ -300,6 +367,13 @@ PYBIND11_MODULE(_native, module) {
                arg("threads"));
     module.def("update_sums", &run_update_sums, arg("instruction_set"), arg("pooled"), arg("weights"), arg("sums"),
                arg("powers"), arg("threads"));
+    module.def("count_nonzeros", &run_count_nonzeros, arg("instruction_set"), arg("pooled"), arg("counts"),
+               arg("threads"));
+    module.def("list_nonzeros", &run_list_nonzeros, arg("instruction_set"), arg("pooled"), arg("offsets"),
+               arg("values"), arg("places"), arg("threads"));
+    module.def("update_sparse_sums", &run_update_sparse_sums, arg("instruction_set"), arg("values"), arg("samples"),
+               arg("offsets"), arg("features"), arg("weights"), arg("first"), arg("power"), arg("sums"),
+               arg("threads"));
     module.def("steer_add", &run_steer_add, arg("h"), arg("vectors"), arg("row_vector"),
                arg("positions").none(true));
 }

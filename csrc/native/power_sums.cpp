@@ -82,7 +82,7 @@ void update_sums(const Kernels& kernels, const Rows& pooled, int64_t features, c
                         z = raised;
                     }
                     kernels.weighted_column_sums(z, rows + i * max_rows, nonzero[i],
-                                                 &packed[int64_t(b) * max_rows * block_width],
+                                                 &packed[int64_t(b) * max_rows * block_width], block_width,
                                                  sums + (feature + i) * stride + block.column, block.width);
                 }
             }

@@ -134,14 +134,25 @@ def test_alpha_drops_what_chance_explains_and_says_so_in_words(world, collected)
 
 
 def test_scores_permutations_and_bootstrap_are_collected_as_asked(world, tmp_path):
-    arguments = ("--score", "auroc", "--permutations", 19, "--bootstrap", 30, "--block-size", 32, "--shuffle-seed", 7)
+    arguments = (
+        "--score",
+        "contrastive",
+        "--permutations",
+        19,
+        "--bootstrap",
+        30,
+        "--block-size",
+        32,
+        "--shuffle-seed",
+        7,
+    )
     run("collect", "--config", world / "collect.yaml", "--out", tmp_path / "run", "--pool", "last_prompt", *arguments)
     kept = Run.load(tmp_path / "run")
     assert (kept.pool, kept.coefficient_pool, list(kept.moments[1])) == ("last_prompt", "last_prompt", ["last_prompt"])
     evidence = kept.evidence[1]["last_prompt"]
     assert (evidence.permutations, evidence.bootstrap, evidence.seed) == (19, 30, 7)
-    assert evidence.scores == ("pearson", "auroc") and evidence.blocks == {0, 1, 2}
-    arguments = ("--score", "auroc", "--interval", "bootstrap", "--json")
+    assert evidence.scores == ("pearson", "contrastive") and evidence.blocks == {0, 1, 2}
+    arguments = ("--score", "contrastive", "--interval", "bootstrap", "--json")
     rows = json.loads(run("select", tmp_path / "run", "--out", tmp_path / "s", *arguments).stdout)["table"]["1"]
     twentieths = [20 * row["statistics"]["p_value"] for row in rows]
     assert twentieths == pytest.approx([round(value) for value in twentieths])

@@ -4,10 +4,12 @@ import pytest
 import tiny_pipeline
 import torch
 
-from corrsteer import CorrSteerError, Evidence, HookPoint, Moments, Run, Steering, collect, select, update_moments
+from corrsteer import CorrSteerError, HookPoint, Moments, Run, Steering, collect, select, update_moments
 from corrsteer.experiments.baselines import baselines
 from corrsteer.experiments.seen_samples import SELECTED, overlap_notes
 from corrsteer.lm.decoding import Decoding
+from corrsteer.ops.rows import SparseRows
+from corrsteer.stats import stored
 from corrsteer.stats.evidence import SCORES
 
 Y = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
@@ -40,7 +42,7 @@ def residuals_of(layer):
     return 5 + noise + Y[:, None] * torch.tensor(MEANS[layer])
 
 
-def made_run(layers=(0, 1, 2), scores=("pearson", "auroc"), **changed):
+def made_run(layers=(0, 1, 2), rows=True, **changed):
     z = {0: Z, 1: Z, 2: 0.5 * Z.flip(1)}
     settings = {
         "moments": {layer: {"max": moments_of(z[layer])} for layer in layers},
@@ -58,8 +60,8 @@ def made_run(layers=(0, 1, 2), scores=("pearson", "auroc"), **changed):
         "provenance": {"model": "tiny", "samples": {"task": "t", "prompts": []}},
     } | changed
     for layer in layers if "evidence" not in changed else ():
-        evidence = Evidence(D, scores=scores)
-        evidence.update(z[layer], Y, 0)
+        evidence = stored.statistics([(0, SparseRows.from_dense(z[layer]), Y)], D)[1]
+        evidence.rows = evidence.rows if rows else None
         settings["evidence"][layer] = {"max": evidence}
     return Run(**settings)
 
@@ -133,11 +135,11 @@ def test_features_that_rank_best_by_another_score_are_each_there_once():
     [
         ({"residuals": {}}, {*RANDOM, "best by squared_ratio", "best by mutual_information"}),
         ({"evidence": {}}, {"difference of means", *RANDOM, "residual dimension"}),
-        ({"scores": ("pearson",)}, {"difference of means", *RANDOM, "best by squared_ratio",
+        ({"rows": False}, {"difference of means", *RANDOM, "best by squared_ratio",
                                     "residual dimension"}),
         ({"layers": (0,)}, set()),
     ],
-    ids=["no residuals", "no evidence", "no histograms", "layer 0 alone"],
+    ids=["no residuals", "no evidence", "no rows", "layer 0 alone"],
 )  # fmt: skip
 def test_a_baseline_that_cannot_be_had_is_left_out(changed, left):
     run = made_run(**changed)
@@ -187,7 +189,7 @@ def test_what_baselines_cannot_be_made_of_is_refused(arguments, message):
 def test_baselines_of_a_collected_run_fit_its_model_and_say_which_samples_they_have_seen(tmp_path):
     model, task = tiny_pipeline.model(), tiny_pipeline.task()
     run = collect(
-        model, tiny_pipeline.tokenizer(), tiny_pipeline.encoders(), task, scores=("pearson", "auroc"),
+        model, tiny_pipeline.tokenizer(), tiny_pipeline.encoders(), task, scores=("pearson", "squared_ratio"),
         permutations=0, decoding=Decoding(max_new_tokens=3), progress=False,
     )  # fmt: skip
     run.save(tmp_path / "run")

@@ -24,16 +24,18 @@ from corrsteer import (
 from corrsteer.lm.decoding import Decoding
 from corrsteer.lm.hook_points import HookPoint
 from corrsteer.ops.moments import COEFFICIENTS
+from corrsteer.ops.rows import SparseRows
 from corrsteer.rollouts.grading import grade
+from corrsteer.stats import stored
 from corrsteer.stats.evidence import SCORES
 
 DECODING = Decoding(max_new_tokens=3)
 
 
-def made_run(layers=(0, 1, 2), n=200, d=12, seed=0, constant=None, effect=1.0, **evidence):
+def made_run(layers=(0, 1, 2), n=200, d=12, seed=0, constant=None, effect=1.0, rows=False, **evidence):
     """A run over invented activations in which feature L of layer L follows the reward, and 11 - L opposes it.
 
-    It has evidence if it is given settings for it.
+    It has evidence if it is given settings for it; from rows of activations where it has `rows`.
     """
     g = torch.Generator().manual_seed(seed)
     y = (torch.rand(n, generator=g) < 0.5).float() if constant is None else torch.full((n,), constant)
@@ -50,6 +52,9 @@ def made_run(layers=(0, 1, 2), n=200, d=12, seed=0, constant=None, effect=1.0, *
             if evidence:
                 kept.setdefault(layer, {})[pool] = Evidence(d, **evidence)
                 kept[layer][pool].update(factor * z, y, 0)
+            if rows:
+                blocks = [(0, SparseRows.from_dense(factor * z), y)]
+                kept[layer][pool] = stored.statistics(blocks, d, **evidence)[1]
     return Run(
         moments,
         {layer: HookPoint(layer) for layer in layers},
@@ -231,7 +236,7 @@ def test_the_note_on_chance_is_of_what_pruning_kept(steered_world, monkeypatch):
 
 @pytest.mark.parametrize("score", SCORES[1:])
 def test_other_scores_rank_the_same_way_with_their_own_p_values(score):
-    run = made_run(permutations=49, scores=SCORES)
+    run = made_run(permutations=49, rows=True)
     for direction, sign in (("positive", 1), ("negative", -1)):
         steering = select(run, "all", score=score, direction=direction)
         for f in steering.features:
@@ -246,7 +251,7 @@ def test_other_scores_rank_the_same_way_with_their_own_p_values(score):
 
 
 def test_p_values_are_computed_once_for_a_score():
-    run = made_run(permutations=19, scores=SCORES)
+    run = made_run(permutations=19, rows=True)
     first = run.significance()
     assert run.significance("auroc") is not first and run.significance() is first
     with pytest.raises(CorrSteerError, match="this run holds no evidence to test features by; collect again"):

@@ -78,9 +78,7 @@ def assert_same_moments(moments, expected, tolerance=2e-4):
     for pool in expected:
         for name, a, b in zip(Moments.STATE, moments[pool].state(), expected[pool].state()):
             where = f"{pool} {name}"
-            torch.testing.assert_close(
-                a, b, rtol=tolerance, atol=tolerance, msg=lambda m, where=where: f"{where}: {m}"
-            )
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda m, where=where: f"{where}: {m}")
 
 
 SMALL = 2 * 16 * 2 * 128 * 4  # bytes of two steps of sixteen rows at two layers
@@ -415,7 +413,7 @@ def test_an_identity_encoder_collects_residual_dimensions(model):
 
 
 def test_a_saved_run_is_the_same_when_loaded(model, tmp_path):
-    run = gather(model, coefficient_pool="mean", permutations=20, scores=("pearson", "auroc"))
+    run = gather(model, coefficient_pool="mean", permutations=20, scores=("pearson", "squared_ratio"))
     run.save(tmp_path / "run")
     loaded = Run.load(tmp_path / "run")
     for layer in run.moments:
@@ -426,7 +424,7 @@ def test_a_saved_run_is_the_same_when_loaded(model, tmp_path):
             pairs = zip(run.moments[layer][pool].state(), loaded.moments[layer][pool].state())
             assert all(torch.equal(a, b) for a, b in pairs)
             assert torch.equal(run.evidence[layer][pool].sums, loaded.evidence[layer][pool].sums)
-        for score in ("pearson", "auroc"):
+        for score in ("pearson", "squared_ratio"):
             assert torch.equal(run.significance(score)[layer].q, loaded.significance(score)[layer].q)
     assert torch.equal(run.rewards, loaded.rewards)
     for name in ("pool", "coefficient_pool", "points", "snapshots", "notes", "provenance", "n"):
@@ -515,7 +513,6 @@ def test_a_wrapper_around_the_model_is_seen_through(model):
         assert all(torch.equal(a, b) for a, b in zip(plain, wrapped))
 
 
-
 def test_a_reward_that_never_varies_is_noted(model):
     run = gather(model, task=tiny_pipeline.task(grader=lambda completion, example: 1.0))
     assert run.notes and "every one of the 40 rewards was 1, so nothing correlates" in run.notes[0]
@@ -552,9 +549,9 @@ REFUSED = {
     "a negative seed": ({"shuffle_seed": -1}, "shuffle_seed must be a whole number of at least 0, got -1"),
     "too few permutations": ({"permutations": 10}, "permutations must be 0 or at least 19, .* got 10"),
     "blocks of one": ({"block_size": 1}, "block_size must be at least 2 for permutations"),
-    "histograms of signed activations": (
-        {"encoders": {1: SparseEncoder.identity(128)}, "scores": ("pearson", "auroc")},
-        r"scores must not be mutual_information, auroc, spearman for encoders\[1\], whose activation identity",
+    "a score of activations that are not kept": (
+        {"scores": ("pearson", "auroc")},
+        "scores must be among pearson, .* where statistics are summed up as samples come, got auroc",
     ),
     "an unknown score": ({"scores": ("kendall",)}, "scores must be among pearson, "),
     "an unknown backend": ({"backend": "magic"}, "backend must be one of"),

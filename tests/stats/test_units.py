@@ -11,10 +11,10 @@ from places import everywhere
 from problems import F32, Case, make, updated
 
 from corrsteer import CorrSteerError, Evidence, Moments, inference, scores, stability, update_moments
-from corrsteer.stats.evidence import SCORES
+from corrsteer.stats.evidence import STREAMED
 
 COEFFICIENTS = ("mean_positive", "mean_positive_active", "contrastive")
-SETTINGS = {"permutations": 49, "bootstrap": 60, "scores": SCORES, "seed": 3}
+SETTINGS = {"permutations": 49, "bootstrap": 60, "scores": STREAMED, "seed": 3}
 SIZES = (1e60, 1e-60, 1e140, 1e-140, 2.0**70, 2.0**-9, -1e60, 1e3)
 
 
@@ -44,12 +44,10 @@ def collected(z, y, blocks=4, merged=False, backend=None):
 def said(evidence, moments):
     """Everything that is said of features and has no unit, by name."""
     found = {"r of the moments": moments.correlation()[0]}
-    found |= {
-        f"score {name}": scores.score(evidence, name) for name in SCORES if name not in ("contrastive", "spearman")
-    }
+    found |= {f"score {name}": scores.score(evidence, name) for name in STREAMED if name != "contrastive"}
     for method in inference.METHODS:
         found |= {f"{method} {end}": x for end, x in zip(("low", "high"), inference.interval(evidence, method))}
-    for name in ("pearson", "point_biserial", "auroc"):
+    for name in ("pearson", "point_biserial", "squared_ratio"):
         tested = inference.significance({0: evidence}, name)[0]
         found |= {f"{p} of {name}": getattr(tested, p) for p in ("p", "p_layer", "p_adjusted", "q")}
     (leaders,) = stability.snapshot({0: evidence}).leaders.values()

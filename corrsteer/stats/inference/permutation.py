@@ -13,9 +13,9 @@ from torch import Tensor
 
 from corrsteer.errors import CorrSteerError
 from corrsteer.stats import scores
-from corrsteer.stats.evidence import BINNED, Evidence
+from corrsteer.stats.evidence import Evidence
 
-FEATURES_AT_A_TIME = 4096  # whose permutations are looked at together, 32 MB an array of 1000; fewer where binned
+FEATURES_AT_A_TIME = 4096  # whose permutations are looked at together, 32 MB an array of 1000
 LEVELS = 1 << 16  # of a score, to which the pooled null is rounded (up)
 
 
@@ -153,9 +153,7 @@ class _Family:
 
     def ascending(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Some features at a time, in `order`: which they are, and |score| of every permutation, `[features, P]`."""
-        bins = self._evidences[0].bins if self._name in BINNED else 1
-        together = max(1, FEATURES_AT_A_TIME // bins)
-        for here in self.order.split(together):
+        for here in self.order.split(FEATURES_AT_A_TIME):
             null = torch.empty(len(here), self.permutations, dtype=torch.float64, device="cpu")
             for number, evidence in enumerate(self._evidences):
                 mine = self.home[here] == number
