@@ -126,6 +126,19 @@ def load_model(given: ModelSettings) -> tuple[nn.Module, Any]:
         raise CorrSteerError(f"model {given.model!r} cannot be loaded on device {given.device!r}: {error}") from error
 
 
+def load_vllm(given: ModelSettings) -> tuple[Any, Any]:
+    """A model as vLLM loads it, where its device is vLLM's own choice, and its tokenizer."""
+    from transformers import AutoTokenizer
+
+    from corrsteer.lm import vllm_engine
+
+    if given.device != "auto":
+        raise CorrSteerError(
+            f"device must be left out with --engine vllm, which chooses by itself, got {given.device!r}"
+        )
+    return vllm_engine.load_vllm(given.model, dtype=given.dtype), AutoTokenizer.from_pretrained(given.model)
+
+
 def decoding(given: ModelSettings) -> Decoding:
     """How completions are generated."""
     names = ("max_new_tokens", "temperature", "top_p", "seed", "batch_tokens", "batch_size", "cache_bytes")

@@ -181,6 +181,21 @@ class CollectSettings(TaskSettings, ModelSettings):
         return [value] if isinstance(value, str) else value
 
 
+class RolloutsSettings(TaskSettings, ModelSettings):
+    """What `corrsteer rollouts` needs."""
+
+    out: Path = Field(description="File to write the rollouts to, a line of JSON each.")
+    engine: Literal["hf", "vllm"] = Field(
+        default="hf", description="hf (transformers) or vllm, which must be installed: what generates."
+    )
+    samples_per_prompt: int = Field(
+        default=1, ge=1, description="Completions of each prompt; more than 1 needs a --temperature above 0."
+    )
+    part: Literal["all", "train", "validation", "test"] = Field(
+        default="train", description="all, or the train (80 %), validation (10 %) or test (10 %) part of the task."
+    )
+
+
 class EvaluateSettings(TaskSettings, ModelSettings, SteeringSettings):
     """What `corrsteer evaluate` needs."""
 
@@ -272,7 +287,7 @@ def _yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CorrSteerError(f"config {path} must be a mapping of settings, got {type(values).__name__}")
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
-    known = CollectSettings.model_fields | SelectSettings.model_fields
+    known = CollectSettings.model_fields | SelectSettings.model_fields | RolloutsSettings.model_fields
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

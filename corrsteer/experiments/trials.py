@@ -24,7 +24,8 @@ from corrsteer.lm.generation import Completion, Generator, Within, tokenize
 from corrsteer.lm.hook_points import HookPoint
 from corrsteer.lm.prefill import Begun
 from corrsteer.lm.sampling import sample_keys
-from corrsteer.rollouts.grading import Graded, by_name
+from corrsteer.rollouts.grading import Graded
+from corrsteer.rollouts.rollout import by_name
 from corrsteer.steering.hooks import add_vectors
 from corrsteer.steering.steering import Steering, stack
 from corrsteer.tasks import Task

@@ -8,11 +8,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
 
 Within = Callable[[Sequence[int]], AbstractContextManager[Any]]  # what `generate` runs in, given the rows that are left
 
+Finish = Literal["stop", "length"]
+
 ENDED = 0.25  # share of a batch's rows that have to have ended before it is cut down to the others
 
 
@@ -43,6 +44,15 @@ def tokenize(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, d
     CorrSteerError : for an empty task, a prompt of no tokens, or one too long for the model's context.
     """
     hook_points.check_generates(model)
+    context = getattr(hook_points.text_config(model), "max_position_embeddings", None)
+    vocabulary = getattr(hook_points.embeddings(model), "num_embeddings", None)
+    return tokenize_prompts(tokenizer, task, decoding, vocabulary=vocabulary, context=context)
+
+
+def tokenize_prompts(
+    tokenizer: PreTrainedTokenizerBase, task: Task, decoding: Decoding, *, vocabulary: int | None, context: int | None
+) -> list[list[int]]:
+    """The same for a model of so many tokens and so long a context; None where that is not known."""
     check_type("task", task, Task, "a Task")
     check_type("decoding", decoding, Decoding, "a Decoding")
     if not callable(tokenizer):
@@ -51,20 +61,18 @@ def tokenize(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, d
         raise CorrSteerError(f"task {task.name!r} is empty; it must have at least one example")
     # A chat template writes its own special tokens.
     ids = tokenizer(task.prompts(tokenizer), add_special_tokens=not task.chat)["input_ids"]
-    limit = getattr(hook_points.text_config(model), "max_position_embeddings", None)
-    known = getattr(hook_points.embeddings(model), "num_embeddings", math.inf)
     for example, tokens in zip(task.examples, ids):
         if not tokens:
             raise CorrSteerError(f"{example.source}: the prompt has no tokens; give it some text")
-        if max(tokens) >= known:
+        if vocabulary and max(tokens) >= vocabulary:
             raise CorrSteerError(
-                f"{example.source}: the tokenizer gives token {max(tokens)}, but the model knows {known}; use the "
+                f"{example.source}: the tokenizer gives token {max(tokens)}, but the model knows {vocabulary}; use the "
                 f"tokenizer that belongs to the model"
             )
-        if limit and len(tokens) + decoding.max_new_tokens > limit:
+        if context and len(tokens) + decoding.max_new_tokens > context:
             raise CorrSteerError(
                 f"{example.source}: the prompt has {len(tokens)} tokens, which with max_new_tokens="
-                f"{decoding.max_new_tokens} is more than the model's context of {limit}; shorten either"
+                f"{decoding.max_new_tokens} is more than the model's context of {context}; shorten either"
             )
     return ids
 
@@ -78,10 +86,38 @@ def stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[in
 
 
 class Completion(NamedTuple):
-    """What was written, and in how many tokens; one that ended it is counted, as it was generated too."""
+    """What was written.
+
+    Attributes
+    ----------
+    text, ids : up to and without the first stop token, as text without special tokens and as tokens.
+    tokens : how many were generated, with one that ended it.
+    finish : `stop` where a stop token ended it, `length` where the most new tokens did.
+    """
 
     text: str
     tokens: int
+    ids: tuple[int, ...]
+    finish: Finish
+
+
+def completions(
+    tokenizer: PreTrainedTokenizerBase, written: Sequence[Sequence[int]], stops: Sequence[int]
+) -> list[Completion]:
+    """Completions of the tokens that were generated, which may go on after a stop token."""
+    ends = [_end(tokens, stops) for tokens in written]
+    ids = [tuple(tokens[:end]) for tokens, end in zip(written, ends)]
+    texts = tokenizer.batch_decode([list(tokens) for tokens in ids], skip_special_tokens=True)
+    stopped = [end < len(tokens) for tokens, end in zip(written, ends)]
+    return [
+        Completion(text, len(tokens) + ended, tokens, "stop" if ended else "length")
+        for text, tokens, ended in zip(texts, ids, stopped)
+    ]
+
+
+def _end(tokens: Sequence[int], stops: Sequence[int]) -> int:
+    """Where a completion ends: before its first stop token."""
+    return next((at for at, token in enumerate(tokens) if token in stops), len(tokens))
 
 
 @dataclass(frozen=True)
@@ -91,6 +127,23 @@ class Generator:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     decoding: Decoding
+
+    def tokenize(self, task: Task) -> list[list[int]]:
+        """Token ids of every prompt, see `tokenize`."""
+        return tokenize(self.model, self.tokenizer, task, self.decoding)
+
+    @property
+    def engine(self) -> str:
+        """What generates, and its version."""
+        import transformers
+
+        return f"transformers {transformers.__version__}"
+
+    @property
+    def model_name(self) -> str | None:
+        """The model's name, or where it was read from; None where it was made in memory."""
+        config: Any = self.model.config
+        return config._name_or_path or None
 
     @functools.cached_property
     def stops(self) -> list[int]:
@@ -188,18 +241,10 @@ class Generator:
             cache.keep(kept)
             batch = batch.grown(ids).rows(kept)
             rows = [rows[at] for at in alive]
-        ends = [self._end(tokens) for tokens in written]
-        cut = [tokens[:end] for tokens, end in zip(written, ends)]
-        texts = self.tokenizer.batch_decode(cut, skip_special_tokens=True)
-        counts = (end + (end < len(tokens)) for tokens, end in zip(written, ends))
-        return [Completion(text, tokens) for text, tokens in zip(texts, counts)]
-
-    def _end(self, tokens: Sequence[int]) -> int:
-        """Where a completion ends: before its first stop token."""
-        return next((at for at, token in enumerate(tokens) if token in self.stops), len(tokens))
+        return completions(self.tokenizer, written, self.stops)
 
     def _ended(self, tokens: Sequence[int]) -> bool:
-        return self._end(tokens) < len(tokens)
+        return _end(tokens, self.stops) < len(tokens)
 
     @functools.cached_property
     def _settings(self) -> GenerationConfig:

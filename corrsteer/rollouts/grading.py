@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from corrsteer.errors import CorrSteerError
 from corrsteer.lm.decoding import Decoding
 from corrsteer.lm.generation import Generator, tokenize
 from corrsteer.lm.sampling import sample_keys
+from corrsteer.rollouts.rollout import by_name
 from corrsteer.tasks import Task
 from corrsteer.tasks.identity import TaskIdentity
 
@@ -76,11 +76,6 @@ class Graded:
                 f"unsteered must be graded on the same task with the same decoding, but its {', its '.join(differs)}; "
                 f"grade this task"
             )
-
-
-def by_name(rewards: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
-    """Rewards of samples, all of the same names, as a list for each name."""
-    return {name: [of_sample[name] for of_sample in rewards] for name in rewards[0]}
 
 
 def grade(
