@@ -337,6 +337,8 @@ def collection(study: Path) -> str:
 
     tables = ((collection.HEADER, collection.rows), (collection.PROFILE, collection.profile_rows))
     return _jobs(study, "bench.collection", collection.reached, tables)
+
+
 def stored_rows(study: Path) -> str:
     """What stored rows of activations take against permuted sums, as measured; or how to measure it."""
     from bench import stored_rows

@@ -1,11 +1,11 @@
-"""The command line: demo, rollouts, collect, select, calibrate, evaluate, generate, plan, doctor; a file each.
+"""The command line, a file a command.
 
 Results go to stdout, as text or with `--json` as one JSON object; everything said along the way goes to stderr.
 A user's mistake ends with one line and exit status 1; `--traceback` shows where it was noticed.
 """
 
 # each registers its command, in the order of the help
-from corrsteer.cli import demo, rollouts, collect, select, calibrate, evaluate, generate, plan, doctor  # noqa: F401, I001
+from corrsteer.cli import demo, rollouts, collect, regrade, show, select, calibrate, evaluate, generate, plan, doctor  # noqa: F401, I001
 from corrsteer.cli.app import app, take_every_character
 
 __all__ = ["app", "main"]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from corrsteer.cli.app import Json, command, emit
+from corrsteer.cli.app import Json, command
 from corrsteer.cli.options import Given
 from corrsteer.cli.settings import CollectSettings
 from corrsteer.errors import CorrSteerError
 
 if TYPE_CHECKING:
     from corrsteer.runs.run import Run
+
+OF_TASKS = ("task", "part", "split", "split_seed", "prompt_field", "answer_field", "samples_per_prompt")
 
 
 @command
@@ -23,16 +24,18 @@ def collect(
     force: Annotated[bool, typer.Option("--force", help="Replace a run that is already there.")] = False,
     json: Json = False,
 ) -> None:
-    """Generate and grade a task's completions, and correlate every SAE feature with the reward."""
+    """Generate and grade a task's completions, or read some that exist, and correlate every SAE feature with the
+    reward."""
     settings = given.read()
-    from corrsteer.cli import inputs
+    from corrsteer.cli import collected, inputs
     from corrsteer.experiments.selection import selectable
     from corrsteer.runs.collect import CollectionStopped
     from corrsteer.runs.collect import collect as collect_
     from corrsteer.runs.options import Options
 
     same = ("pool", "positions", "permutations", "bootstrap", "block_size", "shuffle_seed", "patience",
-            "statistics_bytes", "buffer_bytes", "backend")  # fmt: skip
+            "statistics_bytes", "buffer_bytes", "backend", "keep_activations", "activation_bytes",
+            "within_prompt")  # fmt: skip
     asked = {name: getattr(settings, name) for name in same} | {
         "coefficient_pool": settings.coefficient_pool or settings.pool,
         "scores": tuple(dict.fromkeys(("pearson", *settings.score))),
@@ -42,8 +45,8 @@ def collect(
         raise CorrSteerError("keep_bos is of prompts, which positions 'all' reads; give --positions all too")
     sources = inputs.parse_saes(settings.sae)
     inputs.check_saes(sources)
-    _prepare(settings.out, force)
-    task = inputs.load_task(settings)
+    samples = _samples(settings)
+    collected.prepare(settings.out, force)
     model, tokenizer = inputs.load_model(settings)
     encoders = inputs.load_encoders(sources, model)
     if settings.precision:
@@ -53,11 +56,12 @@ def collect(
             model,
             tokenizer,
             encoders,
-            task,
+            **samples,
             decoding=inputs.decoding(settings),
             exclude_tokens=() if settings.keep_bos else None,
             hook_offset=settings.hook_offset,
             patience_layers=selectable(encoders) or None,
+            directory=settings.out,
             **asked,
         )
     except CollectionStopped as stopped:
@@ -68,66 +72,44 @@ def collect(
             f"{stopped.message}; the {stopped.run.n} samples before are in {settings.out}, which select takes as it is"
         ) from None
     _save(run, settings)
-    _print(run, settings.out, json)
+    collected.emit_run(run, settings.out, json)
 
 
-def _print(run: Run, out: Path, json: bool) -> None:
-    """The mean reward, and the top feature of each layer."""
-    from corrsteer.stats.stability import settled_at
-
-    reward = run.rewards.nanmean().item()
-    tops = {layer: run.correlation(layer).max(0) for layer in run.moments}
-    tested = run.significance() if run.testable() else {}
-    p = {layer: float(of_layer.p_adjusted[tops[layer].indices]) for layer, of_layer in tested.items()}
-    settled = settled_at(run.snapshots)
-    result = {
-        "out": str(out),
-        "samples": run.n,
-        "reward": reward,
-        "notes": run.notes,
-        "layers": {
-            str(layer): {
-                "feature": int(top.indices),
-                "r": float(top.values),
-                "p_adjusted": p.get(layer),
-                "settled_at": settled.get(layer),
-            }
-            for layer, top in tops.items()
-        },
-    }
-    best = [
-        f"  layer {layer}: top feature {int(top.indices)}, r = {float(top.values):+.3f}"
-        + (f", adjusted p {p[layer]:.4f}" if layer in p else "")
-        + (f", in front since {settled[layer]} samples" if len(run.snapshots) > 2 else "")
-        for layer, top in tops.items()
-    ]
-    text = "\n".join([f"{run.n} samples, mean reward {reward:.3f}, written to {out}", *best])
-    emit(result, json, text, run.notes)
-
-
-def _prepare(out: Path, force: bool) -> None:
-    """See that a run can be written before it is collected."""
+def _samples(settings: CollectSettings) -> dict[str, Any]:
+    """What is collected from: a task, or rollouts and what grades them."""
     from corrsteer.cli import inputs
+    from corrsteer.rollouts.regrading import task_of
+    from corrsteer.rollouts.rollout import as_chat, rewarded_by
+    from corrsteer.rollouts.rollout_file import read_rollouts
 
-    if (out / "run.json").exists() and not force:
-        raise CorrSteerError(f"out {out} already holds a run; give another directory, or --force to replace it")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CorrSteerError(f"out {out} cannot be written to ({error.strerror}); give another directory") from None
-    inputs.check_writable(out)
+    if settings.rollouts is None:
+        return {"task": inputs.load_task(settings), "samples_per_prompt": settings.samples_per_prompt}
+    if strange := sorted(settings.model_fields_set & set(OF_TASKS)):
+        raise CorrSteerError(
+            f"{', '.join(strange)} cannot be used with rollouts, which are prompts and completions themselves; leave "
+            f"{'it' if len(strange) == 1 else 'them'} out"
+        )
+    rollouts = read_rollouts(settings.rollouts)[: settings.limit]
+    regrades = "grader" in settings.model_fields_set
+    task = task_of(rollouts, inputs.parse_graders(settings.grader) if regrades else None)
+    if settings.reward is not None and regrades:
+        task = task.rewarded_by(settings.reward)
+    elif settings.reward is not None:
+        rollouts = [rewarded_by(rollout, settings.reward) for rollout in rollouts]
+    if settings.chat:
+        rollouts = [as_chat(rollout, settings.system) for rollout in rollouts]
+    return {"task": task, "rollouts": rollouts}
 
 
 def _save(run: Run, settings: CollectSettings) -> None:
     """Write the run, with the settings that it takes to evaluate on the same task with the same model."""
-    recorded = settings.model_dump(mode="json", exclude={"out", "sae"})
+    from corrsteer.cli import collected
+
+    recorded = settings.model_dump(mode="json", exclude={"out", "sae", "rollouts"})
     for name in ("task", "model"):
-        if Path(recorded[name]).exists():
+        if recorded[name] is not None and Path(recorded[name]).exists():
             recorded[name] = str(Path(recorded[name]).resolve())
+    if settings.rollouts is not None and "grader" not in settings.model_fields_set:
+        recorded["grader"] = ["none"]  # rewards came with the rollouts
     run.provenance["settings"] = recorded
-    try:
-        run.save(settings.out)
-    except CorrSteerError as error:  # what took hours is not lost to a full disk
-        elsewhere = Path(tempfile.mkdtemp(prefix="corrsteer-run-"))
-        run.save(elsewhere)
-        raise CorrSteerError(f"{error}; the run was saved to {elsewhere} instead") from None
+    collected.save(run, settings.out)

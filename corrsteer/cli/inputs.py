@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from corrsteer.tasks import GraderSpec, Task
 
 def load_task(given: TaskSettings) -> Task:
     """The part of a task that was asked for."""
+    if given.task is None:
+        raise CorrSteerError("task is missing: give --task or put it in the YAML file")
     options = {
         "grader": parse_graders(given.grader), "prompt_field": given.prompt_field, "answer_field": given.answer_field,
         "category_field": given.category_field or None, "chat": given.chat, "system": given.system,
@@ -148,6 +151,37 @@ def decoding(given: ModelSettings) -> Decoding:
 def recorded(provenance: dict[str, Any], part: str) -> dict[str, Any]:
     """The settings of a collection, but for what it does not decide: which part of the task, and how to steer."""
     return provenance.get("settings", {}) | {"part": part, "positions": None, "limit": None}
+
+
+def recorded_model(provenance: dict[str, Any]) -> ModelSettings:
+    """How a collection loaded its model."""
+    known = provenance.get("settings", {})
+    if known.get("model") is None:
+        raise CorrSteerError(
+            "the run does not say where its model is, as it was not collected by this command; use the Python functions"
+        )
+    return ModelSettings(**{name: known[name] for name in ModelSettings.model_fields if name in known})
+
+
+def recorded_encoders(
+    provenance: dict[str, Any], model: nn.Module, layers: Collection[int] | None = None
+) -> dict[int, SparseEncoder]:
+    """The encoders of a collection's layers, from where each was read, in the precision that it had."""
+    found: dict[int, SparseEncoder] = {}
+    for layer, described in provenance["saes"].items():
+        if layers is not None and int(layer) not in layers:
+            continue
+        source = described["source"]
+        if source["kind"] == "memory":
+            raise CorrSteerError(
+                f"the SAE of layer {layer} was in memory when the run was made, so that it cannot be read again; use "
+                f"the Python functions"
+            )
+        named = {"directory": source.get("directory"), "release": f"{source.get('release')}:{source.get('sae_id')}"}
+        encoder = load_encoders({int(layer): named.get(source["kind"], source["kind"])}, model)[int(layer)]
+        precision = provenance.get("settings", {}).get("precision")
+        found[int(layer)] = encoder.to(precision=precision) if precision else encoder
+    return found
 
 
 def check_file(out: Path) -> None:

@@ -21,7 +21,8 @@ def rollouts(
     """Generate and grade a task's completions, and write them to a file. Needs no SAE."""
     settings = given.read()
     from corrsteer.cli import inputs
-    from corrsteer.rollouts.generate import check_samples, generate_rollouts
+    from corrsteer.rollouts.asked import check_samples
+    from corrsteer.rollouts.generate import generate_rollouts
     from corrsteer.rollouts.rollout import by_name
 
     inputs.check_file(settings.out)

@@ -30,8 +30,8 @@ def select(
     score: Annotated[
         str,
         typer.Option(
-            help="What to rank by: pearson, point_biserial, contrastive or squared_ratio, or, if collected with it, "
-            "mutual_information, auroc or spearman."
+            help="What to rank by: pearson, point_biserial, contrastive or squared_ratio, or, where "
+            "activations were kept, mutual_information, auroc or spearman."
         ),
     ] = "pearson",
     alpha: Annotated[
@@ -63,7 +63,7 @@ def select(
 ) -> None:
     """Choose features and coefficients from a collected run, and write a steering file.
 
-    The model, its task and how it is steered are options of `--strategy pruned` and `search`; by default they are as
+    The reward is any of the run's. The model, its task and how it is steered are options of `--strategy pruned` and `search`; by default they are as
     collected.
     """
     from corrsteer.cli import inputs
@@ -75,6 +75,8 @@ def select(
 
     inputs.check_file(out)
     loaded = Run.load(run)
+    if (reward := given.flags["reward"]) is not None:
+        loaded = loaded.statistics(reward)
     choices = chosen(strategy, score, alpha, correction, interval, coefficient, direction, layer, top_k)
     choices = choices.checked(loaded)  # before a model is loaded
     trials: dict[str, Any] = {}
@@ -92,9 +94,9 @@ def select(
                 trials["positions"] = (trials["positions"], "all")
         trials["validation"] = inputs.load_task(settings)
         trials["model"], trials["tokenizer"] = inputs.load_model(settings)
-    elif given.names:
+    elif names := [name for name in given.names if name != "--reward"]:
         raise CorrSteerError(
-            f"{', '.join(given.names)} can only be used with --strategy pruned or search, which run the model"
+            f"{', '.join(names)} can only be used with --strategy pruned or search, which run the model"
         )
     steering = select_(loaded, **vars(choices), **trials)
     searched, notes = steering.provenance.get("search"), steering.notes

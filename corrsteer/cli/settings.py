@@ -38,10 +38,19 @@ class ChatSettings(Settings):
     system: str | None = Field(default=None, description="System message, with --chat.")
 
 
+def _named_graders(value: Any) -> Any:
+    """In YAML a mapping of names to graders, or a single grader, will do."""
+    if isinstance(value, dict):
+        return [f"{name}={grader}" for name, grader in value.items()]
+    return [value] if isinstance(value, str) else value
+
+
 class TaskSettings(ChatSettings):
     """A task: its rows, its graders, and which part of it."""
 
-    task: str = Field(description="JSONL file, or a dataset on the hub as NAME or NAME:CONFIG.")
+    task: str | None = Field(
+        default=None, description="JSONL file, or a dataset on the hub as NAME or NAME:CONFIG."
+    )
     grader: list[str] = Field(
         default=["exact"],
         min_length=1,
@@ -61,13 +70,7 @@ class TaskSettings(ChatSettings):
     split_seed: int = Field(default=0, ge=0, description="Seed of that division.")
     limit: int | None = Field(default=None, ge=1, description="Use only the first so many examples of the part.")
 
-    @field_validator("grader", mode="before")
-    @classmethod
-    def _graders(cls, value: Any) -> Any:
-        """In YAML a mapping of names to graders, or a single grader, will do."""
-        if isinstance(value, dict):
-            return [f"{name}={grader}" for name, grader in value.items()]
-        return [value] if isinstance(value, str) else value
+    _graders = field_validator("grader", mode="before")(_named_graders)
 
 
 class ModelSettings(Settings):
@@ -117,6 +120,25 @@ class CollectSettings(TaskSettings, ModelSettings):
         "published SAE, or `identity` for the residual dimensions themselves.",
     )
     out: Path = Field(description="Directory to write the run to.")
+    rollouts: Path | None = Field(
+        default=None,
+        description="File of completions that exist, to be read instead of generating some. They are graded by "
+        "--grader, or else their rewards are taken.",
+    )
+    samples_per_prompt: int = Field(
+        default=1, ge=1, description="Completions of each prompt; more than 1 needs a --temperature above 0."
+    )
+    within_prompt: bool = Field(
+        default=False,
+        description="Centre and permute within each prompt's completions: what tells good from bad answers to the "
+        "same prompt.",
+    )
+    keep_activations: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="auto, always or never: keep every sample's pooled activations, of which any other reward, score "
+        "and number of permutations can be had later.",
+    )
+    activation_bytes: int = Field(default=4 << 30, ge=1, description="Where auto stops keeping them, in bytes.")
     pool: Literal["max", "mean", "last_prompt"] = Field(
         default="max",
         description="max or mean over a sample's tokens, for the correlation; or last_prompt, its last prompt token.",
@@ -133,10 +155,14 @@ class CollectSettings(TaskSettings, ModelSettings):
     )
     hook_offset: int = Field(default=0, description="-1 reads one block early, as the paper's code does.")
     permutations: int = Field(
-        default=1000, ge=0, description="Of the rewards, for p-values; each takes 8 bytes a feature."
+        default=1000,
+        ge=0,
+        description="Of the rewards, for p-values; each takes 8 bytes a feature where activations are not kept.",
     )
     bootstrap: int = Field(
-        default=0, ge=0, description="Replicates for bootstrap intervals; they take 24 bytes each a feature."
+        default=0,
+        ge=0,
+        description="Replicates for bootstrap intervals; 24 bytes each a feature where activations are not kept.",
     )
     score: list[str] = Field(
         default=["pearson"],
@@ -194,6 +220,24 @@ class RolloutsSettings(TaskSettings, ModelSettings):
     part: Literal["all", "train", "validation", "test"] = Field(
         default="train", description="all, or the train (80 %), validation (10 %) or test (10 %) part of the task."
     )
+
+
+class RegradeSettings(Settings):
+    """What `corrsteer regrade` needs."""
+
+    out: Path = Field(description="Directory to write the run with other rewards to.")
+    grader: list[str] = Field(
+        default=[], description="As for collect; give it again for more rewards, as NAME=GRADER to name them."
+    )
+    rewards: Path | None = Field(
+        default=None, description="Instead of graders, a JSONL or CSV file with an id and rewards a line."
+    )
+    reward: str | None = Field(default=None, description="Which of the rewards to use; by default the first.")
+    permutations: int | None = Field(default=None, ge=0, description="Of the rewards; by default as collected.")
+    bootstrap: int | None = Field(default=None, ge=0, description="Replicates; by default as collected.")
+    within_prompt: bool = Field(default=False, description="Centre and permute within each prompt's completions.")
+
+    _graders = field_validator("grader", mode="before")(_named_graders)
 
 
 class EvaluateSettings(TaskSettings, ModelSettings, SteeringSettings):
@@ -287,7 +331,8 @@ def _yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CorrSteerError(f"config {path} must be a mapping of settings, got {type(values).__name__}")
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
-    known = CollectSettings.model_fields | SelectSettings.model_fields | RolloutsSettings.model_fields
+    kinds = (CollectSettings, SelectSettings, RolloutsSettings, RegradeSettings)
+    known = {name: field for kind in kinds for name, field in kind.model_fields.items()}
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

@@ -37,7 +37,7 @@ class Ranking:
     def value(self, layer: int) -> Tensor:
         """Each feature's score, `[d_sae]`."""
         if self.score == "pearson":
-            return self.run.moments[layer][self._pool].correlation()[0]
+            return self.run.correlation(layer, self._pool)
         return scores.score(self.run.evidence[layer][self._pool], self.score)
 
     @property
@@ -60,7 +60,7 @@ class Ranking:
         if len(indices) == 0:
             return []
         moments, of_coefficient = run.moments[layer][pool], run.moments[layer][self._coefficient_pool]
-        r, value = moments.correlation()[0, indices], value[indices]
+        r, value = run.correlation(layer, pool)[indices], value[indices]
         group = moments.group_frequency()[:, 0, indices]
         every = {kind: of_coefficient.coefficient(kind)[0, indices] for kind in COEFFICIENTS}
         c, errors = every[self.coefficient], {}
@@ -75,7 +75,7 @@ class Ranking:
         if layer in run.evidence:
             evidence, other = (run.evidence[layer][name] for name in (pool, self._coefficient_pool))
             method = self.interval if pool == run.pool else "delta"
-            columns["low"], columns["high"] = inference.interval(evidence, method, features=indices)
+            columns["low"], columns["high"] = run.interval(layer, pool, method, indices)
             errors = {kind: inference.coefficient_error(other, of_coefficient, kind, indices) for kind in COEFFICIENTS}
             columns["coefficient_error"] = errors[self.coefficient]
         if pool == run.pool and run.testable(self.score):
@@ -83,6 +83,7 @@ class Ranking:
             for name, p in (("value", tested.p), ("layer", tested.p_layer), ("adjusted", tested.p_adjusted)):
                 columns[f"p_{name}"] = p[indices.to(p.device)]
             columns["q_value"] = tested.q[indices.to(tested.q.device)]
+        others = moments.correlation()[1:, indices]
         known: dict[str, list[Any]] = {name: _known(column) for name, column in columns.items()}
         pairs = {kind: (_known(every[kind]), _known(errors[kind])) for kind in errors}
         return [
@@ -94,6 +95,7 @@ class Ranking:
                 statistics=FeatureStatistics(
                     **{name: column[at] for name, column in known.items()},
                     coefficients={kind: [value[at], error[at]] for kind, (value, error) in pairs.items()} or None,
+                    correlations=dict(zip(run.other_rewards, others[:, at].tolist())) or None,
                     pool=pool,
                 ),
             )

@@ -103,6 +103,17 @@ class Moments:
         """A copy on another device."""
         return Moments.from_state([tensor.to(device, copy=True) for tensor in self.state()])
 
+    def of_labels(self, labels: Sequence[int]) -> Moments:
+        """A copy of some labels, in that order."""
+        index = torch.tensor(labels, dtype=torch.int64, device=self.device)
+        dims = {"y_mean": 0, "y_m2": 0, "cross": 0, "n_positive": 0}
+        dims |= dict.fromkeys(("group_sum", "group_active_sum", "group_active_count"), 1)
+        copied = self.to(self.device)
+        for name, dim in dims.items():
+            setattr(copied, name, getattr(copied, name).index_select(dim, index))
+        copied.n_labels = len(labels)
+        return copied
+
     @torch.no_grad()
     def merge(self, other: Moments) -> None:
         """Fold in the moments of other samples, such as another process's; the order does not matter."""

@@ -38,15 +38,17 @@ def feature_table(
     features, selected_by = list(features), selected_by or {}
     scored = any(f.statistics is not None and f.statistics.score is not None for f in features)
     kinds = COEFFICIENTS if every_coefficient else ()
-    header = ["layer", "feature", *["score"] * scored, "r", "95 % interval", "adjusted p", "coefficient", *kinds,
-              "active", "if right", "if wrong", *selected_by]  # fmt: skip
+    known = [f.statistics.correlations or {} for f in features if f.statistics is not None]
+    others = list(dict.fromkeys(name for correlations in known for name in correlations))
+    header = ["layer", "feature", *["score"] * scored, "r", *(f"r of {name}" for name in others), "95 % interval",
+              "adjusted p", "coefficient", *kinds, "active", "if right", "if wrong", *selected_by]  # fmt: skip
     return table(
         header,
         [
             (
                 "-" if f.layer is None else str(f.layer),
                 f.hook_point if f.index is None else str(f.index),
-                *_statistics(f, scored, kinds),
+                *_statistics(f, scored, others, kinds),
                 *("yes" if f in chosen else "-" for chosen in selected_by.values()),
             )
             for f in features
@@ -157,14 +159,15 @@ def _with_interval(value: float, interval: Interval, sign: str = "") -> str:
     return f"{value:{sign}.3f} {shown}"
 
 
-def _statistics(f: Feature, scored: bool, kinds: Sequence[str]) -> list[str]:
+def _statistics(f: Feature, scored: bool, others: Sequence[str], kinds: Sequence[str]) -> list[str]:
     """The cells from the score to the frequencies."""
     s = f.statistics
     if s is None:
-        return ["-"] * (scored + 3) + [_signed(f.coefficient)] + ["-"] * (len(kinds) + 3)
+        return ["-"] * (scored + 3 + len(others)) + [_signed(f.coefficient)] + ["-"] * (len(kinds) + 3)
     return [
         *([_signed(s.score)] if scored else []),
         _signed(s.correlation),
+        *(_signed((s.correlations or {}).get(name)) for name in others),
         "-" if s.low is None else f"{_signed(s.low)} to {_signed(s.high)}",
         "-" if s.p_adjusted is None else f"{s.p_adjusted:.4f}" + " chance" * f.by_chance,
         _with_error(f.coefficient, s.coefficient_error),

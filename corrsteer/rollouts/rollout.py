@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -138,6 +138,23 @@ class Rollout:
             raise RolloutError(f"{twice[0]!r} must not be both in meta and beside it")
         optional: dict[str, Any] = dict.fromkeys(("prompt", "prompt_ids", "completion", "completion_ids"))
         return cls(**optional | values, meta=meta | others, source=source)
+
+
+def as_chat(rollout: Rollout, system: str | None = None) -> Rollout:
+    """The same with a prompt of text as the user's message in a chat, after one of the system's where there is one."""
+    if not isinstance(rollout.prompt, str):
+        return rollout
+    opening = () if system is None else ({"role": "system", "content": system},)
+    return replace(rollout, prompt=(*opening, {"role": "user", "content": rollout.prompt}))
+
+
+def rewarded_by(rollout: Rollout, name: str) -> Rollout:
+    """The same with one of its rewards before the others."""
+    if name not in rollout.rewards:
+        raise RolloutError(
+            f"{rollout.where}: reward must be one of {', '.join(rollout.rewards) or 'none'}, got {name!r}"
+        )
+    return replace(rollout, rewards={name: rollout.rewards[name], **rollout.rewards})
 
 
 FIELDS = ("id", "sample", "prompt", "prompt_ids", "completion", "completion_ids", "finish", "rewards", "answer",

@@ -78,6 +78,18 @@ def fill_in(
     return found
 
 
+def mismatched(rollouts: Iterable[Rollout], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Ids of those, filled in, whose completion's tokens do not decode to its text.
+
+    Its text was cut or cleaned after it was generated, or is of another tokenizer: what is read of them is not quite
+    what the model wrote.
+    """
+    rollouts = list(rollouts)
+    ids = [list(rollout.completion_ids or ()) for rollout in rollouts]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return [rollout.id for rollout, text in zip(rollouts, texts) if text != rollout.completion]
+
+
 def _prompt_ids(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:
     prompt: Any = rollout.prompt
     if isinstance(prompt, str):

@@ -1,4 +1,4 @@
-"""One block of a collection: its examples are generated and graded, encoded and pooled, and folded into the run.
+"""One block of a collection: its completions are had and graded, encoded and pooled, and folded into the run.
 
 The block is what labels are permuted within, so it enters the run whole; what goes wrong leaves the run with the
 batches before it.
@@ -10,23 +10,24 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from corrsteer import ops
 from corrsteer.errors import CorrSteerError
-from corrsteer.lm.capture import Capture
-from corrsteer.lm.generation import Generator
 from corrsteer.lm.hook_points import HookPoint
 from corrsteer.ops import Moments
+from corrsteer.rollouts.rollout import Rollout
+from corrsteer.runs.journal import Journal
+from corrsteer.runs.keeper import Keeper
 from corrsteer.runs.options import Options
 from corrsteer.runs.pooling import RESIDUAL_POOLINGS, BatchPool
 from corrsteer.runs.run import Run
+from corrsteer.runs.samples import Samples
 from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.stats import stability
-from corrsteer.tasks import Example, Task
 
 _Moments = dict[int, dict[str, Moments]]  # layer -> pooling -> moments
 
@@ -38,18 +39,18 @@ class _Rows:
     Attributes
     ----------
     pooled, residuals : layer -> pooling -> `[N, d_sae]` activations and `[N, d_in]` residuals, float32.
-    rewards : `[N]` float64 on the CPU; NaN where a sample has not been graded, whose other rows are not set either.
+    rollouts : graded; None where a sample has not been, whose other rows are not set either.
     """
 
     pooled: dict[int, dict[str, Tensor]]
     residuals: dict[int, dict[str, Tensor]]
-    rewards: Tensor
+    rollouts: list[Rollout | None]
 
-    def keep(self, there: Tensor) -> None:
+    def keep(self, there: Sequence[int]) -> None:
         """Leave out all samples but these, of what is pooled."""
         for of_layer in (*self.pooled.values(), *self.residuals.values()):
             for pool, rows in of_layer.items():
-                of_layer[pool] = rows[there.to(rows.device)]
+                of_layer[pool] = rows[torch.tensor(there, dtype=torch.int64, device=rows.device)]
 
 
 @dataclass
@@ -57,21 +58,20 @@ class BlockCollector:
     """What every block of one collection needs."""
 
     run: Run
-    generator: Generator
+    samples: Samples
     encoders: Mapping[int, SparseEncoder]
-    task: Task
-    prompts: list[list[int]]
-    keys: list[int]  # of the samples
+    keeper: Keeper
     options: Options
+    journal: Journal | None = None
 
     def collect(self, number: int, block: list[int], done: Callable[[int], object]) -> None:
-        """Generate and grade a block's examples, then fold them into the run; `done` is told how many, batch by batch.
+        """Take in a block's samples, then fold them into the run; `done` is told how many, batch by batch.
 
         What goes wrong in a batch leaves the run with those before it.
         """
         rows = self._rows_of(len(block))
         try:
-            for batch in self.generator.plan([self.prompts[i] for i in block], share=self._shares):
+            for batch in self.samples.source.plan(block):
                 self._batch([block[row] for row in batch], batch, rows)
                 done(len(batch))
         except BaseException:
@@ -91,64 +91,57 @@ class BlockCollector:
         return _Rows(
             {layer: rows(layer, self.options.pools, e.d_sae) for layer, e in self.encoders.items()},
             {layer: rows(layer, RESIDUAL_POOLINGS, e.d_in) for layer, e in self.encoders.items()},
-            torch.full((n,), torch.nan, dtype=torch.float64, device="cpu"),
+            [None] * n,
         )
 
     def _batch(self, batch: list[int], at: list[int], rows: _Rows) -> None:
-        """Generate, grade, encode and pool some examples, into these rows of their block."""
-        examples = [self.task.examples[i] for i in batch]
+        """Have some samples' completions, grade, encode and pool them, into these rows of their block."""
         pools = {
             layer: BatchPool(encoder, len(batch), self.options.pools, self.options.backend)
             for layer, encoder in self.encoders.items()
         }
-        generator = self.generator
-        with Capture(
-            generator.model,
-            self.run.points,
-            stop_tokens=generator.stops,
-            positions=self.options.positions,
-            max_new_tokens=generator.decoding.max_new_tokens,
-            exclude_tokens=self.options.exclude_tokens,
-            buffer_bytes=self.options.buffer_bytes,
-            sink=lambda layer, x, cu_seqlens: pools[layer].add(*self._checked(layer, x, cu_seqlens, examples)),
-        ) as capture:
-            completions = generator.complete(
-                [self.prompts[i] for i in batch], [self.keys[i] for i in batch],
-                share=self._shares, criteria=[capture.stopping_criterion],
-            )  # fmt: skip
-        rewards = self.task.rewards([written.text for written in completions], examples)
+        rollouts, residuals = self.samples.source.read(
+            batch, lambda layer, x, cu_seqlens: pools[layer].add(*self._checked(layer, x, cu_seqlens, batch))
+        )
+        rewards = self.samples.grade(rollouts, batch)
+        graded = [replace(rollout, rewards=dict(given)) for rollout, given in zip(rollouts, rewards)]
+        if self.journal:
+            self.journal.add_rollouts(graded)
         for layer, pool in pools.items():
-            x, cu_seqlens = self._checked(layer, *capture.packed(layer), examples)
-            last_prompt = capture.last_prompt(layer).to(x.device)  # it is among the tokens that were checked
+            x, cu_seqlens = self._checked(layer, *residuals.packed(layer), batch)
+            last_prompt = residuals.last_prompt(layer).to(x.device)  # it is among the tokens that were checked
             for into, found in zip((rows.pooled, rows.residuals), pool.finish(x, cu_seqlens, last_prompt)):
                 for name, values in found.items():
                     into[layer][name][at] = values
-        rows.rewards[at] = torch.tensor(rewards, dtype=torch.float64, device="cpu")
+        for row, rollout in zip(at, graded):
+            rows.rollouts[row] = rollout
 
     def _fold(self, number: int, block: list[int], rows: _Rows) -> None:
         """Fold what there is of a block into the run: all of it, or nothing."""
-        there = rows.rewards.isfinite().nonzero()[:, 0]
-        if len(there) == 0:
+        there = [row for row, rollout in enumerate(rows.rollouts) if rollout is not None]
+        if not there:
             return
-        run, y = self.run, rows.rewards[there]
-        known = run.rewards.clone()
-        known[[block[i] for i in there.tolist()]] = y
+        run = self.run
+        samples = [block[row] for row in there]
+        rollouts = {block[row]: rollout for row, rollout in enumerate(rows.rollouts) if rollout is not None}
+        names = list(next(iter(rollouts.values())).rewards)
+        given = [[rollout.rewards[name] for name in names] for rollout in rollouts.values()]
+        y = torch.tensor(given, dtype=torch.float64, device="cpu")
+        if len(there) < len(block):
+            rows.keep(there)
+        self.keeper.make_room(rows.pooled)
         with _uninterrupted():
-            if len(there) < len(block):
-                rows.keep(there)
             moments = self._updated(run.moments, rows.pooled, y)
             residuals = self._updated(run.residuals, rows.residuals, y)
             try:
-                for layer, pools in rows.pooled.items():
-                    for pool, pooled in pools.items():
-                        run.evidence[layer][pool].update(pooled, y, number, backend=self.options.backend)
+                self.keeper.add(number, samples, rows.pooled, y[:, 0], self._groups(samples))
             except Exception:
                 # Part of the layers have the block now, and a copy of everything is too much to keep for this.
-                run.evidence = {}
-                run.notes.append("a block could not be added to the evidence, so there are no intervals or tests")
+                self.keeper.give_up("a block could not be added to the evidence, so there are no intervals or tests")
                 raise
             finally:
-                run.moments, run.residuals, run.rewards = moments, residuals, known
+                run.moments, run.residuals = moments, residuals
+                run.add_rollouts(rollouts)
             kept = {layer: evidences[run.pool] for layer, evidences in run.evidence.items()}
             if kept:
                 run.snapshots.append(stability.snapshot(kept))
@@ -159,37 +152,37 @@ class BlockCollector:
         for layer, pools in rows.items():
             for pool, of_pool in pools.items():
                 state = states[layer][pool]
-                fresh[layer][pool] = Moments(state.d_sae, device=state.device)
+                fresh[layer][pool] = Moments(state.d_sae, y.shape[1], device=state.device)
                 ops.update_moments(of_pool, y.to(state.device), fresh[layer][pool], backend=self.options.backend)
-                fresh[layer][pool].merge(state)
+                if state.n:  # of the first block it is not known before how many rewards there are
+                    fresh[layer][pool].merge(state)
         return fresh
 
-    @property
-    def _shares(self) -> bool:
-        """Whether what prompts begin with may be read once: not where it is captured of each."""
-        return self.options.positions == "generated"
+    def _groups(self, samples: Sequence[int]) -> list[int] | None:
+        """Which prompts some samples are of; None where each is of its own."""
+        groups = self.samples.groups
+        return [groups[i] for i in samples] if groups else None
 
     def _device(self, layer: int) -> torch.device:
         return self.run.moments[layer][self.run.pool].device
 
-    def _checked(self, layer: int, x: Tensor, cu_seqlens: Tensor, examples: list[Example]) -> tuple[Tensor, Tensor]:
+    def _checked(self, layer: int, x: Tensor, cu_seqlens: Tensor, batch: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The captured tokens on the device of the layer's moments, after a look for NaN."""
         device = self._device(layer)
         x, cu_seqlens = x.to(device), cu_seqlens.to(device)
-        _check_finite(x, cu_seqlens, self.run.points[layer], examples)
+        self._check_finite(x, cu_seqlens, self.run.points[layer], batch)
         return x, cu_seqlens
 
-
-def _check_finite(x: Tensor, cu_seqlens: Tensor, point: HookPoint, examples: list[Example]) -> None:
-    finite = torch.isfinite(x).all(dim=1)
-    if bool(finite.all()):
-        return
-    at = int((~finite).nonzero()[0])
-    sample = int(torch.searchsorted(cu_seqlens, at, right=True)) - 1
-    raise CorrSteerError(
-        f"the model's activations at {point} are NaN or infinite for {examples[sample].source}; "
-        f"load the model in bfloat16 or float32, or take the example out"
-    )
+    def _check_finite(self, x: Tensor, cu_seqlens: Tensor, point: HookPoint, batch: Sequence[int]) -> None:
+        finite = torch.isfinite(x).all(dim=1)
+        if bool(finite.all()):
+            return
+        at = int((~finite).nonzero()[0])
+        sample = batch[int(torch.searchsorted(cu_seqlens, at, right=True)) - 1]
+        raise CorrSteerError(
+            f"the model's activations at {point} are NaN or infinite for {self.samples.origin(sample)}; "
+            f"load the model in bfloat16 or float32, or take the example out"
+        )
 
 
 @contextlib.contextmanager

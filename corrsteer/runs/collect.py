@@ -9,27 +9,28 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from corrsteer.arguments import check_type, whole
+from corrsteer.arguments import as_path, check_type, whole
 from corrsteer.compatibility import warn_once
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm import hook_points
 from corrsteer.lm.decoding import Decoding
-from corrsteer.lm.generation import Generator, tokenize
-from corrsteer.lm.sampling import sample_keys
 from corrsteer.ops import Moments, registry
+from corrsteer.rollouts.rollout import Rollout
 from corrsteer.runs.blocks import BlockCollector
 from corrsteer.runs.excluded import excluded_tokens
+from corrsteer.runs.journal import Journal
+from corrsteer.runs.keeper import Keeper
 from corrsteer.runs.options import Options
 from corrsteer.runs.placement import place
 from corrsteer.runs.pooling import RESIDUAL_POOLINGS
 from corrsteer.runs.provenance import provenance
 from corrsteer.runs.run import Run
+from corrsteer.runs.samples import generated, given
 from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.stats import stability
 from corrsteer.stats.blocks import shuffled_blocks
-from corrsteer.stats.evidence import Evidence
 from corrsteer.tasks import Task
-from corrsteer.types import Device
+from corrsteer.types import PathLike
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,8 +52,11 @@ def collect(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     encoders: Mapping[int, SparseEncoder],
-    task: Task,
+    task: Task | None = None,
     *,
+    rollouts: Sequence[Rollout] | None = None,
+    samples_per_prompt: int = 1,
+    within_prompt: bool = False,
     pool: str = "max",
     coefficient_pool: str | None = None,
     positions: str = "generated",
@@ -68,19 +72,29 @@ def collect(
     patience_layers: Collection[int] | None = None,
     buffer_bytes: int = 1 << 30,
     statistics_bytes: int = 16 << 30,
+    keep_activations: str = "auto",
+    activation_bytes: int = 4 << 30,
+    directory: PathLike | None = None,
     progress: bool = True,
     backend: str | None = None,
 ) -> Run:
-    """Generate a completion for every example, grade it, and stream activations and rewards into statistics.
+    """Generate a completion for every example, grade it, and correlate activations with rewards.
 
-    Examples are taken in random order, in blocks. Within a block they are batched by length, and labels permuted.
+    Or read completions that exist, with `rollouts`: no token is generated, and nothing above the last hooked layer is
+    computed. Samples are taken in random order, in blocks. Within a block they are batched by length, and labels
+    permuted. Of several completions of a prompt, and of prompts that repeat, whole prompts are permuted.
 
     Parameters
     ----------
     model, tokenizer : a Hugging Face causal language model and its tokenizer.
     encoders : layer -> encoder. An encoder that does not say where it was trained reads the layer's output. Each is
         moved to its layer's device.
-    task : prompts and their grader.
+    task : prompts and their graders. With rollouts, by default their prompts and the rewards that they hold; another
+        is one that `task_of(rollouts, grader)` gives, whose graders grade them anew.
+    rollouts : completions to read, one for each of the task's examples in their order, see `read_rollouts`.
+    samples_per_prompt : completions of each prompt, which need a temperature.
+    within_prompt : centre activations and rewards within each prompt, and permute within it: what is left is what tells
+        good from bad completions of the same prompt.
     pool : `max` or `mean` over a sample's kept steps, for the correlation; or `last_prompt`, the activation at the last
         prompt token alone, which is kept beside the others in any case.
     coefficient_pool : the same for the coefficient; by default `pool`.
@@ -105,6 +119,13 @@ def collect(
         the same.
     statistics_bytes : the most memory that evidence and a block's pooled activations and residuals may take, for all
         layers.
+    keep_activations : whether every sample's pooled activations are kept, of which permutations, other scores, other
+        rewards and parts of the samples can be had at any time, see `Run.statistics`. `auto`, while they take at most
+        `activation_bytes`, and not of encoders whose features are all active (`identity`); past it they become evidence
+        that is streamed, which a note says. `always`; or `never`.
+    activation_bytes : see there. They lie on disk where `directory` is given, otherwise in memory.
+    directory : where rollouts are written batch by batch, and activations block by block, while the collection is under
+        way, in a folder `collecting`. `Run.save` to the same directory takes them over.
     backend : a backend's name; by default the fastest that can.
 
     Raises
@@ -132,11 +153,20 @@ def collect(
         permutations=permutations, bootstrap=bootstrap, scores=scores, block_size=block_size,
         shuffle_seed=shuffle_seed, patience=patience, patience_layers=patience_layers, buffer_bytes=buffer_bytes,
         statistics_bytes=statistics_bytes, backend=backend, exclude_tokens=exclude_tokens,
+        keep_activations=keep_activations, activation_bytes=activation_bytes, within_prompt=within_prompt,
     )  # fmt: skip
     hook_offset = whole("hook_offset", hook_offset)
     hook_points.check_generates(model)
     points = place(model, encoders, hook_offset)
-    prompts = tokenize(model, tokenizer, task, decoding)
+    if rollouts is None:
+        samples = generated(model, tokenizer, task, decoding, samples_per_prompt, points, options)
+    elif samples_per_prompt != 1:
+        raise CorrSteerError(
+            f"samples_per_prompt must be left out with rollouts, which are as many as they are, got "
+            f"{samples_per_prompt}"
+        )
+    else:
+        samples = given(model, tokenizer, rollouts, task, decoding, points, options)
     devices = {layer: hook_points.device_of(model, point) for layer, point in points.items()}
     encoders = {layer: encoder.to(devices[layer]) for layer, encoder in encoders.items()}
     dtype: Any = model.dtype
@@ -146,6 +176,7 @@ def collect(
     ]
     backends = sorted({registry.choose(call, backend).name for call in calls})
     options.check_encoders(encoders)
+    blocks = shuffled_blocks(samples.lengths, options.block_size, options.shuffle_seed, groups=samples.groups or None)
     run = Run(
         moments={
             layer: {name: Moments(encoder.d_sae, device=devices[layer]) for name in options.pools}
@@ -157,67 +188,42 @@ def collect(
         },
         points=points,
         decoders={layer: encoder.decoder for layer, encoder in encoders.items()},
-        rewards=torch.full((len(task),), torch.nan, dtype=torch.float64, device="cpu"),
+        rewards=torch.full((len(samples),), torch.nan, dtype=torch.float64, device="cpu"),
         pool=options.pool,
         coefficient_pool=options.coefficient_pool,
-        evidence=_allocate_evidence(encoders, devices, options, len(task)),
-        provenance=provenance(model, task, encoders, positions, decoding, hook_offset)
+        groups=samples.groups,
+        notes=samples.notes,
+        provenance=provenance(model, samples.task, encoders, positions, decoding, hook_offset)
+        | samples.provenance
         | {"exclude_tokens": list(options.exclude_tokens), "backends": backends}
-        | {"block_size": options.block_size, "shuffle_seed": options.shuffle_seed},
+        | {name: getattr(options, name) for name in ("block_size", "shuffle_seed", "within_prompt")},
     )
-    blocks = shuffled_blocks([len(prompt) for prompt in prompts], options.block_size, options.shuffle_seed)
-    generator = Generator(model, tokenizer, decoding)
-    collector = BlockCollector(run, generator, encoders, task, prompts, sample_keys(prompts), options)
-    with tqdm(total=len(task), unit="sample", desc=f"collect {task.name}", disable=not progress) as bar:
+    journal = None if directory is None else Journal(as_path("directory", directory))
+    run.journal = journal and journal.folder
+    keeper = Keeper(run, encoders, devices, options, max(map(len, blocks.values())), journal)
+    collector = BlockCollector(run, samples, encoders, keeper, options, journal)
+    with tqdm(total=len(samples), unit="sample", desc=f"collect {samples.task.name}", disable=not progress) as bar:
         try:
             for number, block in blocks.items():
                 collector.collect(number, block, bar.update)
                 if progress:
                     bar.set_postfix_str(_leader(run), refresh=False)
-                if _stops_early(run, options, len(task)):
+                if _stops_early(run, options, len(samples)):
                     break
         except (Exception, KeyboardInterrupt) as error:  # a GPU out of memory, say: hours of work are in the run
             if isinstance(error, CorrSteerError):
                 reason = str(error)
             else:
                 reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
-            _finish(run, task)
+            _finish(run, samples.task)
+            keeper.finish()
             raise CollectionStopped(reason, run) from error
-    _finish(run, task)
+        finally:
+            if journal:
+                journal.close()
+    _finish(run, samples.task)
+    keeper.finish()
     return run
-
-
-def _allocate_evidence(
-    encoders: Mapping[int, SparseEncoder], devices: Mapping[int, torch.device], options: Options, samples: int
-) -> dict[int, dict[str, Evidence]]:
-    """Evidence of every layer and pooling; refused before anything is generated where it would not fit."""
-
-    def all_of(devices: Mapping[int, Device]) -> dict[int, dict[str, Evidence]]:
-        return {
-            layer: {pool: options.evidence(encoder, pool, devices[layer]) for pool in options.pools}
-            for layer, encoder in encoders.items()
-        }
-
-    planned = all_of(dict.fromkeys(encoders, "meta"))
-    kept = sum(evidence.nbytes for of_layer in planned.values() for evidence in of_layer.values())
-    block = min(options.block_size, samples)
-    held = sum(
-        4 * block * (encoder.d_sae * len(options.pools) + encoder.d_in * len(RESIDUAL_POOLINGS))
-        for encoder in encoders.values()
-    )
-    remedy = (
-        f"evidence takes {kept / 2**30:.3g} GiB (8 bytes a feature, permutation and score, three times that a "
-        f"bootstrap replicate), a block of {block} samples "
-        f"{held / 2**30:.3g} GiB; take fewer permutations, replicates or scores, or a smaller block_size"
-    )
-    if kept + held > options.statistics_bytes:
-        raise CorrSteerError(
-            f"statistics_bytes must be at least {kept + held}, got {options.statistics_bytes}: {remedy}"
-        )
-    try:
-        return all_of(devices)
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one of the former
-        raise CorrSteerError(f"there is no memory for the statistics ({type(error).__name__}): {remedy}") from error
 
 
 def _stops_early(run: Run, options: Options, samples: int) -> bool:
@@ -241,7 +247,7 @@ def _leader(run: Run) -> str:
 def _finish(run: Run, task: Task) -> None:
     """Record which samples were seen, and note a reward that never varied."""
     run.provenance["samples"] = task.samples(run.rewards.isfinite().nonzero()[:, 0].tolist())
-    if run.n and not bool(run.moments_of_rewards.label_varies().any()):
+    if run.n and not bool(run.moments_of_rewards.label_varies()[0]):
         run.notes.append(
             f"every one of the {run.n} rewards was {run.rewards.nanmean().item():g}, so nothing correlates with them "
             f"and no feature can be selected; use a task that the model solves sometimes"

@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import json
-import os
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch
 from torch import Tensor
 
-from corrsteer.arguments import as_path
+from corrsteer.arguments import as_path, shown, whole
 from corrsteer.errors import CorrSteerError
-from corrsteer.files import sync_folder, to_json, write_tensors, write_utf8
 from corrsteer.lm.hook_points import HookPoint
 from corrsteer.ops import Moments
-from corrsteer.runs.pooling import POOLINGS
+from corrsteer.rollouts.rollout import Rollout
+from corrsteer.runs import run_files
+from corrsteer.runs.activations import Activations
 from corrsteer.sae.sources import Decoder, open_decoder
 from corrsteer.stats import inference, scores
 from corrsteer.stats.evidence import Evidence
 from corrsteer.stats.stability import Leader, Snapshot
 from corrsteer.types import PathLike
-
-FORMAT = "corrsteer.run/3"
-INDEX, NEXT = "run.json", "run.json.next"  # what a run is made of, and the same of one that is being written
-KINDS = {"moments": Moments, "evidence": Evidence, "residuals": Moments}  # what is kept of each layer and pooling
-OWN = re.compile(  # a run's files, and no other
-    rf"(layer_\d+\.({'|'.join(POOLINGS)})(\.evidence|\.residuals)?|rewards)(\.\d+)?\.safetensors"
-)
 
 
 @dataclass
@@ -50,9 +39,15 @@ class Run:
     points : layer -> hook point.
     decoders : layer -> where decoder rows are read from.
     rewards : `[n]` float64, in the task's order; NaN for samples that a stopped collection did not reach.
+    reward : what that reward is called; moments and evidence are of it.
+    other_rewards : the others of the graders by name, `[n]` float64 each; further labels of the moments, in this order.
+    rollouts : the samples' completions, in the task's order; None for samples that were not reached.
+    activations : pooled activations of every sample, if they were kept, see `statistics`.
+    groups : which prompt each sample is of, where prompts have several samples; else empty.
     pool, coefficient_pool : pooling for the correlation and for the coefficient.
     notes : what a user should know, such as a reward that never varied.
     provenance : model, task, SAEs, decoding, versions and samples (see `Task.samples`); anything JSON can hold.
+    journal : where it was written while it was collected, a folder that `save` removes.
     """
 
     moments: dict[int, dict[str, Moments]]
@@ -63,9 +58,15 @@ class Run:
     coefficient_pool: str
     evidence: dict[int, dict[str, Evidence]] = field(default_factory=dict)
     residuals: dict[int, dict[str, Moments]] = field(default_factory=dict)
+    reward: str = "reward"
+    other_rewards: dict[str, Tensor] = field(default_factory=dict)
+    rollouts: Sequence[Rollout | None] = field(default_factory=list, repr=False)
+    activations: Activations | None = field(default=None, repr=False)
+    groups: list[int] = field(default_factory=list, repr=False)
     snapshots: list[Snapshot] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict, repr=False)
+    journal: Path | None = field(default=None, repr=False, compare=False)
     _tested: dict[tuple[str, int], dict[int, inference.Significance]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -85,9 +86,49 @@ class Run:
         """Moments to ask about the rewards, which are the same in those of every layer."""
         return next(iter(self.moments.values()))[self.pool]
 
-    def correlation(self, layer: int) -> Tensor:
-        """Pearson's r of every feature of a layer with the reward, `[d_sae]`."""
-        return self.moments[layer][self.pool].correlation()[0]
+    def correlation(self, layer: int, pool: str | None = None) -> Tensor:
+        """Pearson's r of every feature of a layer with the reward, `[d_sae]`, by a pooling, by default the run's."""
+        pool = pool or self.pool
+        evidence = self.evidence.get(layer, {}).get(pool)
+        if evidence is not None and evidence.within:
+            return scores.correlation(evidence)
+        return self.moments[layer][pool].correlation()[0]
+
+    def interval(self, layer: int, pool: str, method: str, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Ends of 95 % intervals of some features' correlation, `[features]` float64 each, see `inference.interval`.
+
+        Where prompts have several samples, `delta` takes prompts for samples, which needs the activations that were
+        kept; without them it is NaN.
+        """
+        evidence = self.evidence[layer][pool]
+        if method != "delta" or not evidence.clustered or self.activations is None:
+            return inference.interval(evidence, method, features=features)
+        blocks = self.activations.of(layer, pool, self.rewards, self.groups)
+        z = torch.cat([block.rows.dense(features=features.cpu()) for block in blocks])
+        y = torch.cat([block.y for block in blocks])
+        groups = [int(prompt) for block in blocks for prompt in block.groups or ()]
+        return inference.cluster_interval(z, y, groups, within=evidence.within)
+
+    def all_rewards(self) -> dict[str, Tensor]:
+        """Every reward by name, the one that this is of first."""
+        return {self.reward: self.rewards, **self.other_rewards}
+
+    def add_rollouts(self, rollouts: Mapping[int, Rollout]) -> None:
+        """Take in graded completions, by the number of their sample."""
+        n = len(self.rewards)
+        known = list(self.rollouts) or [None] * n
+        names = list(next(iter(rollouts.values())).rewards)
+        before = self.all_rewards()
+        rewards = [
+            before[name].clone() if name in before else torch.full((n,), torch.nan, dtype=torch.float64, device="cpu")
+            for name in names
+        ]
+        for sample, rollout in rollouts.items():
+            known[sample] = rollout
+            for name, of_name in zip(names, rewards):
+                of_name[sample] = rollout.rewards[name]
+        self.rollouts, (self.reward, *others) = known, names
+        self.rewards, self.other_rewards = rewards[0], dict(zip(others, rewards[1:]))
 
     @property
     def permutations(self) -> int:
@@ -108,126 +149,206 @@ class Run:
             self._tested[score, self.n] = inference.significance(kept, score)
         return self._tested[score, self.n]
 
+    def ask_rows(self) -> None:
+        """Have evidence ask the activations that were kept for what is resampled; of the pooling that is tested."""
+        assert self.activations is not None, "they were kept"
+        for layer in self.points:
+            known = self.evidence.get(layer, {}).get(self.pool)
+            if known is None:  # some layers had a block that others had not
+                moments = self.moments[layer][self.pool]
+                known = self.activations.statistics(
+                    layer, self.pool, moments.d_sae, self.rewards[:, None], self.groups, seed=self._seed,
+                    within=self._within, device=moments.device,
+                )[1]  # fmt: skip
+            else:
+                known = self.activations.resampled(known, layer, self.pool, self.rewards, self.groups)
+            self.evidence.setdefault(layer, {})[self.pool] = known
+
+    def statistics(
+        self,
+        reward: str | None = None,
+        *,
+        rewards: Mapping[str, Tensor] | None = None,
+        permutations: int | None = None,
+        bootstrap: int | None = None,
+        samples: Collection[int] | None = None,
+        within_prompt: bool | None = None,
+        pool: str | None = None,
+        seed: int | None = None,
+    ) -> Run:
+        """The same completions, looked at in another way; what is not given stays as it is.
+
+        All of it comes from the activations that were kept, and needs neither model nor SAE. Without them, another
+        reward of the graders can be had, without permutations, and nothing else.
+
+        Parameters
+        ----------
+        reward : name of the reward to look at.
+        rewards : other rewards by name, `[n]` each in the samples' order; NaN leaves a sample out.
+        permutations, bootstrap, within_prompt : as for `collect`. Every score can be had.
+        seed : of permutations and the bootstrap.
+        samples : which samples to look at, by their number; by default all that were reached.
+        pool : the pooling to look at, of those that were kept.
+
+        Returns
+        -------
+        A run of its own. Of new rewards, it has no moments of residuals.
+
+        Raises
+        ------
+        CorrSteerError : for what cannot be had from what was kept.
+        """
+        known = self.all_rewards() if rewards is None else _checked(rewards, len(self.rewards))
+        reward = next(iter(known)) if reward is None else reward
+        if reward not in known:
+            raise CorrSteerError(f"reward must be one of {', '.join(known)}, got {reward!r}")
+        pool = self.pool if pool is None else pool
+        if pool not in next(iter(self.moments.values())):
+            kept = ", ".join(next(iter(self.moments.values())))
+            raise CorrSteerError(f"pool must be one of those that were kept, {kept}, got {pool!r}")
+        names = [reward, *(name for name in known if name != reward)]
+        order = [list(self.all_rewards()).index(name) for name in names] if rewards is None else []
+        residuals = {
+            layer: {name: moments.of_labels(order) for name, moments in pools.items()}
+            for layer, pools in self.residuals.items()
+            if order and samples is None
+        }
+        like: dict[str, Any] = {
+            "reward": reward,
+            "rewards": known[reward],
+            "other_rewards": {name: known[name] for name in names[1:]},
+            "residuals": residuals,
+            "pool": pool,
+        }
+        if self.activations is None:
+            asked = (rewards, permutations, bootstrap, samples, within_prompt, seed)
+            if any(value is not None for value in asked):
+                raise CorrSteerError(
+                    "the run holds no activations, from which statistics could be made anew; collect with "
+                    "keep_activations='always', or from its rollouts"
+                )
+            moments = {
+                layer: {name: of_pool.of_labels(order) for name, of_pool in pools.items()}
+                for layer, pools in self.moments.items()
+            }
+            evidence = self.evidence if reward == self.reward and pool == self.pool else {}
+            return replace(self, moments=moments, evidence=evidence, **like)
+        y = torch.stack([known[name] for name in names], 1)
+        if samples is not None:
+            left_out = torch.ones(len(y), dtype=torch.bool, device="cpu")
+            left_out[list(samples)] = False
+            y[left_out] = torch.nan
+            like |= {"rewards": y[:, 0], "other_rewards": {name: y[:, at] for at, name in enumerate(names) if at}}
+        seed = self._seed if seed is None else whole("seed", seed, 0)
+        within = self._within if within_prompt is None else within_prompt
+        if within and not self.groups:
+            raise CorrSteerError(
+                "within_prompt must be False where every prompt has one sample, got True; take several samples of each"
+            )
+        activations = replace(
+            self.activations,
+            permutations=self.activations.permutations if permutations is None else whole("permutations", permutations),
+            bootstrap=self.activations.bootstrap if bootstrap is None else whole("bootstrap", bootstrap),
+        )
+        found = {
+            layer: {
+                name: activations.statistics(
+                    layer, name, moments.d_sae, y, self.groups, seed=seed, within=within, device=moments.device
+                )
+                for name, moments in pools.items()
+            }
+            for layer, pools in self.moments.items()
+        }
+        return replace(
+            self,
+            moments={layer: {name: both[0] for name, both in pools.items()} for layer, pools in found.items()},
+            evidence={layer: {name: both[1] for name, both in pools.items()} for layer, pools in found.items()},
+            activations=activations,
+            snapshots=[],
+            provenance=self.provenance | {"shuffle_seed": seed, "within_prompt": within},
+            **like,
+        )
+
+    @property
+    def _seed(self) -> int:
+        return self.provenance.get("shuffle_seed", 0)
+
+    @property
+    def _within(self) -> bool:
+        return self.provenance.get("within_prompt", False)
+
     def save(self, directory: PathLike) -> None:
-        """Write the run to a directory: `run.json`, the rewards and each layer's moments, evidence and residuals.
+        """Write the run to a directory: `run.json`, and files of rewards, rollouts, activations and statistics.
 
         A run that is there is replaced, and any other file left alone. The new run is written beside the old one,
         which takes room for both, and takes its place in one step: whatever happens, the directory holds one or the
-        other whole. Evidence is the largest part, 8 bytes a feature and permutation.
+        other whole. Permutations that are kept are the largest part, 8 bytes each a feature; where activations are
+        kept instead, these.
 
         Raises
         ------
         CorrSteerError : where it cannot be written.
         """
-        directory = as_path("directory", directory)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CorrSteerError(f"{directory} cannot be written to ({error}); give another directory") from None
-        old = _files_of(directory / INDEX)
-        cut_off = _files_of(directory / NEXT) - old  # of a save that did not come to its end
-        names = self._names(directory, cut_off)
-        text = to_json(self._described(names), indent=2)  # before anything is written or removed
-        _remove(directory, cut_off)
-        try:
-            write_utf8(directory / NEXT, text)
-            for part, state in self._states().items():
-                state.save(directory / names[part])
-            write_tensors(directory / names["rewards"], {"rewards": self.rewards}, {})
-            os.replace(directory / NEXT, directory / INDEX)
-        except BaseException as error:
-            _remove(directory, {NEXT, *names.values()})
-            if isinstance(error, OSError):
-                raise CorrSteerError(f"{directory} cannot be written to ({error}); give another directory") from None
-            raise
-        sync_folder(directory)
-        _remove(directory, old)
-
-    def _states(self) -> dict[tuple[str, int, str], Moments | Evidence]:
-        """What is kept of layers, by kind, layer and pooling."""
-        return {
-            (kind, layer, pool): state
-            for kind in KINDS
-            for layer, states in getattr(self, kind).items()
-            for pool, state in states.items()
+        layers = {
+            str(layer): {"point": str(point), "decoder": self.decoders[layer].source}
+            for layer, point in self.points.items()
         }
-
-    def _names(self, directory: Path, reusable: set[str]) -> dict[Any, str]:
-        """A file name for every part, none of which is taken."""
-        parts: dict[Any, str] = {"rewards": "rewards"}
-        for kind, layer, pool in self._states():
-            ending = "" if kind == "moments" else f".{kind}"
-            parts[kind, layer, pool] = f"layer_{layer}.{pool}{ending}"
-
-        def numbered(number: int) -> dict[Any, str]:
-            ending = ".safetensors" if number == 1 else f".{number}.safetensors"
-            return {part: name + ending for part, name in parts.items()}
-
-        def free(names: Iterable[str]) -> bool:
-            return not any(os.path.lexists(directory / name) for name in set(names) - reusable)
-
-        return next(names for names in map(numbered, itertools.count(1)) if free(names.values()))
-
-    def _described(self, names: Mapping[Any, str]) -> dict[str, Any]:
-        """Everything but arrays, and the files that these are in."""
-        return {
-            "format": FORMAT,
-            "layers": {
-                str(layer): {
-                    "point": str(point),
-                    "decoder": self.decoders[layer].source,
-                }
-                | {
-                    kind: {pool: names[kind, layer, pool] for pool in getattr(self, kind).get(layer, ())}
-                    for kind in KINDS
-                }
-                for layer, point in self.points.items()
-            },
-            "rewards": names["rewards"],
+        described = {
+            "layers": layers,
             "pool": self.pool,
             "coefficient_pool": self.coefficient_pool,
+            "reward_names": list(self.all_rewards()),
             "snapshots": [asdict(snapshot) for snapshot in self.snapshots],
             "notes": self.notes,
             "provenance": self.provenance,
         }
+        arrays = {"rewards": torch.stack(list(self.all_rewards().values()))}
+        if self.groups:
+            arrays["groups"] = torch.tensor(self.groups, dtype=torch.int64, device="cpu")
+        kept = {name: getattr(self, name) for name in (*run_files.KINDS, "rollouts", "activations")}
+        directory = as_path("directory", directory)
+        names = run_files.save(directory, described, kept | {"rewards": arrays})
+        if self.activations is not None:  # whose files may have been another run's, or of a collection under way
+            self.activations.blocks = [
+                block if block.path is None else block.read(directory / names["activations", block.number])
+                for block in self.activations.blocks
+            ]
+        if self.journal is not None and self.journal.parent == directory:
+            shutil.rmtree(self.journal, ignore_errors=True)
+            self.journal = None
 
     @classmethod
     def load(cls, directory: PathLike) -> Run:
         """Read what `save` wrote. Decoder rows are found again by where each SAE came from.
+
+        Rollouts and activations are read when they are asked for.
 
         Raises
         ------
         CorrSteerError : if there is no run of this version, or it is damaged.
         """
         directory = as_path("directory", directory)
-        try:
-            described = json.loads((directory / INDEX).read_bytes())
-            if described.get("format") != FORMAT:
-                raise CorrSteerError(
-                    f"{directory} is not a run of this version: its format must be {FORMAT!r}, "
-                    f"got {described.get('format')!r}; collect again"
-                )
-            if strange := {name for name in _named(described) if not OWN.fullmatch(name)}:
-                raise ValueError(f"it names files that are not a run's, {sorted(strange)}")
+        with run_files.damage(directory):
+            described, parts = run_files.load(directory)
+            arrays = parts.pop("rewards")
             layers = {int(layer): entry for layer, entry in described["layers"].items()}
+            (reward, *others), (rewards, *others_rewards) = described["reward_names"], arrays["rewards"]
             run = cls(
                 points={layer: HookPoint.parse(entry["point"]) for layer, entry in layers.items()},
                 decoders={layer: open_decoder(entry["decoder"]) for layer, entry in layers.items()},
-                rewards=load_file(str(directory / described["rewards"]))["rewards"],
-                **{kind: _load(directory, layers, kind) for kind in KINDS},
+                reward=reward,
+                rewards=rewards,
+                other_rewards=dict(zip(others, others_rewards)),
+                groups=arrays["groups"].tolist() if "groups" in arrays else [],
                 snapshots=[_snapshot(entry) for entry in described["snapshots"]],
                 **{key: described[key] for key in ("pool", "coefficient_pool", "notes", "provenance")},
+                **parts,
             )
             run._check()
+            if run.activations is not None:
+                run.ask_rows()
             return run
-        except CorrSteerError:
-            raise
-        except (FileNotFoundError, NotADirectoryError) as error:
-            if (directory / INDEX).is_file():
-                raise CorrSteerError(f"the run in {directory} is damaged ({error}); collect again") from None
-            raise CorrSteerError(f"{directory} is not a saved run: it has no {INDEX}") from None
-        except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CorrSteerError(f"the run in {directory} is damaged ({error}); collect again") from None
+        raise AssertionError("`damage` lets no error through")
 
     def _check(self) -> None:
         """Raise where a description does not fit its parts."""
@@ -239,35 +360,19 @@ class Run:
                 raise TypeError(f"{name} is no {kind.__name__}")
 
 
-def _load(directory: Path, layers: Mapping[int, Any], kind: str) -> dict[int, dict[str, Any]]:
-    """What was kept of one kind, layer -> pooling -> state, of the layers of which something was."""
-    return {
-        layer: {pool: KINDS[kind].load(directory / name) for pool, name in entry[kind].items()}
-        for layer, entry in layers.items()
-        if entry[kind]
-    }
-
-
-def _named(described: dict[str, Any]) -> set[str]:
-    """The files that a run's description names."""
-    kinds = (entry[kind] for entry in described["layers"].values() for kind in KINDS)
-    return {described["rewards"], *(name for names in kinds for name in names.values())}
-
-
-def _files_of(index: Path) -> set[str]:
-    """The same of a description on disk, as far as it can be read and names files as a run does."""
-    try:
-        return {name for name in _named(json.loads(index.read_bytes())) if OWN.fullmatch(name)}
-    except (OSError, AttributeError, KeyError, TypeError, ValueError):
-        return set()
-
-
-def _remove(directory: Path, names: Iterable[str]) -> None:
-    for name in names:
-        with contextlib.suppress(OSError):
-            (directory / name).unlink(missing_ok=True)
-
-
 def _snapshot(entry: dict[str, Any]) -> Snapshot:
     leaders = {int(layer): tuple(Leader(**one) for one in rows) for layer, rows in entry["leaders"].items()}
     return Snapshot(entry["n"], leaders)
+
+
+def _checked(rewards: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
+    """Rewards by name as float64 on the CPU."""
+    if not isinstance(rewards, Mapping) or not rewards:
+        raise CorrSteerError(f"rewards must be tensors by name, got {shown(rewards)}")
+    found = {name: torch.as_tensor(values).detach().to("cpu", torch.float64) for name, values in rewards.items()}
+    for name, values in found.items():
+        if values.shape != (n,):
+            raise CorrSteerError(f"rewards[{name!r}] must be [{n}], a number for each sample, got {list(values.shape)}")
+        if bool(values.isinf().any()):
+            raise CorrSteerError(f"rewards[{name!r}] must be finite, or NaN to leave a sample out, got infinite ones")
+    return found

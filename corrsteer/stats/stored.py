@@ -27,6 +27,7 @@ from corrsteer.errors import CorrSteerError
 from corrsteer.ops.moments import Moments
 from corrsteer.ops.rows import SparseColumns, SparseRows, update_sparse_sums
 from corrsteer.stats.evidence import Evidence, _draws, _orders, _permute
+from corrsteer.stats.groups import Numbered, centred, numbered, squares_within
 from corrsteer.types import Device
 
 PART_BYTES = 1 << 27  # of the weights of some blocks' samples, of which the last few are kept
@@ -43,13 +44,18 @@ class Block(NamedTuple):
     number : the block's number, which no other block has.
     rows : `[n, d_sae]` pooled activations, on the CPU; they may be memory-mapped.
     y : `[n]` or `[n, n_labels]` rewards, float64.
-    groups : which prompt each sample is of; None where each is of its own.
+    groups : which prompt each sample is of, see `Evidence.update`; None where each is of its own.
     """
 
     number: int
     rows: SparseRows
     y: Tensor
-    groups: Tensor | None = None
+    groups: Sequence[int] | Tensor | None = None
+
+    @property
+    def numbered(self) -> Numbered:
+        """Groups as `groups.numbered` gives them."""
+        return numbered(self.groups, len(self.y))[0]
 
 
 def statistics(
@@ -60,6 +66,7 @@ def statistics(
     permutations: int = 0,
     bootstrap: int = 0,
     seed: int = 0,
+    within: bool = False,
     device: Device = "cpu",
     backend: str | None = None,
 ) -> tuple[Moments, Evidence]:
@@ -68,7 +75,7 @@ def statistics(
     Parameters
     ----------
     blocks : in the order in which streaming would take them.
-    permutations, bootstrap, seed : as of `Evidence`.
+    permutations, bootstrap, seed, within : as of `Evidence`.
     device : where sums are computed and kept. Rows stay on the CPU.
     backend : a backend's name; by default the fastest that can.
 
@@ -77,14 +84,15 @@ def statistics(
     CorrSteerError : for blocks that are none, rows of other features, and whatever `Evidence.update` refuses.
     """
     blocks = [_checked(block, d_sae, n_labels) for block in blocks]
-    moments, evidence = Moments(d_sae, n_labels, device), Evidence(d_sae, n_labels, seed=seed, device=device)
+    moments = Moments(d_sae, n_labels, device)
+    evidence = Evidence(d_sae, n_labels, seed=seed, within=within, device=device)
     for block in blocks:
         pooled = block.rows.dense(device=device)
         fresh = Moments(d_sae, n_labels, device)
         ops.update_moments(pooled, block.y.to(device), fresh, backend=backend)
         fresh.merge(moments)
         moments = fresh
-        evidence.update(pooled, block.y, block.number, backend=backend)
+        evidence.update(pooled, block.y, block.number, groups=block.groups, backend=backend)
     return moments, resampled(evidence, blocks, permutations=permutations, bootstrap=bootstrap, backend=backend)
 
 
@@ -172,6 +180,8 @@ class StoredRows:
         permutation `permuted_rank_positive` and `permuted_rank_cross`.
         """
         of = COLUMNS[name]
+        if evidence.within and name == "bootstrap2":
+            return self._squares_within(evidence, features)
         return self._sums(self._ranked if of.of_ranks else self._columns, of, evidence, features, label)
 
     def bins(self, evidence: Evidence, features: Tensor, label: int, permuted: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,7 +222,7 @@ class StoredRows:
         """`[1 + 2 R, B]` Σ w, then Σ w u and Σ w u² of each label."""
         total = torch.zeros(1 + 2 * evidence.n_labels, replicates, dtype=torch.float64, device="cpu")
         for block in self.blocks:
-            u, drawn = _u(evidence, block), _draws(evidence.seed, block.number, replicates, len(block.y))
+            u, drawn = _u(evidence, block), _draws(evidence.seed, block.number, replicates, block.numbered)
             total += torch.cat([drawn[None].sum(1), u.T @ drawn, (u**2).T @ drawn])
         return total.to(evidence.device)
 
@@ -222,10 +232,21 @@ class StoredRows:
         sums = torch.zeros(len(features), count, dtype=torch.float64, device=evidence.device)
         for first, blocks in self._parts(count):
             last = first + sum(len(block.y) for block in blocks)
-            drawn = _Drawn(of.resampled, evidence.seed, count, tuple((b.number, len(b.y)) for b in blocks))
+            of_blocks = tuple((block.number, block.numbered) for block in blocks)
+            drawn = _Drawn(of.resampled, evidence.seed, count, evidence.within, of_blocks)
             weights = _weights(drawn, labels[first:last].numpy().tobytes(), str(evidence.device))
             update_sparse_sums(z, features, weights, sums, first=first, power=of.power, backend=self.backend)
         return sums
+
+    def _squares_within(self, evidence: Evidence, features: Tensor) -> Tensor:
+        """`[F, B]`: Σ_g w_g Σ (z - z̄_g)² of every replicate's weights w of prompts."""
+        total = torch.zeros(len(features), evidence.bootstrap, dtype=torch.float64, device=evidence.device)
+        for block in self.blocks:
+            drawn = _draws(evidence.seed, block.number, evidence.bootstrap, block.numbered)
+            of_prompts = drawn[np.unique(block.numbered, return_index=True)[1]]  # [G, B]
+            squares = squares_within(block.rows.dense(features=features), block.numbered)  # [G, F]
+            total += (squares.T @ of_prompts).to(evidence.device)
+        return total
 
     def _parts(self, count: int) -> Iterator[tuple[int, list[Block]]]:
         """Blocks whose weights have room together, and how many samples come before."""
@@ -320,22 +341,21 @@ def _checked(block: tuple[object, ...], d_sae: int, n_labels: int) -> Block:
     return Block(number, rows, y, *groups)  # type: ignore[arg-type]
 
 
-# Where samples of one prompt are to stay together, it is in these two.
-
-
 def _u(evidence: Evidence, block: Block) -> Tensor:
     """`[n, R]`: a block's rewards as the evidence measures them."""
-    return (block.y - evidence.origin.cpu()) / evidence.scale.cpu()
+    y = centred(block.y, block.numbered) if evidence.within else block.y
+    return (y - evidence.origin.cpu()) / evidence.scale.cpu()
 
 
 @dataclass(frozen=True)
 class _Drawn:
-    """How some blocks' samples are resampled: blocks by their number and size."""
+    """How some blocks' samples are resampled: blocks by their number and which prompts their samples are of."""
 
     how: str
     seed: int
     count: int
-    blocks: tuple[tuple[int, int], ...]
+    within: bool
+    blocks: tuple[tuple[int, Numbered], ...]
 
 
 @functools.lru_cache(maxsize=4)  # the evidence of every layer asks for the same
@@ -344,14 +364,14 @@ def _weights(drawn: _Drawn, labels: bytes, device: str) -> Tensor:
     column = torch.from_numpy(np.frombuffer(labels, dtype=np.float64).copy())
     out = torch.empty(len(column), drawn.count, dtype=torch.float64, device="cpu")
     first = 0
-    for number, n in drawn.blocks:
-        here = slice(first, first + n)
+    for number, groups in drawn.blocks:
+        here = slice(first, first + len(groups))
         some = column[here, None]
         if drawn.how == "permuted":
-            out[here] = _permute(some, _orders(drawn.seed, number, drawn.count, n))
+            out[here] = _permute(some, _orders(drawn.seed, number, drawn.count, groups, drawn.within))
         elif drawn.how == "bootstrap":
-            out[here] = some * _draws(drawn.seed, number, drawn.count, n)
+            out[here] = some * _draws(drawn.seed, number, drawn.count, groups)
         else:
             out[here] = some
-        first += n
+        first += len(groups)
     return out.to(device)

@@ -26,6 +26,7 @@ class FeatureStatistics:
     coefficient_error : the coefficient's standard error.
     coefficients : every kind of coefficient, as `Moments.coefficient` gives it, and its standard error, by kind.
     pool : how its activations over a sample's tokens became one number, for all of the above but the coefficients.
+    correlations : Pearson's r with the run's other rewards, by name.
     """
 
     correlation: float
@@ -42,6 +43,7 @@ class FeatureStatistics:
     coefficient_error: float | None = None
     coefficients: dict[str, list[float | None]] | None = None
     pool: str | None = None
+    correlations: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)

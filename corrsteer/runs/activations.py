@@ -1,0 +1,164 @@
+"""`Activations`: the pooled activations of a run's samples, kept as sparse rows, a file a block."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from corrsteer.files import to_json, write_tensors, write_whole
+from corrsteer.ops import Moments
+from corrsteer.ops.rows import SparseRows
+from corrsteer.stats import stored
+from corrsteer.stats.evidence import Evidence
+from corrsteer.types import Device
+
+FORMAT = "corrsteer.activations/1"
+
+
+@dataclass(frozen=True)
+class Block:
+    """The samples of a block, whose labels are permuted among each other.
+
+    Attributes
+    ----------
+    number : of the block.
+    samples : which of the run's, in the order of the rows.
+    rows : (layer, pooling) -> rows, in memory; or None where they are in a file.
+    path : the file, of which is mapped into memory what is asked for.
+    nbytes : bytes of all rows.
+    """
+
+    number: int
+    samples: list[int]
+    nbytes: int
+    rows: Mapping[tuple[int, str], SparseRows] | None = None
+    path: Path | None = None
+
+    @classmethod
+    def of_rows(cls, number: int, samples: list[int], rows: Mapping[tuple[int, str], SparseRows]) -> Block:
+        """A block in memory."""
+        return cls(number, samples, sum(of_pool.nbytes for of_pool in rows.values()), rows)
+
+    def of(self, layer: int, pool: str) -> SparseRows:
+        """Rows of a layer and pooling.
+
+        Raises
+        ------
+        ValueError, KeyError, SafetensorError, FileNotFoundError : for a file that is damaged or is not there.
+        """
+        if self.rows is not None:
+            return self.rows[layer, pool]
+        with safe_open(str(self.path), framework="pt", device="cpu") as file:
+            widths = json.loads(file.metadata()["d_sae"])
+            names = ("values", "features", "offsets")
+            tensors = {name: file.get_tensor(f"{layer}.{pool}.{name}") for name in names}
+        rows = SparseRows.from_tensors(tensors, widths[str(layer)])
+        if rows.n != len(self.samples):
+            raise ValueError(f"{self.path} has {rows.n} rows of {len(self.samples)} samples")
+        return rows
+
+    def written(self, path: Path) -> Block:
+        """Write it to a file, and read it from there: a file that it is in already is linked to."""
+        if self.rows is None:
+            source = self.path
+            assert source is not None, "rows are in memory or in a file"
+            write_whole(path, lambda part: _link(source, part))
+        else:
+            tensors = {"samples": torch.tensor(self.samples, dtype=torch.int64, device="cpu")}
+            for (layer, pool), rows in self.rows.items():
+                tensors |= {f"{layer}.{pool}.{name}": part for name, part in rows.tensors().items()}
+            widths = {layer: rows.d_sae for (layer, _), rows in self.rows.items()}
+            described = {"format": FORMAT, "block": str(self.number), "d_sae": to_json(widths)}
+            write_tensors(path, tensors, described | {"nbytes": str(self.nbytes)})
+        return Block.read(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Block:
+        """The block of a file; its rows are read when they are asked for.
+
+        Raises
+        ------
+        ValueError, KeyError, SafetensorError, FileNotFoundError : for a file that is damaged or is not there.
+        """
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            described = file.metadata() or {}
+            if described.get("format") != FORMAT:
+                raise ValueError(f"{path.name} holds no activations of this version ({FORMAT})")
+            samples = file.get_tensor("samples").tolist()
+        return cls(int(described["block"]), samples, int(described["nbytes"]), path=path)
+
+
+@dataclass
+class Activations:
+    """Pooled activations of samples, in blocks, in the order in which these were collected.
+
+    Attributes
+    ----------
+    permutations, bootstrap : how many are made of them, unless others are asked for.
+    """
+
+    blocks: list[Block] = field(default_factory=list)
+    permutations: int = 0
+    bootstrap: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return sum(block.nbytes for block in self.blocks)
+
+    def of(self, layer: int, pool: str, y: Tensor, groups: Sequence[int]) -> list[stored.Block]:
+        """What statistics of a layer and pooling are made from.
+
+        Parameters
+        ----------
+        y : `[n]` or `[n, R]` rewards of all samples by number; NaN leaves a sample out.
+        groups : which prompt each is of; empty where each is of its own.
+        """
+        found = []
+        for block in self.blocks:
+            of_block, rows = y[block.samples], block.of(layer, pool)
+            there = of_block.reshape(len(of_block), -1).isfinite().all(1).nonzero()[:, 0]
+            if len(there) == 0:
+                continue
+            if len(there) < len(of_block):
+                rows, of_block = rows.rows(there), of_block[there]
+            prompts = [groups[block.samples[i]] for i in there.tolist()] if groups else None
+            found.append(stored.Block(block.number, rows, of_block, prompts))
+        return found
+
+    def resampled(self, evidence: Evidence, layer: int, pool: str, y: Tensor, groups: Sequence[int]) -> Evidence:
+        """Evidence of all samples' joint moments, with everything else that rows give."""
+        blocks = self.of(layer, pool, y, groups)
+        return stored.resampled(evidence, blocks, permutations=self.permutations, bootstrap=self.bootstrap)
+
+    def statistics(
+        self, layer: int, pool: str, d_sae: int, y: Tensor, groups: Sequence[int], *, seed: int, within: bool,
+        device: Device,
+    ) -> tuple[Moments, Evidence]:  # fmt: skip
+        """Moments and evidence of a layer and pooling, of rewards `y [n, R]`."""
+        return stored.statistics(
+            self.of(layer, pool, y, groups), d_sae, y.shape[1], permutations=self.permutations,
+            bootstrap=self.bootstrap, seed=seed, within=within, device=device,
+        )  # fmt: skip
+
+    def of_feature(self, layer: int, pool: str, feature: int) -> Iterator[tuple[int, float]]:
+        """Each sample and a feature's pooled activation."""
+        for block in self.blocks:
+            features = torch.tensor([feature], dtype=torch.int64, device="cpu")
+            yield from zip(block.samples, block.of(layer, pool).dense(features=features)[:, 0].tolist())
+
+
+def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)

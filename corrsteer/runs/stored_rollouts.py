@@ -1,0 +1,51 @@
+"""Rollouts of a saved run, which are read when they are first asked for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
+
+from corrsteer.errors import CorrSteerError
+from corrsteer.rollouts.rollout import Rollout
+from corrsteer.rollouts.rollout_file import read_rollouts
+
+
+@dataclass(frozen=True)
+class StoredRollouts(Sequence["Rollout | None"]):
+    """Rollouts by the number of their sample, None where there is none.
+
+    Attributes
+    ----------
+    path : their file.
+    order : which sample each of its lines is.
+    n : samples.
+    """
+
+    path: Path
+    order: list[int]
+    n: int
+
+    def __len__(self) -> int:
+        return self.n
+
+    @overload
+    def __getitem__(self, index: int) -> Rollout | None: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Rollout | None]: ...
+    def __getitem__(self, index: int | slice) -> Rollout | None | list[Rollout | None]:
+        return self._read[index]
+
+    @functools.cached_property
+    def _read(self) -> list[Rollout | None]:
+        read = read_rollouts(self.path)
+        if len(read) != len(self.order):
+            raise CorrSteerError(
+                f"{self.path} is damaged: it must have {len(self.order)} rollouts, got {len(read)}; collect again"
+            )
+        rollouts: list[Rollout | None] = [None] * self.n
+        for sample, rollout in zip(self.order, read):
+            rollouts[sample] = rollout
+        return rollouts
