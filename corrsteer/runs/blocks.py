@@ -137,7 +137,7 @@ class BlockCollector:
                 self.keeper.add(number, samples, rows.pooled, y[:, 0], self._groups(samples))
             except Exception:
                 # Part of the layers have the block now, and a copy of everything is too much to keep for this.
-                self.keeper.give_up("a block could not be added to the evidence, so there are no intervals or tests")
+                self.keeper.give_up()
                 raise
             finally:
                 run.moments, run.residuals = moments, residuals

@@ -167,6 +167,11 @@ def collect(
         )
     else:
         samples = given(model, tokenizer, rollouts, task, decoding, points, options)
+    if samples.groups and options.patience:
+        raise CorrSteerError(
+            f"patience must be left out where prompts have several samples, as the intervals that it waits for take "
+            f"samples to be independent, got {options.patience}"
+        )
     devices = {layer: hook_points.device_of(model, point) for layer, point in points.items()}
     encoders = {layer: encoder.to(devices[layer]) for layer, encoder in encoders.items()}
     dtype: Any = model.dtype

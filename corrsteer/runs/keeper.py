@@ -18,6 +18,10 @@ from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.stats.evidence import Evidence
 from corrsteer.types import Device
 
+BYTES = 8  # of an activation that is kept, at most
+FEW_FIXED = 0.1  # share of samples that no permutation moves, above which it is noted
+NO_TESTS = "so there are no intervals or tests"
+
 
 class Keeper:
     """Folds blocks into a run's evidence, and keeps their activations.
@@ -116,15 +120,34 @@ class Keeper:
             raise unwritten
 
     def finish(self) -> None:
-        """Have evidence ask the rows that were kept for what is resampled."""
-        if self._run.activations is not None and self._run.n:
-            self._run.ask_rows()
+        """Have evidence ask the rows that were kept for what is resampled, and note what limits it."""
+        run = self._run
+        if run.activations is not None and run.n:
+            try:
+                run.ask_rows()
+            except Exception as error:  # what took hours is not lost to statistics, which can be made again
+                run.evidence = {}
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                run.notes.append(f"evidence could not be made of the activations ({reason}); {NO_TESTS}")
+        evidence = next((evidences[run.pool] for evidences in run.evidence.values()), None)
+        if evidence is None or not evidence.clustered:
+            return
+        if evidence.within:
+            run.notes.append(
+                f"rewards differ within {int(evidence.n_informative[0])} of {int(evidence.n_groups)} prompts, which are "
+                f"all that correlations within prompts are made from"
+            )
+        elif evidence.fixed > FEW_FIXED * run.n:
+            run.notes.append(
+                f"{evidence.fixed} of {run.n} samples cannot change places in permutations, as no other prompt of their "
+                f"block has as many samples; take as many of each prompt, or larger blocks"
+            )
 
-    def give_up(self, note: str) -> None:
+    def give_up(self) -> None:
         """Do without evidence, of which part of the layers may have a block that others have not."""
         self._run.evidence = {}
         if self._run.activations is None:
-            self._run.notes.append(note)
+            self._run.notes.append(f"a block could not be added to the evidence; {NO_TESTS}")
 
     def _replay(self, kept: Activations, layer: int, pool: str, evidence: Evidence) -> None:
         for block in kept.of(layer, pool, self._run.rewards, self._run.groups):
@@ -156,6 +179,3 @@ class Keeper:
             return all_of(self._devices)
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one of the former
             raise CorrSteerError(f"there is no memory for the statistics ({type(error).__name__}): {remedy}") from error
-
-
-BYTES = 8  # of an activation that is kept, at most

@@ -220,7 +220,7 @@ def test_evidence_depends_on_the_seed_and_the_blocks_and_not_on_batches(model):
 
 
 def test_statistics_that_would_not_fit_are_refused_with_their_size_before_anything_is_generated(model, monkeypatch):
-    settings = {"permutations": 0, "encoders": tiny_pipeline.encoders((1,), d_sae=100)}
+    settings = {"permutations": 0, "encoders": tiny_pipeline.encoders((1,), d_sae=100), "keep_activations": "never"}
     evidence = sum(evidence.nbytes for evidence in gather(model, **settings).evidence[1].values())
     needed = evidence + 40 * 4 * (2 * 100 + 2 * 128)  # and a block's rows, of two poolings of features and residuals
     gather(model, statistics_bytes=needed, **settings)
@@ -304,7 +304,7 @@ def test_no_memory_for_the_statistics_is_said_before_anything_is_generated(model
 
     monkeypatch.setattr("torch.zeros", none_left)
     with pytest.raises(CorrSteerError, match="no memory for the statistics .OutOfMemoryError.: evidence takes"):
-        gather(model, permutations=1000)
+        gather(model, permutations=1000, keep_activations="never")
 
 
 def test_evidence_that_cannot_be_added_to_is_given_up_and_the_rest_of_the_run_kept(model, monkeypatch):
@@ -318,11 +318,17 @@ def test_evidence_that_cannot_be_added_to_is_given_up_and_the_rest_of_the_run_ke
 
     monkeypatch.setattr(Evidence, "update", fails)
     with pytest.raises(CollectionStopped, match="no room") as stopped:
-        gather(model, block_size=16)
+        gather(model, block_size=16, keep_activations="never")
     run = stopped.value.run
     assert run.n == run.residuals[2]["mean"].n == 32
     assert run.evidence == {} and "no intervals or tests" in run.notes[0]
     assert not run.testable() and select(run, "all").features[0].statistics.p_adjusted is None
+    calls.clear()
+    with pytest.raises(CollectionStopped, match="no room") as stopped:
+        gather(model, block_size=16)
+    kept = stopped.value.run
+    assert kept.n == 32 and kept.testable() and select(kept, "all").features[0].statistics.p_adjusted is not None
+    assert torch.equal(kept.correlation(2), run.correlation(2)), "and from rows there is evidence all the same"
 
 
 def test_of_two_failures_the_first_is_the_reason(model, monkeypatch):
@@ -550,8 +556,8 @@ REFUSED = {
     "too few permutations": ({"permutations": 10}, "permutations must be 0 or at least 19, .* got 10"),
     "blocks of one": ({"block_size": 1}, "block_size must be at least 2 for permutations"),
     "a score of activations that are not kept": (
-        {"scores": ("pearson", "auroc")},
-        "scores must be among pearson, .* where statistics are summed up as samples come, got auroc",
+        {"scores": ("pearson", "auroc"), "keep_activations": "never"},
+        "scores must be among pearson, .* where activations are not kept, got auroc",
     ),
     "an unknown score": ({"scores": ("kendall",)}, "scores must be among pearson, "),
     "an unknown backend": ({"backend": "magic"}, "backend must be one of"),

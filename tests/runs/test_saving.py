@@ -63,8 +63,8 @@ def untouched(directory):
 
 
 def test_a_run_replaces_the_one_that_was_there_and_leaves_other_files_alone(directory, old, new):
-    assert same(Run.load(directory), old) and len(theirs(directory)) == 2 + 2 + 2 + 1 + 1
-    for run, number in ((new, 3 + 3 + 2 + 1 + 1), (old, 8), (new, 10), (new, 10)):
+    assert same(Run.load(directory), old) and len(theirs(directory)) == 2 + 2 + 2 + 4
+    for run, number in ((new, 3 + 3 + 2 + 4), (old, 10), (new, 12), (new, 12)):
         run.save(directory)
         assert same(Run.load(directory), run) and len(theirs(directory)) == number and untouched(directory)
 
