@@ -25,6 +25,10 @@ _HOME = {
     "Capture": "lm.capture",
     "Decoding": "lm.decoding",
     "Evidence": "stats.evidence",
+    "Rollout": "rollouts.rollout",
+    "generate_rollouts": "rollouts.generate",
+    "read_rollouts": "rollouts.rollout_file",
+    "write_rollouts": "rollouts.rollout_file",
     "Steering": "steering.steering",
     "apply_rows": "steering.steering",
     "Run": "runs.run",
@@ -54,6 +58,7 @@ __all__ = [
     "Evidence",
     "HookPoint",
     "Moments",
+    "Rollout",
     "Run",
     "SearchOptions",
     "SparseEncoder",
@@ -71,8 +76,10 @@ __all__ = [
     "encode_pool",
     "encode_update",
     "evaluate",
+    "generate_rollouts",
     "inference",
     "planning",
+    "read_rollouts",
     "run_trials",
     "scores",
     "select",
@@ -80,6 +87,7 @@ __all__ = [
     "steer_add",
     "update_moments",
     "update_sums",
+    "write_rollouts",
 ]
 
 if TYPE_CHECKING:
@@ -95,6 +103,9 @@ if TYPE_CHECKING:
     from corrsteer.lm.decoding import Decoding
     from corrsteer.lm.hook_points import HookPoint
     from corrsteer.ops import Moments, encode, encode_pool, encode_update, steer_add, update_moments, update_sums
+    from corrsteer.rollouts.generate import generate_rollouts
+    from corrsteer.rollouts.rollout import Rollout
+    from corrsteer.rollouts.rollout_file import read_rollouts, write_rollouts
     from corrsteer.runs.collect import collect
     from corrsteer.runs.run import Run
     from corrsteer.sae.encoder import SparseEncoder

@@ -31,7 +31,11 @@ def provenance(
         "model": config._name_or_path,
         "model_dtype": str(model.dtype),
         "task": {
-            "name": task.name, "part": task.part, "grader": task.grader_name, "chat": task.chat, "examples": len(task),
+            "name": task.name,
+            "part": task.part,
+            "grader": task.grader_name,
+            "chat": task.chat,
+            "examples": len(task),
         },
         "saes": {
             str(layer): {"encoder": encoder.describe(), "source": encoder.decoder.source, "metadata": encoder.metadata}
