@@ -1,6 +1,7 @@
 # Everything is set up in .venv by the first target that needs it.
 #   make demo   the main job on the model that ships with the package
 #   make test   the test suite
+#   make test-vllm  rollouts by vLLM, in an environment of its own
 #   make bench  the microbenchmarks
 #   make docs   the documentation, served on this machine
 #   make test-sanitize   the C++ kernels' tests under the address and undefined-behaviour sanitizers
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 QUIET := --quiet --disable-pip-version-check
 
-.PHONY: demo test test-sanitize bench docs clean
+.PHONY: demo test test-sanitize test-vllm bench docs clean
 
 demo: $(STAMP)
 	$(BIN)/corrsteer demo
@@ -37,6 +38,19 @@ test-sanitize: $(STAMP)
 		ASAN_OPTIONS=detect_leaks=0 \
 		CORRSTEER_EXTENSIONS=$(SANITIZED)/corrsteer \
 		$(BIN)/python -m pytest tests/ops/test_operations.py tests/ops/test_native.py -k native
+
+# In an environment of its own, as vLLM takes other releases of transformers than the other tests.
+VLLM := build/vllm
+test-vllm: $(VLLM)/.installed
+	VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE-2} $(VLLM)/bin/python -m pytest tests/vllm
+
+$(VLLM)/.installed: tests/vllm/requirements.txt pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
+	$(PYTHON) -m venv $(VLLM)
+	@echo "Installing vLLM into $(VLLM); the first time this takes some minutes ..."
+	$(VLLM)/bin/python -m pip install $(QUIET) "$(TORCH)"
+	$(VLLM)/bin/python -m pip install $(QUIET) --no-deps --requirement tests/vllm/requirements.txt
+	CORRSTEER_CUDA=0 $(VLLM)/bin/python -m pip install $(QUIET) --no-deps --no-build-isolation --editable .
+	touch $@
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench --benchmark-only

@@ -26,6 +26,10 @@ _HOME = {
     "TeacherForcing": "lm.teacher_forcing",
     "Decoding": "lm.decoding",
     "Evidence": "stats.evidence",
+    "Rollout": "rollouts.rollout",
+    "generate_rollouts": "rollouts.generate",
+    "read_rollouts": "rollouts.rollout_file",
+    "write_rollouts": "rollouts.rollout_file",
     "Steering": "steering.steering",
     "apply_rows": "steering.steering",
     "Run": "runs.run",
@@ -55,6 +59,7 @@ __all__ = [
     "Evidence",
     "HookPoint",
     "Moments",
+    "Rollout",
     "Run",
     "SearchOptions",
     "SparseEncoder",
@@ -73,8 +78,10 @@ __all__ = [
     "encode_pool",
     "encode_update",
     "evaluate",
+    "generate_rollouts",
     "inference",
     "planning",
+    "read_rollouts",
     "run_trials",
     "scores",
     "select",
@@ -82,6 +89,7 @@ __all__ = [
     "steer_add",
     "update_moments",
     "update_sums",
+    "write_rollouts",
 ]
 
 if TYPE_CHECKING:
@@ -98,6 +106,9 @@ if TYPE_CHECKING:
     from corrsteer.lm.hook_points import HookPoint
     from corrsteer.lm.teacher_forcing import TeacherForcing
     from corrsteer.ops import Moments, encode, encode_pool, encode_update, steer_add, update_moments, update_sums
+    from corrsteer.rollouts.generate import generate_rollouts
+    from corrsteer.rollouts.rollout import Rollout
+    from corrsteer.rollouts.rollout_file import read_rollouts, write_rollouts
     from corrsteer.runs.collect import collect
     from corrsteer.runs.run import Run
     from corrsteer.sae.encoder import SparseEncoder

@@ -24,7 +24,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A GPU machine may have little more than torch, triton and pytest; these files run there, the others need all of it.
-RUN_ANYWHERE = ("ops/test_operations.py", "kernels/test_kernels.py", "ops/test_registry.py")
+RUN_ANYWHERE = (
+    "ops/test_operations.py", "kernels/test_kernels.py", "ops/test_registry.py",
+    "vllm/test_vllm.py",  # in an environment of its own
+)  # fmt: skip
 NEEDED = ("transformers", "sae_lens", "hypothesis", "scipy", "sklearn", "pydantic", "typer", "yaml", "tqdm",
           "pytest_benchmark", "peft", "matplotlib", "build", "pybind11", "mkdocs", "mkdocstrings")  # fmt: skip
 if any(importlib.util.find_spec(package) is None for package in NEEDED):

@@ -23,7 +23,11 @@ MASK = 0xFFFFFFFF
 
 
 def sample_keys(prompts: Sequence[list[int]]) -> list[int]:
-    """What tells samples apart: a hash of each prompt's token ids and of how many with the same came before."""
+    """What tells samples apart: a hash of each prompt's token ids and of how many with the same came before.
+
+    So of several samples of all prompts, one round of them after the other, the first round's keys are those of the
+    prompts alone, and another round changes none before it.
+    """
     seen: Counter[bytes] = Counter()
     keys = []
     for prompt in prompts:

@@ -87,7 +87,7 @@ class RolloutWriter:
                     self._alike.check(rollout)
         elif self.path.exists() and not (replace and self.path.is_file()):
             raise CorrSteerError(f"out {self.path} is already there; give another path, or have it replaced")
-        self._mode = "ab" if resume else "wb"
+        self._anew = not resume
 
     @property
     def ids(self) -> set[str]:
@@ -109,7 +109,10 @@ class RolloutWriter:
     def _append(self, lines: bytes) -> None:
         try:
             if self._file is None:
-                self._file = self.path.open(self._mode, buffering=0)
+                self._file = self.path.open("ab", buffering=0)
+                if self._anew:
+                    self._file.truncate(0)
+                self._anew = False
                 sync_folder(self.path.parent)
             size = self._file.seek(0, os.SEEK_END)
             try:
@@ -131,7 +134,6 @@ class RolloutWriter:
         if self._file is not None:
             self._file.close()
             self._file = None
-            self._mode = "ab"
 
     def __enter__(self) -> RolloutWriter:
         return self

@@ -41,9 +41,7 @@ class BatchPool:
             self._running = self._running or RunningPool(self._encoder, self._n, self._backend)
             self._running.add(x, cu_seqlens)
 
-    def finish(
-        self, x: Tensor, cu_seqlens: Tensor, last_prompt: Tensor
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def finish(self, x: Tensor, cu_seqlens: Tensor, last_prompt: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Take in the rest of the kept steps, and the residuals of last prompt tokens, `[N, d_in]`.
 
         Returns

@@ -31,7 +31,11 @@ def provenance(
         "model": config._name_or_path,
         "model_dtype": str(model.dtype),
         "task": {
-            "name": task.name, "part": task.part, "grader": task.grader_name, "chat": task.chat, "system": task.system,
+            "name": task.name,
+            "part": task.part,
+            "grader": task.grader_name,
+            "chat": task.chat,
+            "system": task.system,
             "examples": len(task),
         },
         "saes": {

@@ -55,6 +55,7 @@ def lines(path, *rows):
 GOOD = {"id": "a", "prompt": "p", "completion": "c"}
 
 
+# A failing case is shown as it was found: to make it smaller takes minutes.
 @settings(max_examples=60, deadline=None, phases=[Phase.generate])
 @given(st.lists(ROLLOUTS, unique_by=lambda rollout: rollout.id, min_size=1, max_size=4))
 def test_rollouts_of_any_text_come_back_as_they_were(tmp_path_factory, rollouts):
