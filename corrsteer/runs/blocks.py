@@ -128,7 +128,7 @@ class BlockCollector:
         ) as capture:
             completions = generator.complete(
                 [self.prompts[i] for i in batch], [self.keys[i] for i in batch],
-                share=self._shares, criteria=[capture.stopping_criterion],
+                share=self._shares, capture=capture,
             )  # fmt: skip
         grades = [self.task.grade(written.text, example) for written, example in zip(completions, examples)]
         for layer, pool in pools.items():
