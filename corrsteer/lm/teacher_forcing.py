@@ -5,7 +5,7 @@ completion at once (teacher forcing, in training) reads the same tokens in the s
 head and nothing above the last hook point, so the pass ends there.
 
 Rows are laid out as `generate` has them: prompts end in one column, padded on the left, and completions begin in the
-next, padded on the right. So hooks that steer know prompt from completion as they do while generating. The pass is made
+next, filled on the right. So hooks that steer know prompt from completion as they do while generating. The pass is made
 by the model's own `generate`, which knows what an architecture needs besides ids and mask.
 """
 
@@ -262,9 +262,9 @@ class _Batch:
 
     Attributes
     ----------
-    ids, mask : `[B, W]` int64.
+    ids, mask : `[B, W]` int64; what fills rows on the right is not masked.
     prompt : columns of prompts, which end in the last of them.
-    unlike : a token that no row ends with. `generate` is told that it is padding, as it warns of rows that do.
+    unlike : a token that no row ends with. `generate` is told that it is padding, as some warn of rows that do.
     """
 
     ids: Tensor
@@ -282,7 +282,8 @@ class _Batch:
             row = [*prompt, *completion[:own]]
             after = steps - 1 - own
             ids.append([pad] * before + row + [pad] * after)
-            mask.append([0] * before + [1] * len(row) + [0] * after)
+            # No token sees what comes after it, and `generate` warns of masks that end with padding.
+            mask.append([0] * before + [1] * (len(row) + after))
         as_tensor = functools.partial(torch.tensor, dtype=torch.int64, device=device)
         ends = {row[-1] for row in ids}
         return cls(as_tensor(ids), as_tensor(mask), width, next(at for at in itertools.count() if at not in ends))
