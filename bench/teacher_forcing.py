@@ -184,7 +184,7 @@ def _spread(of: Tensor) -> dict[str, float]:
     return {"median": float(of.median()), "p99": float(of.quantile(0.99)), "max": float(of.max())}
 
 
-HEADER = ("model", "weights", "layer", "residuals, median", "99 %", "most", "r, median", "99 %", "most")
+HEADER = ("model", "weights", "layer", "residuals, median", "99 %", "most", "features", "r, median", "99 %", "most")
 
 
 def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -193,7 +193,8 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
         (
             world["model"], world["dtype"], layer,
             *(f"{world['residuals'][layer][name]:.1e}" for name in ("median", "p99", "max")),
-            *(f"{of[name]:.1e}" for name in ("median", "p99", "max")),
+            str(of["features"]),
+            *(f"{of[name]:.1e}" if of["features"] else "-" for name in ("median", "p99", "max")),
         )
         for world in result["worlds"]
         for layer, of in world["correlations"].items()
