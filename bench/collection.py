@@ -47,7 +47,8 @@ STAGES: dict[str, tuple[str, ...]] = {
     "planning": ("corrsteer.lm.generation:Generator.plan",),
     "language model": ("corrsteer.lm.generation:Generator.complete",),
     "capture": tuple(
-        f"corrsteer.lm.capture:Capture.{name}" for name in ("__enter__", "__exit__", "_store", "stopping_criterion")
+        f"corrsteer.lm.capture:Capture.{name}"
+        for name in ("__enter__", "__exit__", "_store", "stopping_criterion", "keep_rows")
     ),
     "packing": ("corrsteer.lm.capture:Capture.packed", "corrsteer.lm.capture:Capture.last_prompt"),
     "encode and pool": ("corrsteer.ops:encode_pool",),
@@ -141,9 +142,7 @@ def measured(world: teacher_forcing.World, grid: dict[str, Any], new: int) -> di
             model, {layer: HookPoint(layer) for layer in encoders}, max_new_tokens=new,
             stop_tokens=stop_tokens(model, world.tokenizer),
         ) as capture:  # fmt: skip
-            generator.complete(
-                [prompts[i] for i in batch], [keys[i] for i in batch], criteria=[capture.stopping_criterion]
-            )
+            generator.complete([prompts[i] for i in batch], [keys[i] for i in batch], capture=capture)
         parts += [(layer, *capture.packed(layer)) for layer in encoders]
 
     def encode(_round: int) -> None:

@@ -91,9 +91,7 @@ def measured(world: World, grid: dict[str, Any]) -> dict[str, Any]:
 
     def capture(batch: list[int]) -> tuple[Capture, list[Any]]:
         with Capture(model, points, stop_tokens=stops, max_new_tokens=grid["new"]) as captured:
-            written = generator.complete(
-                [prompts[i] for i in batch], [keys[i] for i in batch], criteria=[captured.stopping_criterion]
-            )
+            written = generator.complete([prompts[i] for i in batch], [keys[i] for i in batch], capture=captured)
         return captured, [completion.text for completion in written]
 
     captured: dict[int, dict[int, Tensor]] = {layer: {} for layer in points}  # layer -> sample -> its residuals
@@ -186,7 +184,7 @@ def _spread(of: Tensor) -> dict[str, float]:
     return {"median": float(of.median()), "p99": float(of.quantile(0.99)), "max": float(of.max())}
 
 
-HEADER = ("model", "weights", "layer", "residuals, median", "99 %", "most", "r, median", "99 %", "most")
+HEADER = ("model", "weights", "layer", "residuals, median", "99 %", "most", "features", "r, median", "99 %", "most")
 
 
 def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -195,7 +193,8 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
         (
             world["model"], world["dtype"], layer,
             *(f"{world['residuals'][layer][name]:.1e}" for name in ("median", "p99", "max")),
-            *(f"{of[name]:.1e}" for name in ("median", "p99", "max")),
+            str(of["features"]),
+            *(f"{of[name]:.1e}" if of["features"] else "-" for name in ("median", "p99", "max")),
         )
         for world in result["worlds"]
         for layer, of in world["correlations"].items()
@@ -222,12 +221,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--dtypes", nargs="+", default=["bfloat16", "float32"], help="of its weights, one after another"
     )
-    parser.add_argument("--samples", type=int, help="of the chat model, otherwise 256")
+    parser.add_argument("--samples", type=int, help="of each model, otherwise 64 and 256")
     parser.add_argument("--rounds", type=int, help="otherwise 5")
     options = parser.parse_args(arguments)
     grid = dict(QUICK if options.quick else FULL)
     grid["rounds"] = options.rounds or grid["rounds"]
-    grid["samples"] = grid["samples"] | ({"chat": options.samples} if options.samples else {})
+    if options.samples:
+        grid["samples"] = dict.fromkeys(grid["samples"], options.samples)
     head = record.new(torch.device("cpu"))
     del head["cases"]
     head["packages"]["transformers"] = installed("transformers")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,6 +94,7 @@ class Capture:
         self._filled = 0  # buffered steps whose token has been sampled
         self._pending = 0  # steps that the running pass has put behind them
         self._alive: Tensor  # [B] bool, no stop token so far
+        self._rows: Tensor | None = None  # [R] int64, which rows the call of generate has; None for all
         self._stop_ids: Tensor | None = None
         self._empty: dict[object, Tensor] = {}  # key -> [0, d], for hook points that left nothing in a buffer
         self._passes = 0  # passes whose token has been sampled
@@ -123,7 +124,11 @@ class Capture:
             if self._stop_ids is None:
                 self._stop_ids = torch.tensor(self._stop, dtype=torch.int64, device=token.device)
             stopped = torch.isin(token, self._stop_ids)
-            self._alive &= ~stopped.to(self._alive.device)
+            stopped = stopped.to(self._alive.device)
+            if self._rows is None:
+                self._alive &= ~stopped
+            else:
+                self._alive[self._rows] &= ~stopped
         if self._passes:
             self._kept[:, self._filled] = self._alive
         self._filled += self._pending
@@ -131,6 +136,23 @@ class Capture:
         if self._filled == self._capacity and self._passes < self.max_new_tokens:
             self._flush()
         return torch.zeros(len(token), dtype=torch.bool, device=token.device)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """The generation goes on in another call of `generate`, from its cache, with some of the capture's rows alone.
+
+        `rows` are those that are left, of the first call's. The others must have come to a stop token.
+        """
+        if not self._passes:
+            raise CorrSteerError("rows can be left out once a call of generate is over, and there was none")
+        chosen = torch.tensor(list(rows), dtype=torch.int64, device=self._alive.device)
+        left_out = self._alive.clone()
+        left_out[chosen] = False
+        if bool(left_out.any()):
+            raise CorrSteerError(
+                f"rows must hold every row without a stop token so far, but leaves out "
+                f"{left_out.nonzero()[:, 0].tolist()}; give Capture the stop tokens that end a completion"
+            )
+        self._rows, self._call, self._reading = chosen, None, None
 
     def packed(self, key: Hashable) -> tuple[Tensor, Tensor]:
         """What the buffer holds of a hook point: `x [T, d]` in the model's dtype and `cu_seqlens [B + 1]` int32."""
@@ -176,7 +198,10 @@ class Capture:
         if key not in self._buffer:
             self._buffer[key] = h.new_empty(len(h), self._capacity, h.shape[2])
         kept_steps = h if h.shape[1] == steps else h[:, -steps:]
-        self._buffer[key][:, self._filled : self._filled + steps] = kept_steps
+        if self._rows is None:
+            self._buffer[key][:, self._filled : self._filled + steps] = kept_steps
+        else:
+            self._buffer[key][self._rows.to(h.device), self._filled] = kept_steps[:, 0]
         if kept is not None:
             self._kept[:, :steps] = kept.to(self._kept.device)
         self._pending = steps
@@ -190,7 +215,7 @@ class Capture:
             raise CorrSteerError(
                 "prompts must be read in one pass; call generate without prefill_chunk_size and without a filled cache"
             )
-        if not self._allocated:
+        if not self._allocated or (self._call is None and self._rows is not None):
             self._call = reading.call
         if self._call is None or reading.call is not self._call:
             raise CorrSteerError("a capture holds one call of model.generate; enter a new Capture for the next one")

@@ -20,6 +20,7 @@ from corrsteer.arguments import check_type, shown
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm import hook_points, own_passes, prefill
 from corrsteer.lm.batches import PASS, common_prefix, plan_batches, worth_sharing
+from corrsteer.lm.capture import Capture
 from corrsteer.lm.decoding import Decoding
 from corrsteer.lm.generation_settings import settings
 from corrsteer.lm.prefill import Begun, Cache, Prompts, Reuse
@@ -170,6 +171,7 @@ class Generator:
         share: bool = True,
         criteria: Sequence[Any] = (),
         within: Within | None = None,
+        capture: Capture | None = None,
     ) -> list[Completion]:
         """Completions of a batch of prompts, cut before their first stop token.
 
@@ -180,12 +182,13 @@ class Generator:
         share : whether what they begin with may be read once.
         criteria : further stopping criteria; with any, the batch is kept whole, as they see its rows.
         within : what `generate` runs in.
+        capture : one that is entered, and sees the tokens of these prompts; it goes along as the batch is cut down.
         """
         batch = self._pad(prompts)
         cache = self._read_prefix(batch, self._prefix(prompts)) if share else None
         if cache is None and self._may_reserve(batch.width):
             cache = prefill.empty_cache(self.model, self._room(batch))
-        return self.finish(Begun(batch, cache), keys, within, criteria)
+        return self.finish(Begun(batch, cache), keys, within, criteria, capture)
 
     @torch.inference_mode()
     def read(self, prompts: Sequence[list[int]]) -> Begun:
@@ -208,6 +211,7 @@ class Generator:
         keys: Sequence[int],
         within: Within | None = None,
         criteria: Sequence[Any] = (),
+        capture: Capture | None = None,
     ) -> list[Completion]:
         """Completions of prompts that have been begun to be read, which this goes on with; otherwise as `complete`."""
         batch, cache = begun.prompts, begun.cache
@@ -220,6 +224,8 @@ class Generator:
             config = copy.copy(self._settings)
             config.max_new_tokens, config.return_dict_in_generate = left, cuts
             stopping = [*criteria, _Enough(self.stops, batch.width, left)] if cuts else list(criteria)
+            if capture is not None:
+                stopping.append(capture.stopping_criterion)
             sampled = self.decoding.temperature > 0
             samplers = [Sampler(self.decoding, [keys[row] for row in rows], width)] if sampled else []
             generator: Any = self.model
@@ -241,7 +247,8 @@ class Generator:
             cache.keep(kept)
             batch = batch.grown(ids).rows(kept)
             rows = [rows[at] for at in alive]
-        return completions(self.tokenizer, written, self.stops)
+            if capture is not None:
+                capture.keep_rows(rows)
 
     def _ended(self, tokens: Sequence[int]) -> bool:
         return _end(tokens, self.stops) < len(tokens)

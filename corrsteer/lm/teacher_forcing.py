@@ -5,7 +5,7 @@ completion at once (teacher forcing, in training) reads the same tokens in the s
 head and nothing above the last hook point, so the pass ends there.
 
 Rows are laid out as `generate` has them: prompts end in one column, padded on the left, and completions begin in the
-next, padded on the right. So hooks that steer know prompt from completion as they do while generating. The pass is made
+next, filled on the right. So hooks that steer know prompt from completion as they do while generating. The pass is made
 by the model's own `generate`, which knows what an architecture needs besides ids and mask.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 import weakref
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -261,13 +262,15 @@ class _Batch:
 
     Attributes
     ----------
-    ids, mask : `[B, W]` int64.
+    ids, mask : `[B, W]` int64; what fills rows on the right is not masked.
     prompt : columns of prompts, which end in the last of them.
+    unlike : a token that no row ends with. `generate` is told that it is padding, as some warn of rows that do.
     """
 
     ids: Tensor
     mask: Tensor
     prompt: int
+    unlike: int
 
     @classmethod
     def of(cls, sequences: Sequence[Ids], pad: int, device: torch.device) -> _Batch:
@@ -278,11 +281,12 @@ class _Batch:
             before, own = width - len(prompt), _steps(completion) - 1
             row = [*prompt, *completion[:own]]
             after = steps - 1 - own
-            # Behind them stands the last token again: what `generate` would take for padding there, it warns of.
-            ids.append([pad] * before + row + row[-1:] * after)
-            mask.append([0] * before + [1] * len(row) + [0] * after)
+            ids.append([pad] * before + row + [pad] * after)
+            # No token sees what comes after it, and `generate` warns of masks that end with padding.
+            mask.append([0] * before + [1] * (len(row) + after))
         as_tensor = functools.partial(torch.tensor, dtype=torch.int64, device=device)
-        return cls(as_tensor(ids), as_tensor(mask), width)
+        ends = {row[-1] for row in ids}
+        return cls(as_tensor(ids), as_tensor(mask), width, next(at for at in itertools.count() if at not in ends))
 
 
 class _Seen(Exception):
@@ -332,6 +336,8 @@ class _Reading:
 
     def _pass(self, ids: Tensor, mask: Tensor, config: Any, cache: Cache | None) -> None:
         self._awaited = set(self._forcing.points)
+        config = copy.copy(config)
+        config.pad_token_id = self.batch.unlike
         generator: Any = self._forcing.model
         given = {} if cache is None else {cache.name: cache.value}
         try:

@@ -73,7 +73,7 @@ class Generated:
         ) as capture:
             completions = generator.complete(
                 [self.asked.prompt(i) for i in samples], [self.asked.key(i) for i in samples],
-                share=self._shares, criteria=[capture.stopping_criterion],
+                share=self._shares, capture=capture,
             )  # fmt: skip
         return [self.asked.rollout(i, completion) for i, completion in zip(samples, completions)], capture
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bench import teacher_forcing
+from bench import record, table, teacher_forcing
 
 
 @pytest.fixture(scope="module")
@@ -36,3 +36,12 @@ def test_residuals_that_are_not_the_same_show(result):
     some = {0: torch.ones(3, 4), 1: torch.ones(1, 4)}
     apart = teacher_forcing._apart({0: some[0], 1: 2 * some[1]}, some)
     assert apart["median"] == 0 and apart["max"] == 1
+
+
+def test_the_committed_result_is_the_full_one():
+    path = record.STUDIES / "teacher_forcing.json"
+    committed = json.loads(path.read_text())
+    assert (committed["schema"], committed["version"]) == ("corrsteer.teacher_forcing", record.VERSION)
+    assert not committed["quick"]
+    assert {world["dtype"] for world in committed["worlds"] if world["model"] == "chat"} == {"bfloat16", "float32"}
+    assert teacher_forcing.lines(committed)[0] in table.teacher_forcing(path)

@@ -8,6 +8,7 @@ import peft
 import pytest
 import tiny_models
 import torch
+import transformers
 from tiny_models import ARCHITECTURES, LAYERS, PAD, VOCABULARY, WIDTH, build, prompts_of, tiny, traces
 
 from corrsteer import Capture, Decoding, HookPoint, Steering
@@ -143,6 +144,17 @@ def test_a_steering_acts_as_it_does_while_generating(positions, installed):
         residuals = TeacherForcing(model, POINTS).read(sequences)
         assert_read(residuals, capture)
     assert not torch.allclose(capture.last_prompt(2), plain.last_prompt(2), rtol=1e-2, atol=1e-2)
+
+
+def test_transformers_warns_of_nothing(caplog):
+    prompts, stops = that_stop("llama")
+    transformers.logging.enable_propagation()
+    try:
+        reading = TeacherForcing(build("llama"), POINTS)
+        reading.read([([PAD, 3], [PAD]), ([3, 4, PAD], []), (prompts[1], [stops[0], 3, 4, 5])])
+    finally:
+        transformers.logging.disable_propagation()
+    assert "padding" not in caplog.text
 
 
 def test_hooks_are_taken_off_again():
