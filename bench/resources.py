@@ -99,10 +99,10 @@ def pooling(
         types |= dict(product="*fp32", product_stride="i32", first_block="i32", first_chunk="i32")
         types |= dict(x=None, weight=None, weight_low=None)
     words = ["panels"] * panels + ["+".join(pools), "moments" if moments else "pooled"] + ["singles"] * singles
-    words += ["short"] * ("BF16_SPLITS" in entry)
+    words += ["short"] * ("BF16_SPLITS" in entry) + ["flat"] * ("flatten" in entry)
     words += [str(v) if k == "activation" else k for k, v in given.items()]
     constants = dict(MEAN="mean" in pools, MAX="max" in pools, MOMENTS=moments, SINGLES=singles)
-    constants["BF16_SPLITS"] = entry.get("BF16_SPLITS", 0)
+    constants |= {"BF16_SPLITS": entry.get("BF16_SPLITS", 0), "FLATTEN": bool(entry.get("flatten"))}
     label = f"{kind} {entry['BF']}x{entry['BT']}x{entry['BK']} {' '.join(words)}"
     specimen = encoding(arch, "encode_pool.encode_pool_kernel", label, kind, entry, types, constants, **given)
     return replace(specimen, product="") if panels else specimen  # it multiplies no operands

@@ -104,6 +104,18 @@ def test_a_configuration_is_the_most_special_one_there_is_for_a_call(monkeypatch
     assert config(gpu, "encode_pool", "ieee", 9, ("both",)) == file["encode_pool"]["ieee"][0]
 
 
+def test_a_call_that_cannot_go_by_panels_is_launched_with_the_next_entry_that_multiplies_itself(monkeypatch):
+    from corrsteer.kernels import launch
+
+    entries = [ENTRY | PANEL, ENTRY | {"up_to_tokens": 8}, ENTRY]
+    monkeypatch.setattr(launch, "read", lambda name: {"encode_pool": {"native": entries}})
+    monkeypatch.setattr(launch, "entries", launch.entries.__wrapped__)
+    cpu = torch.device("cpu")
+    assert launch.config(cpu, "encode_pool", "native", 9, (), True) == entries[0]
+    assert launch.config(cpu, "encode_pool", "native", 9) == entries[2]
+    assert launch.config(cpu, "encode_pool", "native", 8) == entries[1]
+
+
 def test_a_gpus_own_file_comes_first_and_a_borrowed_one_is_logged(monkeypatch, tmp_path, caplog):
     from corrsteer.kernels import launch
 
@@ -174,6 +186,7 @@ def test_a_file_that_lacks_a_configuration_is_named_with_the_kernel_and_the_kind
         ("encode_pool", {"way": "panels", "panel_tokens": 64}, "lacks panel_features in encode_pool"),
         ("encode_pool", {"way": "tiles"}, "has no way 'tiles' in encode_pool for products of kind 'native'"),
         ("encode", PANEL, "has no way 'panels' in encode for"),
+        ("encode_pool", PANEL, "has no encode_pool for any number of tokens, of kind 'native' and way 'fused', at the"),
     ],
 )
 def test_a_way_to_multiply_that_there_is_not_or_whose_panels_have_no_size_is_named(monkeypatch, kernel, more, message):
