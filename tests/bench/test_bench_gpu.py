@@ -249,7 +249,7 @@ def test_a_case_that_hangs_ends_the_process_and_the_next_one_goes_on_behind_it(t
     went(run_of(tmp_path, [case_of(name, ran) for name in ("before", "hangs", "behind")]), ended="it took too long")
     assert ran == ["behind"]
     assert read(tmp_path)["cases"][1]["reason"] == "the process was ended in it (it took too long)"
-    assert read(tmp_path)["page"][-1] == "Next: see why this case could not be measured: hangs."
+    assert read(tmp_path)["page"][-1] == "Next: see what went wrong in this case: hangs."
 
 
 def test_every_case_of_a_gpus_run_has_a_name_of_its_own_and_a_table_before_it_has_run(tmp_path):
