@@ -24,7 +24,7 @@ NEAREST = {8: "sm_80", 9: "sm_90", 10: "sm_100", 11: "sm_100"}
 REPAIR = "write it again with python -m bench.tune, or install the package again"
 MATMUL = ("BF", "BT", "BK", "SUBTILE", "GROUP_SIZE", "descriptors", "num_warps", "num_stages")
 KEYS = {"encode": MATMUL, "encode_pool": (*MATMUL, "WIDE_SUBTILE", "max_tiles_per_chunk")}  # of each entry
-# An entry of encode_pool may also say `"flatten": 1` (FLATTEN of its kernel).
+# An entry of encode_pool may also say `"flatten": 1` (FLATTEN of its kernel); without BF16_SPLITS, see bench/NOTES.md.
 # Where the product is made: in the kernel, or by the vendor's library a panel at a time (see panels.py), of which an
 # entry then says the size. Kinds whose operands are 16-bit have panels; float32 ones would need more products.
 WAYS = {"fused": (), "panels": ("panel_features", "panel_tokens")}

@@ -85,7 +85,7 @@ def way(request, monkeypatch):
         if kind not in launch.PANEL_KINDS.get(kernel, ()):
             return entry
         if name == "flattened":
-            return entry | {"flatten": 1}
+            return entry | {"BF16_SPLITS": 0, "flatten": 1}
         return (PANEL_BLOCKS if device.type == "cuda" else entry) | {"way": name} | PANEL[device.type]
 
     monkeypatch.setattr(launch, "config", going_that_way)
