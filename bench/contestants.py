@@ -49,10 +49,11 @@ class Contestant:
 Factories = dict[str, Callable[[], Contestant]]  # made one after the other, as one may find no memory
 
 
-# Other ways of the triton backend to the same result than the one that ships: for each, the launch configuration of
-# `encode_pool` that goes it. One more entry here is one more contestant.
+# Other ways of the triton backend to the same result than the one that ships: for each, what the launch configurations
+# of `encode_pool` that go it say otherwise. One more entry here is one more contestant.
 WAYS: dict[str, dict[str, Any]] = {
-    "panels": PANEL_BLOCKS | {"way": "panels", "panel_features": 2048, "panel_tokens": 2048}
+    "panels": PANEL_BLOCKS | {"BF16_SPLITS": 0, "way": "panels", "panel_features": 2048, "panel_tokens": 2048},
+    "flattened": {"BF16_SPLITS": 0, "flatten": 1},
 }
 
 
@@ -74,7 +75,7 @@ def going(way: str) -> Iterator[None]:
     config = launch.config
 
     def forced(device: torch.device, kernel: str, *more: Any) -> dict[str, Any]:
-        return WAYS[way] if kernel == "encode_pool" else config(device, kernel, *more)
+        return config(device, kernel, *more) | (WAYS[way] if kernel == "encode_pool" else {})
 
     with patch.object(launch, "config", forced):
         yield

@@ -77,7 +77,10 @@ def all_cases(
 
 
 def one(case: Case, device: torch.device, backends: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Check, measure and compare the contestants of a case; errors become part of the record."""
+    """Check, measure and compare the contestants of a case; errors become part of the record.
+
+    Where one of ours is wrong or fails so does the case, but the times of those that are right are kept.
+    """
     record = not_measured(case, backends, "") | {"status": "measured"}
     try:
         _fill(record, case, device, backends, seconds)
@@ -93,7 +96,8 @@ def line(record: dict[str, Any]) -> str:
     """What to print of a case."""
     timed = [f"{name} {c['median_ms']:.4g} ms" for name, c in record["contestants"].items() if "median_ms" in c]
     others = [f"{name} {c['status']}" for name, c in record["contestants"].items() if c["status"] not in USUAL]
-    found = [*timed, *others] if record["status"] == "measured" else [f"{record['status']}: {record['reason']}"]
+    bad = [] if record["status"] == "measured" else [f"{record['status']}: {record['reason']}"]
+    found = [*bad, *timed, *(others if record["ratios"] else [])]
     return f"{record['name']}: {', '.join(found)}"
 
 
@@ -101,12 +105,17 @@ def _fill(record: dict[str, Any], case: Case, device: torch.device, backends: Se
     if case.compiled:
         torch._dynamo.reset()  # each shape is compiled by itself, and there is a limit to recompiling
     running: dict[str, Contestant] = {}
-    for name, make in contestants(case, device, backends).items():
+    for name, make in contestants(case, device, backends).items():  # ours first
+        if name not in record["ours"] and running.keys().isdisjoint(record["ours"]):
+            continue  # there is nothing to compare the others with
         entry = record["contestants"][name] = _prepare(name, make, running, device, case.repeats)
-        if name in record["ours"] and entry["status"] != "measured":
-            record |= {"status": "wrong" if entry["status"] == "wrong" else "failed"}
-            record["reason"] = f"{name}: {entry.get('reason') or entry.get('check')}"
-            return
+        if entry["status"] == "wrong" or (name in record["ours"] and entry["status"] != "measured"):
+            statuses = (record["status"], entry["status"])
+            record["status"] = "wrong" if "wrong" in statuses else "failed"
+            reason = f"{name}: {entry.get('reason') or entry.get('check')}"
+            record["reason"] = "; ".join(filter(None, (record["reason"], reason)))
+    if running.keys().isdisjoint(record["ours"]):
+        return
     if case.kind == "encode_update":
         record["eager_encode"] = eager.encoded_by(case.activation)
         record["dense_bytes"] = dense = 4 * case.tokens * case.d_sae
@@ -127,6 +136,7 @@ def _fill(record: dict[str, Any], case: Case, device: torch.device, backends: Se
     record["ratios"] = {
         backend: {name: timing.ratio(times[backend], each) for name, each in times.items() if name != backend}
         for backend in record["ours"]
+        if backend in times
     }
 
 

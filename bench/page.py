@@ -78,7 +78,7 @@ def predicted(result: dict[str, Any], predictions: list[dict[str, Any]]) -> list
 def measured(result: dict[str, Any], prediction: dict[str, Any]) -> float | None:
     """What a prediction is about, as it was measured; None where it was not."""
     for case in result["cases"]:
-        if case["name"] == prediction["case"] and case["status"] == "measured":
+        if case["name"] == prediction["case"] and case.get("ratios"):
             found = case["contestants"].get(prediction["of"], {})
             if prediction["value"] == "ratio":
                 ratio = case["ratios"].get(prediction["of"], {}).get(prediction["to"])
@@ -97,11 +97,11 @@ def next_step(result: dict[str, Any]) -> str:
     if other := unstable(result):
         return f"find what makes the bits differ: {other[0]}."
     if wrong := [case["name"] for case in result["cases"] if case["status"] in ("wrong", "failed")]:
-        return f"see why this case could not be measured: {wrong[0]}."
+        return f"see what went wrong in this case: {wrong[0]}."
     slow: list[tuple[float, dict[str, Any]]] = []
     for case in result["cases"]:
-        if case.get("stage") == "shapes" and case["status"] == "measured" and case["precision"] != "bf16x2":
-            ratios = [of["matmul"]["median"] for of in case["ratios"].values() if "matmul" in of]
+        if case.get("stage") == "shapes" and case["precision"] != "bf16x2":
+            ratios = [of["matmul"]["median"] for of in case.get("ratios", {}).values() if "matmul" in of]
             slow += [(min(ratios), case)] if ratios else []
     if not slow:
         return "measure: no shape has been timed against the bare product yet."

@@ -3,7 +3,8 @@
 Each kernel is compiled ahead of time for sm_80, sm_90 and sm_100, and the table says how many registers a thread has,
 how many loads and stores go to local memory (spills), how much shared memory a program takes, and which tensor-core
 instruction multiplies. Exits with 1 where a configuration cannot be shipped: it spills, takes more shared memory than
-the architecture has, or multiplies 16-bit numbers without the architecture's own instruction.
+the architecture has, multiplies 16-bit numbers without the architecture's own instruction, or waits for each of these
+instructions on sm_90 before the next, as the assembler has it where it cannot tell which registers are in use.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class Report:
     shared: int  # bytes
     tensor_core: str
     faults: list[str]
+    serial: bool = False  # on sm_90, every product of the tensor cores is waited for
 
 
 def encoding(arch: int, kernel: str, label: str, kind: str, entry: dict, types: dict, constants: dict, **given):
@@ -99,10 +101,10 @@ def pooling(
         types |= dict(product="*fp32", product_stride="i32", first_block="i32", first_chunk="i32")
         types |= dict(x=None, weight=None, weight_low=None)
     words = ["panels"] * panels + ["+".join(pools), "moments" if moments else "pooled"] + ["singles"] * singles
-    words += ["short"] * ("BF16_SPLITS" in entry)
+    words += ["short"] * ("BF16_SPLITS" in entry) + ["flat"] * ("flatten" in entry)
     words += [str(v) if k == "activation" else k for k, v in given.items()]
     constants = dict(MEAN="mean" in pools, MAX="max" in pools, MOMENTS=moments, SINGLES=singles)
-    constants["BF16_SPLITS"] = entry.get("BF16_SPLITS", 0)
+    constants |= {"BF16_SPLITS": entry.get("BF16_SPLITS", 0), "FLATTEN": bool(entry.get("flatten"))}
     label = f"{kind} {entry['BF']}x{entry['BT']}x{entry['BK']} {' '.join(words)}"
     specimen = encoding(arch, "encode_pool.encode_pool_kernel", label, kind, entry, types, constants, **given)
     return replace(specimen, product="") if panels else specimen  # it multiplies no operands
@@ -129,6 +131,9 @@ def shipped(arch: int) -> Iterator[Specimen]:
                 continue  # the loop takes short samples as well
             entries = file[name if kind in file.get(name, ()) else "encode_pool"][kind]
             yield from (pooling(arch, kind, entry, **form) for entry in entries for form in of_name)
+            if arch == 90 and kind in ("native", "bf16x2"):  # as bench.gpu measures them beside what ships
+                flat = {name: value for name, value in entries[-1].items() if name != "BF16_SPLITS"} | {"flatten": 1}
+                yield from (pooling(arch, kind, flat, **form) for form in of_name)
     large = file["encode_pool"]["native"][-1]
     singles = file.get("encode_pool_singles", file["encode_pool"])["native"][-1]
     forms = [{"activation": "gated"}, {"pools": ("max",)}, {"moments": False}, {"activation": "relu"}]
@@ -166,10 +171,12 @@ def raced(arch: int) -> Iterator[Specimen]:
     forms = {"encode_pool_singles": {"singles": True}, "encode_pool_both": {"pools": ("mean", "max")}}
     for form in tune.FORMS:
         for entry in tune.candidates("native", 4096, 0 if arch == 80 else 1, form):
-            specimen = pooling(arch, "native", entry, **forms.get(form, {}))
+            panels = entry.get("way") == "panels"
+            specimen = pooling(arch, "native", entry, panels=panels, **forms.get(form, {}))
             launch = (entry["num_warps"], "warps", entry["num_stages"], "stages")
             words = (*launch, entry["SUBTILE"], entry["WIDE_SUBTILE"])
-            yield replace(specimen, label=" ".join(map(str, (specimen.label, *words))))
+            if not panels or (entry["panel_features"], entry["panel_tokens"]) == tune.PANELS[0]:  # one kernel for all
+                yield replace(specimen, label=" ".join(map(str, (specimen.label, *words))))
 
 
 def small(arch: int) -> Iterator[Specimen]:
@@ -247,7 +254,7 @@ def examine(specimen: Specimen) -> Report:
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         local=len(re.findall(r"\b(?:LDL|STL)\b", assembly)),
         shared=compiled.metadata.shared,
-        tensor_core=_tensor_core(assembly, compiled.asm["ptx"]), faults=[],
+        tensor_core=_tensor_core(assembly, compiled.asm["ptx"]), faults=[], serial=_serial(assembly),
     )  # fmt: skip
     report.faults = faults(report, specimen.product)
     return report
@@ -262,6 +269,8 @@ def faults(report: Report, product: str) -> list[str]:
         found.append(f"shared memory over {SHARED_MEMORY[report.arch]}")
     if product in ("native", "bf16x2") and report.tensor_core != TENSOR_CORE[report.arch]:
         found.append(f"no {TENSOR_CORE[report.arch]}")
+    if product in ("native", "bf16x2") and report.serial:
+        found.append("serial products")
     return found
 
 
@@ -273,6 +282,12 @@ def _tensor_core(assembly: str, ptx: str) -> str:
     if "tcgen05.mma" in ptx:
         return "tcgen05.mma"
     return next((name for name in ("HGMMA", "HMMA") if re.search(rf"\b{name}\b", assembly)), "-")
+
+
+def _serial(assembly: str) -> bool:
+    """Whether each HGMMA ends a group (gsb0) of its own, where Triton's products have several a group."""
+    products = re.findall(r"\bHGMMA\b[^;]*", assembly)
+    return bool(products) and all("gsb0" in product for product in products)
 
 
 def examine_all(architectures, jobs: int, show=None, which=shipped) -> list[Report]:

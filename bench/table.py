@@ -84,9 +84,9 @@ def encode_rows(cases: Iterable[dict[str, Any]]) -> list[tuple[str, ...]]:
     """Rows of the `encode_update` cases that were measured: the case, the backend and `COLUMNS`."""
     return [
         (case["name"], backend, *(_cell(name, value) for name, value in values(case, backend).items()))
-        for case in _measured(cases)
+        for case in _timed(cases)
         if case["kind"] == "encode_update"
-        for backend in case["ours"]
+        for backend in case["ratios"]
     ]
 
 
@@ -101,10 +101,10 @@ def other_rows(cases: Iterable[dict[str, Any]]) -> list[tuple[str, ...]]:
             f"{case['contestants'][name]['median_ms']:.4f}",
             f"{ratio['median']:.2f}",
         )
-        for case in _measured(cases)
+        for case in _timed(cases)
         if case["kind"] != "encode_update"
-        for backend in case["ours"]
-        for name, ratio in case["ratios"][backend].items()
+        for backend, ratios in case["ratios"].items()
+        for name, ratio in ratios.items()
         if name not in case["ours"] and name.removeprefix("encode_update, ") in (name, backend)
     ]
 
@@ -114,13 +114,13 @@ OTHER_HEADER = ("case", "ours", "ms", "against", "ms", "ours / it")
 
 def targets(result: dict[str, Any]) -> list[str]:
     """One line a target: in how many measured cases it holds, and by how much it is missed where it is missed most."""
-    measured = [c for c in _measured(result["cases"]) if c["kind"] == "encode_update"]
+    timed = [c for c in _timed(result["cases"]) if c["kind"] == "encode_update"]
     lines = []
     for words, column, precisions, holds in TARGETS[result["device"]["type"]]:
         found = [
             value
-            for case in measured
-            for backend in case["ours"]
+            for case in timed
+            for backend in case["ratios"]
             if backend != "reference"  # which is the definition, and claims nothing
             if precisions is None or case["precision"] in precisions
             if (value := values(case, backend)[column]) is not None
@@ -137,10 +137,10 @@ def targets(result: dict[str, Any]) -> list[str]:
 def permutations(result: dict[str, Any]) -> str:
     """What permutations add to `encode_update`, in one line."""
     added = [
-        case["ratios"][backend][f"encode_update, {backend}"]["median"] - 1
-        for case in _measured(result["cases"])
+        ratios[f"encode_update, {backend}"]["median"] - 1
+        for case in _timed(result["cases"])
         if case["kind"] == "permutations"
-        for backend in case["ours"]
+        for backend, ratios in case["ratios"].items()
         if backend != "reference"
     ]
     words = "1000 permutations, and the moments for intervals, add at most 10 % to encode_update"
@@ -154,9 +154,10 @@ def gaps(cases: Iterable[dict[str, Any]]) -> list[str]:
     """What was not measured, and why, one line a reason; wrong and failed cases first."""
     by_reason: dict[tuple[str, str], list[str]] = {}
     for case in sorted(cases, key=lambda case: case["status"] == "not measured"):
-        if case["status"] == "wrong":  # each with its own errors, which the file has
+        untimed = case["status"] != "measured" and not case.get("ratios")
+        if untimed and case["status"] == "wrong":  # each with its own errors, which the file has
             by_reason.setdefault(("Wrong, so not timed", ""), []).append(case["name"])
-        elif case["status"] != "measured":
+        elif untimed:
             by_reason.setdefault((case["status"].capitalize(), case["reason"]), []).append(case["name"])
         else:
             for name, entry in case["contestants"].items():
@@ -213,8 +214,8 @@ def speed(results: Sequence[dict[str, Any]]) -> str:
     header = ("tokens", "SAE", *(f"{SPEED_COLUMNS[column]}, {precision}" for column, precision in columns))
     for result in _of("cpu", results):
         by_size: dict[tuple[str, str], dict[str, dict[str, float | None]]] = {}
-        for case in _measured(result["cases"]):
-            if chart.plain(case) and "native" in case["ours"]:
+        for case in _timed(result["cases"]):
+            if chart.plain(case) and "native" in case["ratios"]:
                 size = (str(case["tokens"]), f"{case['d_in']} x {case['d_sae']}")
                 by_size.setdefault(size, {})[case["precision"]] = values(case, "native")
         rows = [
@@ -416,8 +417,9 @@ def _titled(title: str, parts: list[str]) -> list[str]:
     return [title, *parts] if parts else []
 
 
-def _measured(cases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [case for case in cases if case["status"] == "measured"]
+def _timed(cases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Cases in which some of ours was timed, others of ours may be wrong."""
+    return [case for case in cases if case.get("ratios")]
 
 
 def _cell(column: str, value: float | None) -> str:

@@ -57,7 +57,7 @@ def encode_pool_kernel(
     ACTIVATION: tl.constexpr, DOT: tl.constexpr, DESCRIPTORS: tl.constexpr,
     MEAN: tl.constexpr, MAX: tl.constexpr, MOMENTS: tl.constexpr, SINGLES: tl.constexpr, BF16_SPLITS: tl.constexpr,
     BF: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SUBTILE: tl.constexpr, WIDE_SUBTILE: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """One feature block and one chunk of tokens; see the top of the file, and Partials for what is left in memory.
 
@@ -67,6 +67,8 @@ def encode_pool_kernel(
     SINGLES : look out for tiles in which every token is a sample; without it they are right too, but slower.
     BF16_SPLITS : where not 0, the mean's moments by `segment_reduce_matmul` with so many; for MEAN and MOMENTS alone.
     SUBTILE, WIDE_SUBTILE : columns at a time, for `segment_reduce_loop` and for the other two.
+    FLATTEN : tiles and steps along d_in are one loop to the compiler, so that the next tile's first steps are fetched
+        while this one is pooled. Without effect where the product is no single loop (a panel, `shift`).
     """
     if product is None:
         block, chunk = grouped_order(tl.program_id(0), tl.cdiv(d_sae, BF), n_chunks, GROUP_SIZE)
@@ -88,12 +90,15 @@ def encode_pool_kernel(
     batch = Batch(cu, segment_ids, sample_stats, N, chunk_start, stop)
     rows = Rows(pooled_mean, pooled_max, f, d_sae)
 
-    for t0 in range(chunk_start, chunk_stop, BT):
+    tile = 0
+    for t0 in tl.range(chunk_start, chunk_stop, BT, flatten=FLATTEN):
         if product is None:
             acc = matmul_tile(x, weight, weight_low, shift, f0, t0, T, d_sae, d_in, BF, BT, BK, DOT, DESCRIPTORS)
         else:
             row = tl.program_id(1) * chunk_tokens + t0 - chunk_start  # inside of the panel, whatever cu may hold
             acc = load_tile(product, product_stride, tl.program_id(0) * BF, row, T - t0, BF, BT)
+        if FLATTEN:  # the same number, of `tile`, for the sake of which see below
+            t0 = chunk_start + tile * BT
         t = t0 + tl.arange(0, BT)
         acc = normalise(acc, f, t, T, d_sae, scale, mean, weight_sum)
         z = activate(acc, f, d_sae, bias, threshold, magnitude_scale, magnitude_bias, ACTIVATION)
@@ -111,6 +116,7 @@ def encode_pool_kernel(
             state = segment_reduce_matmul(z, t0, state, batch, WIDE_SUBTILE, BF16_SPLITS)
         else:
             state = segment_reduce_loop(z, t0, state, batch, rows, SUBTILE, MEAN, MAX, MOMENTS)
+        tile += 1  # as Triton 3.6 cannot flatten a loop whose body ends in another or in a condition
 
     if MEAN:
         store_partials(partials, f, d_sae, state.mean, MOMENTS)
@@ -134,11 +140,12 @@ def pool_chunks(
     short = moments and pools == ("mean",) and T < SHORT * N
     forms = {"both": len(pools) == 2, "normalised": normalised, "singles": singles, "short": short}
     variants = tuple(name for name, applies in forms.items() if applies)
-    config = launch.config(x.device, "encode_pool", dot_kind(x, encoder), T, variants)
+    # layer_norm shifts tokens before the product, for which the library would need a shifted copy of x
+    panels = whole and encoder.input_norm != "layer_norm"
+    config = launch.config(x.device, "encode_pool", dot_kind(x, encoder), T, variants, panels)
+    panels &= config.get("way") == "panels"
     BF, BT, most = config["BF"], config["BT"], config["max_tiles_per_chunk"]
     tiles, blocks = triton.cdiv(T, BT), triton.cdiv(d_sae, BF)
-    # layer_norm shifts tokens before the product, for which the library would need a shifted copy of x
-    panels = config.get("way") == "panels" and whole and encoder.input_norm != "layer_norm"
     panel_tiles = min(tiles, triton.cdiv(config["panel_tokens"], BT)) if panels else tiles
     panel_blocks = min(blocks, triton.cdiv(config["panel_features"], BF)) if panels else blocks
     # what reads a panel are many small programs, for which there are no waves to fill
@@ -158,6 +165,7 @@ def pool_chunks(
             N=N, chunk_tokens=chunk_tokens, n_chunks=n_chunks,
             MEAN="mean" in pools, MAX="max" in pools, MOMENTS=moments, SINGLES=singles,
             BF16_SPLITS=config.get("BF16_SPLITS", 0), WIDE_SUBTILE=config["WIDE_SUBTILE"],
+            FLATTEN=bool(config.get("flatten")) and not panels,
         )  # fmt: skip
         if panels:
             pool_panels(x, encoder, arguments, panel_blocks, triton.cdiv(panel_tiles, per_chunk))

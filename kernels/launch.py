@@ -24,6 +24,7 @@ NEAREST = {8: "sm_80", 9: "sm_90", 10: "sm_100", 11: "sm_100"}
 REPAIR = "write it again with python -m bench.tune, or install the package again"
 MATMUL = ("BF", "BT", "BK", "SUBTILE", "GROUP_SIZE", "descriptors", "num_warps", "num_stages")
 KEYS = {"encode": MATMUL, "encode_pool": (*MATMUL, "WIDE_SUBTILE", "max_tiles_per_chunk")}  # of each entry
+# An entry of encode_pool may also say `"flatten": 1` (FLATTEN of its kernel); without BF16_SPLITS, see bench/NOTES.md.
 # Where the product is made: in the kernel, or by the vendor's library a panel at a time (see panels.py), of which an
 # entry then says the size. Kinds whose operands are 16-bit have panels; float32 ones would need more products.
 WAYS = {"fused": (), "panels": ("panel_features", "panel_tokens")}
@@ -60,9 +61,17 @@ def file_for(device: torch.device) -> str:
     return nearest
 
 
-def config(device: torch.device, kernel: str, kind: str, tokens: int, variants: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What to launch a kernel with: of `entries`, the first whose `up_to_tokens` is not below `tokens`."""
-    return next(e for e in entries(device, kernel, kind, variants) if tokens <= e.get("up_to_tokens", tokens))
+def config(
+    device: torch.device, kernel: str, kind: str, tokens: int, variants: tuple[str, ...] = (), panels: bool = False
+) -> dict[str, Any]:
+    """What to launch a kernel with: of `entries`, the first whose `up_to_tokens` is not below `tokens`; of those that
+    go by the fused way, where a call cannot go by `panels`."""
+    ways = WAYS if panels else ("fused",)
+    return next(
+        entry
+        for entry in entries(device, kernel, kind, variants)
+        if tokens <= entry.get("up_to_tokens", tokens) and entry.get("way", "fused") in ways
+    )
 
 
 @functools.cache  # not by tokens, of which there are as many counts as batches
@@ -84,8 +93,11 @@ def entries(device: torch.device, kernel: str, kind: str, variants: tuple[str, .
             raise LaunchError(f"{path} has no way {way!r} in {name} for products of kind {kind!r}; {REPAIR}")
         if missing := [key for key in (*KEYS[kernel], *WAYS[way]) if key not in entry]:
             raise LaunchError(f"{path} lacks {', '.join(missing)} in {name} for products of kind {kind!r}; {REPAIR}")
-    if not file[name][kind] or "up_to_tokens" in file[name][kind][-1]:
-        raise LaunchError(f"{path} has no {name} for any number of tokens, of kind {kind!r}; {REPAIR}")
+    last = file[name][kind][-1] if file[name][kind] else {"up_to_tokens": 0}
+    if "up_to_tokens" in last or last.get("way", "fused") != "fused":  # not every call can go by panels
+        raise LaunchError(
+            f"{path} has no {name} for any number of tokens, of kind {kind!r} and way 'fused', at the end; {REPAIR}"
+        )
     return file[name][kind]
 
 

@@ -74,7 +74,7 @@ PANEL = {"cpu": {"panel_features": 64, "panel_tokens": 64}, "cuda": {"panel_feat
 
 @pytest.fixture(autouse=True)
 def way(request, monkeypatch):
-    """At a place that names a way to multiply, launch configurations name it, where they may."""
+    """At a place that names a way, launch configurations name it, where they may."""
     parameters = getattr(getattr(request.node, "callspec", None), "params", {})
     if not (name := getattr(parameters.get("place"), "way", "")):
         return
@@ -87,6 +87,8 @@ def way(request, monkeypatch):
         entry = config(device, kernel, kind, *more)
         if kind not in launch.PANEL_KINDS.get(kernel, ()):
             return entry
+        if name == "flattened":
+            return entry | {"BF16_SPLITS": 0, "flatten": 1}
         return (PANEL_BLOCKS if device.type == "cuda" else entry) | {"way": name} | PANEL[device.type]
 
     monkeypatch.setattr(launch, "config", going_that_way)

@@ -95,6 +95,16 @@ def by_panels():
     launch.config = config
 
 
+def flattened():
+    """The ways to pool, each in one loop with its product."""
+    config = launch.config
+    launch.config = lambda *given: config(*given) | {"flatten": 1}
+    for lengths, pools in (([1] * 40, ("mean",)), ([2] * 40, ("mean",)), ([20, 80], ("mean", "max"))):
+        update(lengths, pools, 1, "jumprelu", "bf16")
+    update([3, 40], ("mean",), 1, "jumprelu", "bf16", input_norm="layer_norm")
+    launch.config = config
+
+
 if __name__ == "__main__":
     triton.runtime.driver.set_active(PretendedGPU())
     launch.file_for = lambda device: "sm_90"
@@ -104,4 +114,5 @@ if __name__ == "__main__":
     triton.runtime.JITFunction.run = functools.partialmethod(lambda self, *a, **k: bind_and_compile(run, self, *a, **k))
     everything()
     by_panels()
+    flattened()
     print(sorted(set(compiled)))

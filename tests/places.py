@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 class Place(NamedTuple):
     """A backend and the device it runs on; where it has code for several instruction sets, which of them; and where its
-    launch configurations may name several ways to multiply, which they name."""
+    launch configurations may name several ways, which they name: `panels`, or `flattened` loops."""
 
     backend: str
     device: str
@@ -29,7 +29,7 @@ class Place(NamedTuple):
     def does(self, operation: str, dtype=torch.float32, activation=None, precision=None) -> bool:
         """Whether its verifier says so; where there is no GPU to ask about, yes, as the test will be skipped.
 
-        A place with a way does what goes that way, and nothing else.
+        A place with a way does what goes that way, and nothing else; of that what is 16-bit, to save time.
         """
         if self.way and operation in ENCODING:
             of_x = {"bf16": torch.bfloat16, "bf16x2": torch.bfloat16, "fp16": torch.float16}
@@ -51,11 +51,12 @@ ENCODING = ("encode", "encode_pool", "encode_update")
 REFERENCE = (Place("reference", "cpu"), Place("reference", "cuda"))
 TRITON = (Place("triton", "cpu"), Place("triton", "cuda"))
 PANELS = tuple(place._replace(way="panels") for place in TRITON)
+FLATTENED = tuple(place._replace(way="flattened") for place in TRITON)
 INSTRUCTION_SETS = native_backend._native.instruction_sets() if native_backend._native else ("none",)
 NATIVE = tuple(Place("native", "cpu", name) for name in INSTRUCTION_SETS)
 CUDA = (Place("cuda", "cuda"),)  # it steers, and does nothing else
 PLACES = REFERENCE + NATIVE + TRITON
-POOLING = PLACES + PANELS  # for what encodes and pools
+POOLING = PLACES + PANELS + FLATTENED  # for what encodes and pools
 ON_GPU = (Place("reference", "cuda"), Place("triton", "cuda"))
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 
-from bench import chart, contestants, cpu, eager, ground_truth, measure, record, resident, shapes, table, timing
+from bench import chart, contestants, cpu, eager, ground_truth, measure, page, record, resident, shapes, table, timing
 from bench.shapes import Case
 from corrsteer import Moments, SparseEncoder, encode_update
 from corrsteer.ops import reference, registry
@@ -241,6 +241,23 @@ def test_a_wrong_result_is_recorded_and_no_time_is(broken, break_it):
     assert found["status"] == "wrong" and not found["contestants"]["broken"]["check"]["ok"]
     assert "median_ms" not in json.dumps(found, allow_nan=False) and found["ratios"] == {}
     assert "Wrong, so not timed: 16 x 64" in table.text(gpu_result() | {"cases": [found]})
+
+
+@pytest.mark.parametrize("first", ("broken", "reference"))
+def test_of_two_ways_the_right_one_keeps_its_times_where_the_other_is_wrong(broken, first):
+    broken(lambda moments: moments.cross.neg_())
+    second = {"broken": "reference", "reference": "broken"}[first]
+    found = measure.one(TINY, CPU, [first, second], SECONDS)
+    assert found["status"] == "wrong" and found["reason"].startswith("broken: ")
+    assert found["contestants"]["broken"]["status"] == "wrong" and "median_ms" not in found["contestants"]["broken"]
+    assert found["contestants"]["reference"]["median_ms"] > 0 and found["ratios"]["reference"].keys() >= {"matmul"}
+    assert found["ratios"].keys() == {"reference"} and "broken" not in found["ratios"]["reference"]
+    result = gpu_result() | {"cases": [found]}
+    assert re.search("16 x 64, .* reference ", table.text(result)) and "Broken wrong: 16 x 64" in table.text(result)
+    assert "wrong: broken: " in measure.line(found) and "reference 0." in measure.line(found)
+    prediction = {"case": found["name"], "of": "reference", "value": "ratio", "to": "matmul"}
+    assert page.measured(result, prediction) == found["ratios"]["reference"]["matmul"]["median"]
+    assert page.measured(result, prediction | {"of": "broken"}) is None
 
 
 def test_a_large_encoder_is_checked_at_both_ends():

@@ -249,7 +249,7 @@ def test_a_case_that_hangs_ends_the_process_and_the_next_one_goes_on_behind_it(t
     went(run_of(tmp_path, [case_of(name, ran) for name in ("before", "hangs", "behind")]), ended="it took too long")
     assert ran == ["behind"]
     assert read(tmp_path)["cases"][1]["reason"] == "the process was ended in it (it took too long)"
-    assert read(tmp_path)["page"][-1] == "Next: see why this case could not be measured: hangs."
+    assert read(tmp_path)["page"][-1] == "Next: see what went wrong in this case: hangs."
 
 
 def test_every_case_of_a_gpus_run_has_a_name_of_its_own_and_a_table_before_it_has_run(tmp_path):
@@ -361,9 +361,9 @@ def test_another_way_of_the_kernels_is_one_more_contestant_of_16_bit_cases(monke
     of = (CPU, "encode_pool", "native", 64)
     shipped = launch.config(*of)
     with contestants.going("panels"):
-        assert launch.config(*of) == entry and launch.config(CPU, "encode", "native", 64)["BT"] != 999
+        assert launch.config(*of) == shipped | entry and launch.config(CPU, "encode", "native", 64)["BT"] != 999
     with contestants.going(""):
-        assert launch.config(*of) == shipped != entry
+        assert launch.config(*of) == shipped and shipped["BT"] != 999
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")

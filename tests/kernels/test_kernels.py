@@ -20,7 +20,7 @@ from oracle import (
     tolerance_of_moments,
     true_moments,
 )
-from places import PANELS, TRITON, Place, at, everywhere, for_each
+from places import FLATTENED, PANELS, TRITON, Place, at, everywhere, for_each
 from problems import ACTIVATIONS, BF16, F16, F32, Case, cu, double, make, make_encoder, pooled, updated
 
 from corrsteer import (
@@ -39,7 +39,7 @@ from corrsteer.ops.registry import OPERATIONS, Call
 from corrsteer.sae.encoder import PRECISIONS
 
 GPU = Place("triton", "cuda")
-BOTH_WAYS = (GPU, PANELS[1])
+ALL_WAYS = (GPU, PANELS[1], FLATTENED[1])
 on_gpu = everywhere((GPU,))
 
 
@@ -107,7 +107,7 @@ UNCHECKED = {
     ("place", "name", "activation"),
     [
         at(p, n, a, id=f"{n}, {a}")
-        for p in TRITON + PANELS
+        for p in TRITON + PANELS + FLATTENED
         for n in UNCHECKED
         for a in ("jumprelu", "topk")
         if p.does("encode_pool", F32, a)
@@ -208,7 +208,7 @@ REAL_POOLS = {
 }
 
 
-@for_each(REAL_POOLS, places=BOTH_WAYS)
+@for_each(REAL_POOLS, places=ALL_WAYS)
 def test_encode_pool_at_real_size_is_as_close_to_the_truth_as_eager_torch(place, case):
     problem = make(case, place.device)
     low, high = dense_bounds(problem.x, problem.exact)
@@ -249,7 +249,7 @@ REAL_UPDATES = {
     ("place", "case", "labels"),
     [
         at(p, case, labels, id=name)
-        for p in BOTH_WAYS
+        for p in ALL_WAYS
         for name, (case, labels) in REAL_UPDATES.items()
         if p.does("encode_update", case.dtype, case.activation, case.precision)
     ],
@@ -291,7 +291,7 @@ def test_update_sums_at_real_size_adds_the_sums_of_all_samples(place, columns):
     assert float(off[:, columns:].max()) <= 1e-12
 
 
-@for_each({f"{c.activation} {c.pool}": c for c in (real(), real(pool="mean"), real("topk"))}, places=BOTH_WAYS)
+@for_each({f"{c.activation} {c.pool}": c for c in (real(), real(pool="mean"), real("topk"))}, places=ALL_WAYS)
 def test_at_real_size_the_same_inputs_give_the_same_bits_again(place, case):
     problem = make(case, place.device)
     first = pooled(problem, place)
@@ -311,7 +311,7 @@ GRAPHED = {f"{c.activation} {c.pool} {len(c.lengths)}": c for c in (real(), real
     ("place", "case", "labels"),
     [
         at(p, c, n, id=f"{name}, {n}")
-        for p in BOTH_WAYS
+        for p in ALL_WAYS
         for name, c in GRAPHED.items()
         for n in (1, 2)
         if p.does("encode_update", c.dtype, c.activation, c.precision)

@@ -3,6 +3,7 @@
 The compilers run beside the other tests from the start of the session, see conftest.py; these tests come last.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -75,8 +76,18 @@ def test_a_main_kernel_that_spills_or_takes_too_much_shared_memory_is_named():
         ({"local": 3}, "3 spills"),
         ({"shared": 240_000}, "shared memory over 232448"),
         ({"tensor_core": "HMMA"}, "no HGMMA"),
+        ({"serial": True}, "serial products"),
     ):
         assert faults(Report(**(vars(good) | change)), "native") == [words]
+
+
+def test_products_are_serial_where_each_is_waited_for():
+    from bench.resources import _serial
+
+    product, waited = "HGMMA.64x256x16.F32.BF16 R24, gdesc[UR36], R24", ", gsb0"
+    in_groups = f"        {product} ;\n        {product}{waited} ;\n"
+    assert _serial(f"        {product}{waited} ;\n" * 4)
+    assert not _serial(in_groups * 4) and not _serial("        HMMA.16816.F32 R4, R8, R16, R4 ;\n")
 
 
 def test_every_operations_launch_binds_its_arguments_and_compiles_for_sm_90():
@@ -102,6 +113,18 @@ def test_a_configuration_is_the_most_special_one_there_is_for_a_call(monkeypatch
     assert config(gpu, "encode_pool", "native", 65)["up_to_tokens"] == 128
     assert config(gpu, "encode_pool", "native", 9, ("both", "singles")) == file["encode_pool_both"]["native"][0]
     assert config(gpu, "encode_pool", "ieee", 9, ("both",)) == file["encode_pool"]["ieee"][0]
+
+
+def test_a_call_that_cannot_go_by_panels_is_launched_with_the_next_entry_that_multiplies_itself(monkeypatch):
+    from corrsteer.kernels import launch
+
+    entries = [ENTRY | PANEL, ENTRY | {"up_to_tokens": 8}, ENTRY]
+    monkeypatch.setattr(launch, "read", lambda name: {"encode_pool": {"native": entries}})
+    monkeypatch.setattr(launch, "entries", launch.entries.__wrapped__)
+    cpu = torch.device("cpu")
+    assert launch.config(cpu, "encode_pool", "native", 9, (), True) == entries[0]
+    assert launch.config(cpu, "encode_pool", "native", 9) == entries[2]
+    assert launch.config(cpu, "encode_pool", "native", 8) == entries[1]
 
 
 def test_a_gpus_own_file_comes_first_and_a_borrowed_one_is_logged(monkeypatch, tmp_path, caplog):
@@ -174,6 +197,7 @@ def test_a_file_that_lacks_a_configuration_is_named_with_the_kernel_and_the_kind
         ("encode_pool", {"way": "panels", "panel_tokens": 64}, "lacks panel_features in encode_pool"),
         ("encode_pool", {"way": "tiles"}, "has no way 'tiles' in encode_pool for products of kind 'native'"),
         ("encode", PANEL, "has no way 'panels' in encode for"),
+        ("encode_pool", PANEL, "has no encode_pool for any number of tokens, of kind 'native' and way 'fused', at the"),
     ],
 )
 def test_a_way_to_multiply_that_there_is_not_or_whose_panels_have_no_size_is_named(monkeypatch, kernel, more, message):
@@ -231,7 +255,7 @@ def test_tuning_keeps_the_fastest_candidate_that_computes_rightly(monkeypatch):
     monkeypatch.setattr(timing, "CudaTimer", lambda: lambda call: (call(), 10.0 - used[-1])[1])
     entries = [{"BF": n} for n in (1, 2, 3, 4)]
     best, measured = tune.fastest(Case("encode_update", 8, 8, 8), entries, torch.device("cpu"), float("inf"))
-    assert best == {"BF": 2} and used == [1, 2, 3, 4]
+    assert best == [{"BF": 2}] and used == [1, 2, 3, 4]
     assert measured[2]["wrong"] and measured[3]["failed"] == "RuntimeError"
 
 
@@ -241,11 +265,16 @@ def test_tuning_races_two_programs_a_multiprocessor_first_and_nothing_that_share
     from bench import tune
 
     usual = set(tune.launch.read("sm_90")["encode_pool"]["native"][-1])
-    found = list(tune.candidates(kind, 4096, 1, form))
+    candidates = list(tune.candidates(kind, 4096, 1, form))
+    found = [c for c in candidates if "way" not in c]
     tiles = [(c["BF"], c["BT"], c["num_warps"]) for c in found]
     splits = {"BF16_SPLITS"} if form == "encode_pool_short" and kind != "tf32x3" else set()
-    assert all(set(c) == usual | splits for c in found) and len(found) >= 4
+    assert len(found) >= 4
+    assert all(set(c) == usual | ({"flatten"} if "flatten" in c else splits) for c in found)
     assert tiles[0] == (128, 128, 4) and found[0]["num_stages"] == 3
+    assert any("flatten" in c for c in found) or kind == "bf16x2"
+    panels = [(c["panel_features"], c["panel_tokens"]) for c in candidates if "way" in c]
+    assert panels == (list(tune.PANELS) if kind in tune.launch.PANEL_KINDS["encode_pool"] else [])
     assert form == "encode_pool_singles" or (128, 256, 8) in tiles or kind == "bf16x2"
     for c in found:
         rows = (2 if kind == "bf16x2" else 1) * c["BF"] + c["BT"]
@@ -257,9 +286,12 @@ def test_the_winner_of_a_race_takes_the_place_of_the_entry_for_that_many_tokens(
     from bench import tune
 
     entries = [{"up_to_tokens": 64, "BF": 1}, {"up_to_tokens": 128, "BF": 2}, {"BF": 3}]
-    assert tune.placed(entries, {"BF": 9}, None) == [*entries[:2], {"BF": 9}]
-    assert tune.placed(entries, {"BF": 9}, 128) == [entries[0], {"up_to_tokens": 128, "BF": 9}, entries[2]]
-    assert tune.placed(entries[2:], {"BF": 9}, 64) == [{"up_to_tokens": 64, "BF": 9}, entries[2]]
+    assert tune.placed(entries, [{"BF": 9}], None) == [*entries[:2], {"BF": 9}]
+    assert tune.placed(entries, [{"BF": 9}], 128) == [entries[0], {"up_to_tokens": 128, "BF": 9}, entries[2]]
+    assert tune.placed(entries[2:], [{"BF": 9}], 64) == [{"up_to_tokens": 64, "BF": 9}, entries[2]]
+    by_panels = tune.placed(entries, [{"way": "panels"}, {"BF": 9}], None)
+    assert by_panels == [*entries[:2], {"up_to_tokens": tune.PANELS_FROM, "BF": 9}, {"way": "panels"}, {"BF": 9}]
+    assert tune.placed(by_panels, [{"BF": 7}], None) == [*entries[:2], {"BF": 7}]
     assert tune.launch.read("sm_90")["encode_pool"]["native"][0]["up_to_tokens"] == 64
 
 
@@ -272,7 +304,7 @@ def test_tuning_that_is_cut_off_leaves_what_it_found_as_the_gpus_own_file(monkey
         if len(raced) == 2:
             raise KeyboardInterrupt
         raced.append(case)
-        return entries[-1], []
+        return entries[-1:], []
 
     monkeypatch.setattr(tune, "fastest", fastest)
     monkeypatch.setattr(tune.record, "new", lambda device: {"commit": "abc", "cases": []})
@@ -289,3 +321,42 @@ def test_tuning_that_is_cut_off_leaves_what_it_found_as_the_gpus_own_file(monkey
     for form in ("encode_pool_short", "encode_pool_singles"):
         last = list(tune.candidates("native", 4096, 1, form))[-1]
         assert written[form]["native"] == [*shipped[form]["native"][:-1], last]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
+@pytest.mark.parametrize("fastest", ("panels", "flattened"))
+def test_a_dry_race_writes_a_file_that_then_launches_the_way_that_won(monkeypatch, tmp_path, fastest):
+    from bench import timing, tune
+    from corrsteer.kernels import launch
+
+    def milliseconds(call):
+        call()
+        way = (launch.config().get("way") == "panels") + 2 * ("flatten" in launch.config())
+        return {"panels": (2.0, 1.0, 1.5), "flattened": (2.0, 1.0, 0.99)}[fastest][way]
+
+    for name in ("CudaTimer", "HostTimer"):
+        monkeypatch.setattr(timing, name, lambda: milliseconds)
+    monkeypatch.setattr(tune, "SHAPE", (32, 96))
+    monkeypatch.setattr(tune, "ROUNDS", 3)
+    monkeypatch.setattr(tune, "TOKENS", (16, 40))
+    monkeypatch.setattr(tune, "PANELS", ((128, 32),))
+    monkeypatch.setattr(tune, "PANELS_FROM", 24)
+    monkeypatch.setattr(tune, "PANELS_AFTER", 1)
+    monkeypatch.setattr(tune, "FORMS", {"encode_pool": {"steps": 8}})
+    monkeypatch.setattr(tune, "RACED", {"encode_pool": ((64, 16, 4, 1, 8, 8, 0), (64, 16, 4, 1, 8, 8, 1))})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X1")
+    options = argparse.Namespace(kind=["native"], minutes=9, out=tmp_path, log=tmp_path / "log.json")
+    tune.race(torch.device("cpu"), options)
+    log = json.loads(options.log.read_text())
+    assert list(log) == [f"native encode_pool {tokens}" for tokens in (40, 16)]
+    assert all("median_ms" in measured for race in log.values() for measured in race)
+    assert [sum("way" in measured for measured in race) for race in log.values()] == [1, 0]
+
+    monkeypatch.setattr(launch, "CONFIGS", tmp_path)
+    monkeypatch.setattr(launch, "file_for", lambda device: "NVIDIA_X1")
+    for name in ("read", "entries"):
+        monkeypatch.setattr(launch, name, getattr(launch, name).__wrapped__)
+    of = (torch.device("cpu"), "encode_pool", "native")
+    assert (launch.config(*of, 40, (), True).get("way") == "panels") == (fastest == "panels")
+    for tokens, panels in ((40, False), (24, True), (16, True)):
+        assert launch.config(*of, tokens, (), panels)["flatten"] == 1
