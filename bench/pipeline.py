@@ -56,17 +56,17 @@ GRIDS: dict[str, dict[str, Any]] = {
         "d_sae": {SMOLLM2: 4096, GEMMA: 16384}, "check": {"new": 8, "samples": (64, 2, 16)},
         "jobs": {
             1: {"collection": (512, 64), "pruning": (64, 2), "evaluation": (256, 64), "candidates": 99},
-            16: {"collection": (512, 64), "pruning": (64, 1), "evaluation": (256, 32), "candidates": 12},
-            64: {"collection": (512, 16), "pruning": (64, 1), "evaluation": (256, 16), "candidates": 5},
+            16: {"collection": (320, 32), "pruning": (16, 1), "evaluation": (160, 16), "candidates": 6},
+            64: {"collection": (112, 8), "pruning": (4, 1), "evaluation": (112, 8), "candidates": 2},
         },
     },
     "cpu": {
         "settings": [SMOLLM2], "dtype": "bfloat16", "precision": "bf16x2", "rounds": 2,
-        "d_sae": {SMOLLM2: 4096}, "check": {"new": 4, "samples": (48, 1, 8)},
+        "d_sae": {SMOLLM2: 4096}, "check": {"new": 4, "samples": (32, 1, 4)},
         "jobs": {
-            1: {"collection": (64, 16), "pruning": (8, 1), "evaluation": (32, 16), "candidates": 16},
-            16: {"collection": (64, 16), "pruning": (4, 1), "evaluation": (32, 8), "candidates": 8},
-            64: {"collection": (32, 8), "pruning": (2, 1), "evaluation": (16, 8), "candidates": 1},
+            1: {"collection": (32, 16), "pruning": (2, 1), "evaluation": (16, 8), "candidates": 4},
+            16: {"collection": (32, 8), "pruning": (2, 1), "evaluation": (16, 8), "candidates": 3},
+            64: {"collection": (16, 8), "pruning": (1, 1), "evaluation": (8, 8), "candidates": 1},
         },
     },
     "toy": {
@@ -336,6 +336,7 @@ def job(bench: Bench, setting: str, new: int, name: str) -> dict[str, Any]:
     ways, agree = JOBS[name](bench, setting, new, *of[name])
     for way in ways.values():  # a small one first, which compiles and allocates
         way.run(way.small)
+    gc.collect()
     seconds: dict[str, list[float]] = {label: [] for label in ways}
     peaks: dict[str, list[int | None]] = {label: [] for label in ways}
     for at in range(bench.grid["rounds"]):
@@ -383,7 +384,6 @@ def _timed(bench: Bench, call: Callable[[], object]) -> tuple[int | None, float]
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
 
-    gc.collect()
     return bench.peak(run), seconds
 
 

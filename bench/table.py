@@ -307,6 +307,18 @@ def search(study: Path) -> str:
     return _jobs(study, "bench.search", search.summary, ((search.HEADER, search.rows),))
 
 
+def pipeline(studies: Path) -> str:
+    """Whole jobs against the published way of working, of each device that has measured them; or how to measure it."""
+    from bench import pipeline
+
+    tables = (
+        (pipeline.SPEED, pipeline.speed_rows), (pipeline.MEMORY, pipeline.memory_rows),
+        (pipeline.SHARES, pipeline.share_rows),
+    )  # fmt: skip
+    found = sorted(studies.glob("pipeline*.json")) or [studies / "pipeline.json"]
+    return "\n\n".join(_jobs(study, "bench.pipeline --model DIR", pipeline.summary, tables) for study in found)
+
+
 def _jobs(study: Path, command: str, lines: Callable[[Any], list[str]], tables: Iterable[tuple[Any, Any]]) -> str:
     """A study of whole jobs: what it was measured on, a line for each finding, and its tables."""
     if not study.exists():
@@ -320,6 +332,7 @@ def _jobs(study: Path, command: str, lines: Callable[[Any], list[str]], tables: 
 DOCUMENTS: dict[str, tuple[tuple[str, Callable[[Path], str], str], ...]] = {
     "README.md": (("speed", lambda folder: speed(load(folder)), "."),),
     "docs/benchmarks.md": (
+        ("pipeline", pipeline, "studies"),
         ("trials", trials, "studies/trials.json"),
         ("search", search, "studies/search.json"),
         ("hooks", hooks, "studies/hooks.json"),
