@@ -4,6 +4,8 @@ Collection, pruning and evaluation, each by corrsteer and by `bench/published.py
 SmolLM2-135M-Instruct in DIR, and on a GPU a random one of Gemma 2 2B's shape. Both have random jumprelu SAEs on all
 layers, of which 0.5 % of the features are active. Rewards are a bit of the completion's first word.
 
+On a CPU one thread is used, and seconds are what it computed, so that other processes do not count.
+
 Both ways are first run in float32, and have to come to the same rewards, correlations, features and decisions; no time
 is taken where they don't. The result is written around every part, and the same command goes on with what is missing.
 """
@@ -11,6 +13,7 @@ is taken where they don't. The result is written around every part, and the same
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import random
@@ -28,7 +31,7 @@ from torch import Tensor
 
 from bench import measure, published, record, resident
 from bench.published import Chosen, Sae
-from bench.stage_clock import Place, StageClock
+from bench.stage_clock import Place, StageClock, now
 from bench.stages import ended_after
 from bench.trials import Numbers
 from corrsteer import Capture, CorrSteerError, Decoding, Evidence, Run, SparseEncoder, Steering, Task, collect, evaluate
@@ -42,9 +45,10 @@ SHAPES = {SMOLLM2: (30, 576), GEMMA: (26, 2304)}  # layers and width
 NAME = {"collection": "samples", "pruning": "completions", "evaluation": "samples"}  # what is counted of a job
 OURS, PLAIN, PUBLISHED = "corrsteer", "corrsteer without p-values", "published"
 SPREAD = 2.576  # standard deviations above the mean, where 0.5 % of a normal distribution lies
-CALIBRATION = (32, 8)  # prompts and new tokens that thresholds are set by
+CALIBRATION = (16, 8)  # prompts and new tokens that thresholds are set by
+PRUNED = 4  # layers whose features the check prunes
 TOLERANCE, OUTSIDE = 1e-4, 1e-3  # of r; and the share of features, on whose threshold a token may lie, beyond it
-LONGEST = 400.0  # seconds that a part may take
+LONGEST = 300.0  # seconds that a part may take on a GPU, which may hang, before the process is ended
 FINAL = ("measured", "wrong", "failed")
 TRIES = 2  # a part that ends the process so often is not begun again
 
@@ -61,11 +65,11 @@ GRIDS: dict[str, dict[str, Any]] = {
         },
     },
     "cpu": {
-        "settings": [SMOLLM2], "dtype": "bfloat16", "precision": "bf16x2", "rounds": 2,
-        "d_sae": {SMOLLM2: 4096}, "check": {"new": 4, "samples": (32, 1, 4)},
+        "settings": [SMOLLM2], "dtype": "bfloat16", "precision": "bf16x2", "rounds": 1,
+        "d_sae": {SMOLLM2: 4096}, "check": {"new": 4, "samples": (16, 1, 4)},
         "jobs": {
-            1: {"collection": (32, 16), "pruning": (2, 1), "evaluation": (16, 8), "candidates": 4},
-            16: {"collection": (32, 8), "pruning": (2, 1), "evaluation": (16, 8), "candidates": 3},
+            1: {"collection": (16, 8), "pruning": (1, 1), "evaluation": (8, 8), "candidates": 3},
+            16: {"collection": (16, 8), "pruning": (1, 1), "evaluation": (8, 8), "candidates": 2},
             64: {"collection": (16, 8), "pruning": (1, 1), "evaluation": (8, 8), "candidates": 1},
         },
     },
@@ -298,14 +302,16 @@ def check(bench: Bench, setting: str) -> dict[str, Any]:
     found["same_index"] = sum(a.index == b.index for a, b in zip(ours, others))
     found["selected"] = len(ours)
     validation, test = world.validation.take(validating), world.test.take(testing)
-    pruned = select(run, "pruned", model=world.model, tokenizer=world.tokenizer, validation=validation,
+    layers = sorted(world.saes)[1 :: len(world.saes) // PRUNED]
+    pruned = select(run, "pruned", layers=layers, model=world.model, tokenizer=world.tokenizer, validation=validation,
                     decoding=decoding, progress=False)  # fmt: skip
+    candidates = [one for one in ours if one.layer in layers]
     tried = pruned.provenance["selection"]
     scores = [one["score"] for one in tried["score_alone"]]
-    found["pruning"] = published.prune(*lm, world.saes, ours, validation, new) == (tried["unsteered_score"], scores)
-    evaluation = evaluate(*lm, test, steering, decoding=decoding, progress=False)
+    alone = published.prune(*lm, world.saes, candidates, validation, new)
+    found["pruning"] = alone == (tried["unsteered_score"], scores)
+    examples = evaluate(*lm, test, steering, decoding=decoding, progress=False).examples
     before, after = published.evaluate(*lm, world.saes, ours, test, new)
-    examples = evaluation.examples
     found["evaluation"] = (before[1], after[1]) == (
         [one["reward_before"] for one in examples], [one["reward_after"] for one in examples],
     )  # fmt: skip
@@ -336,7 +342,6 @@ def job(bench: Bench, setting: str, new: int, name: str) -> dict[str, Any]:
     ways, agree = JOBS[name](bench, setting, new, *of[name])
     for way in ways.values():  # a small one first, which compiles and allocates
         way.run(way.small)
-    gc.collect()
     seconds: dict[str, list[float]] = {label: [] for label in ways}
     peaks: dict[str, list[int | None]] = {label: [] for label in ways}
     for at in range(bench.grid["rounds"]):
@@ -378,11 +383,9 @@ def _timed(bench: Bench, call: Callable[[], object]) -> tuple[int | None, float]
 
     def run() -> None:
         nonlocal seconds
-        start = time.perf_counter()
+        start = now(bench.device)
         call()
-        if bench.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+        seconds = now(bench.device) - start
 
     return bench.peak(run), seconds
 
@@ -542,7 +545,8 @@ def run_parts(result: dict[str, Any], parts: Sequence[Part], save: Callable[[], 
         records[at] = part.planned | {"status": "started", "tries": before.get("tries", 0) + 1}
         save()
         start = time.monotonic()
-        with ended_after(LONGEST):
+        limit = ended_after(LONGEST) if result["device"]["type"] == "gpu" else contextlib.nullcontext()
+        with limit:
             try:
                 found = part.run()
             except Exception as error:
@@ -684,8 +688,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     on_gpu = torch.cuda.is_available() and not options.dry_run
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    if options.dry_run:
-        torch.set_num_threads(1)  # more are slower with toys
+    if not on_gpu:
+        torch.set_num_threads(1)  # whose time can be told from that of other processes
     grid = dict(GRIDS["toy" if options.dry_run else "gpu" if on_gpu else "cpu"])
     if options.model is None and not options.dry_run:
         grid["settings"] = [setting for setting in grid["settings"] if setting != SMOLLM2]

@@ -26,6 +26,14 @@ OPERATIONS = {  # the operations of every backend
 }  # fmt: skip
 
 
+def now(device: torch.device) -> float:
+    """Seconds by a clock: of the wall, once a GPU has done what it was given; of this process on a CPU."""
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class StageClock:
     """Seconds by stage; `rest` is what happens outside of all of them."""
 
@@ -79,6 +87,4 @@ class StageClock:
         self._last = now
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+        return now(self._device)

@@ -105,8 +105,13 @@ def fake_parts(runs, dies=None):
 
 
 def fresh(parts):
-    head = dict.fromkeys(("version", "sources", "packages", "python", "device", "grid", "date", "commit", "dirty"), 1)
-    return {**head, "schema": "corrsteer.pipeline", "parts": [p.planned | {"status": "not measured"} for p in parts]}
+    head = dict.fromkeys(("version", "sources", "packages", "python", "grid", "date", "commit", "dirty"), 1)
+    return {
+        **head,
+        "device": {"type": "cpu"},
+        "schema": "corrsteer.pipeline",
+        "parts": [p.planned | {"status": "not measured"} for p in parts],
+    }
 
 
 def begun(folder, runs, dies=None):
