@@ -61,7 +61,7 @@ GRIDS: dict[str, dict[str, Any]] = {
         "jobs": {
             1: {"collection": (512, 64), "pruning": (64, 2), "evaluation": (256, 64), "candidates": 99},
             16: {"collection": (320, 32), "pruning": (16, 1), "evaluation": (160, 16), "candidates": 6},
-            64: {"collection": (112, 8), "pruning": (4, 1), "evaluation": (112, 8), "candidates": 2},
+            64: {"collection": (112, 8), "pruning": (4, 1), "evaluation": (112, 8), "candidates": 1},
         },
     },
     "cpu": {
@@ -70,7 +70,7 @@ GRIDS: dict[str, dict[str, Any]] = {
         "jobs": {
             1: {"collection": (16, 8), "pruning": (1, 1), "evaluation": (8, 8), "candidates": 3},
             16: {"collection": (16, 8), "pruning": (1, 1), "evaluation": (8, 8), "candidates": 2},
-            64: {"collection": (16, 8), "pruning": (1, 1), "evaluation": (8, 8), "candidates": 1},
+            64: {"collection": (16, 8), "pruning": (1, 1), "evaluation": (4, 4), "candidates": 1},
         },
     },
     "toy": {
@@ -243,6 +243,8 @@ class Bench:
         if new not in world.runs:
             n = self.grid["jobs"][new]["collection"][0]
             world.runs[new] = _collected(world, n, new)
+            if not world.runs[new][1].features:
+                raise CorrSteerError("no feature was selected, so there is nothing to prune or evaluate; collect more")
         return world.runs[new]
 
     def peak(self, call: Callable[[], object]) -> int | None:
@@ -340,16 +342,14 @@ def job(bench: Bench, setting: str, new: int, name: str) -> dict[str, Any]:
     """A job by each way, which take turns: how much of it a second, memory and, of collection, each stage's time."""
     world, of = bench.world(setting, exact=False), bench.grid["jobs"][new]
     ways, agree = JOBS[name](bench, setting, new, *of[name])
-    for way in ways.values():  # a small one first, which compiles and allocates
-        way.run(way.small)
+    # Memory first, in a run that is not timed: it compiles, allocates, and on a CPU begins with no memory to reuse.
+    peaks = {label: bench.peak(lambda way=way: way.run(way.samples)) for label, way in ways.items()}
     seconds: dict[str, list[float]] = {label: [] for label in ways}
-    peaks: dict[str, list[int | None]] = {label: [] for label in ways}
     for at in range(bench.grid["rounds"]):
         for label in list(ways)[:: -1 if at % 2 else 1]:
-            way = ways[label]
-            peak, took = _timed(bench, lambda way=way: way.run(way.samples))
-            seconds[label].append(took)
-            peaks[label].append(peak)
+            start = now(bench.device)
+            ways[label].run(ways[label].samples)
+            seconds[label].append(now(bench.device) - start)
     rows: dict[str, dict[str, Any]] = {
         label: {
             "samples": way.samples,
@@ -357,7 +357,7 @@ def job(bench: Bench, setting: str, new: int, name: str) -> dict[str, Any]:
             "seconds": seconds[label],
             "per_second": way.counted / statistics.median(seconds[label]),
             "saes_bytes": world.kept_bytes[label],
-            "call_bytes": None if None in peaks[label] else max(peak or 0 for peak in peaks[label]),
+            "call_bytes": peaks[label],
         }
         for label, way in ways.items()
     }
@@ -377,19 +377,6 @@ def job(bench: Bench, setting: str, new: int, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _timed(bench: Bench, call: Callable[[], object]) -> tuple[int | None, float]:
-    """By how many bytes memory grows in a call, and its seconds."""
-    seconds = 0.0
-
-    def run() -> None:
-        nonlocal seconds
-        start = now(bench.device)
-        call()
-        seconds = now(bench.device) - start
-
-    return bench.peak(run), seconds
-
-
 @dataclass
 class Way:
     """A way of doing a job: what does it on so many samples, how many of what is counted that is, and its stages."""
@@ -397,7 +384,6 @@ class Way:
     run: Callable[[int], Any]
     samples: int
     counted: int
-    small: int = 2
     places: Sequence[Place] = ()
 
 
@@ -458,14 +444,13 @@ def pruning(bench: Bench, setting: str, new: int, mine: int, theirs: int) -> _Wa
         )  # fmt: skip
 
     def published_way(n: int) -> None:
-        tried = few if n == theirs else few[:1]
-        published.prune(world.model, world.tokenizer, world.saes, tried, world.validation.take(n), new)
+        published.prune(world.model, world.tokenizer, world.saes, few, world.validation.take(n), new)
 
     def agree() -> dict[str, Any]:
         return {"candidates": len(features), "published_candidates": len(few)}
 
     ways = {OURS: Way(ours, mine, mine * (1 + len(features)))}
-    ways[PUBLISHED] = Way(published_way, theirs, theirs * (1 + len(few)), small=1)
+    ways[PUBLISHED] = Way(published_way, theirs, theirs * (1 + len(few)))
     return ways, agree
 
 
