@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +115,7 @@ def pool(buffer: Tensor, kept: Sequence[int]) -> Tensor:
 
 @contextlib.contextmanager
 def at_last_position(
-    model: nn.Module, layers: Sequence[int], change: Callable[[int, Tensor], Tensor | None]
+    model: Any, layers: Sequence[int], change: Callable[[int, Tensor], Tensor | None]
 ) -> Iterator[None]:
     """Call `change(layer, h [B, 1, d])` with the last position of each layer's output; what it returns is put there."""
 
@@ -136,9 +137,7 @@ def at_last_position(
             handle.remove()
 
 
-def complete(
-    model: nn.Module, tokenizer: object, prompts: Sequence[list[int]], new_tokens: int
-) -> tuple[list[str], list[int]]:
+def complete(model: Any, tokenizer: Any, prompts: Sequence[list[int]], new_tokens: int) -> tuple[list[str], list[int]]:
     """Greedy completions of a batch, and how many of their steps are kept: up to the first stop token, one at least."""
     stops, device = stop_tokens(model, tokenizer), input_device(model)
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
@@ -158,7 +157,7 @@ def complete(
 
 
 def collect(
-    model: nn.Module, tokenizer: object, saes: Mapping[int, Sae], task: Task, new_tokens: int, batch: int = BATCH
+    model: Any, tokenizer: Any, saes: Mapping[int, Sae], task: Task, new_tokens: int, batch: int = BATCH
 ) -> Collected:
     """Generate, grade, and add the pooled activations of every layer to its sums."""
     prompts = tokenize(model, tokenizer, task, Decoding(max_new_tokens=new_tokens))
@@ -181,7 +180,7 @@ def collect(
 
 
 @contextlib.contextmanager
-def steered(model: nn.Module, saes: Mapping[int, Sae], chosen: Sequence[Chosen]) -> Iterator[None]:
+def steered(model: Any, saes: Mapping[int, Sae], chosen: Sequence[Chosen]) -> Iterator[None]:
     """Add features of one or several layers at the last position of every pass."""
     at_layer = {one.layer: one for one in chosen}
 
@@ -197,7 +196,7 @@ def steered(model: nn.Module, saes: Mapping[int, Sae], chosen: Sequence[Chosen])
 
 
 def graded(
-    model: nn.Module, tokenizer: object, task: Task, new_tokens: int, batch: int = BATCH
+    model: Any, tokenizer: Any, task: Task, new_tokens: int, batch: int = BATCH
 ) -> tuple[list[str], list[float]]:
     """Completions and rewards of every example, with the model as it is."""
     prompts = tokenize(model, tokenizer, task, Decoding(max_new_tokens=new_tokens))
@@ -208,7 +207,7 @@ def graded(
 
 
 def prune(
-    model: nn.Module, tokenizer: object, saes: Mapping[int, Sae], chosen: Sequence[Chosen], task: Task, new_tokens: int
+    model: Any, tokenizer: Any, saes: Mapping[int, Sae], chosen: Sequence[Chosen], task: Task, new_tokens: int
 ) -> tuple[float, list[float]]:
     """The unsteered validation score, and that of each feature steered alone, one prompt at a time."""
 
@@ -224,7 +223,7 @@ def prune(
 
 
 def evaluate(
-    model: nn.Module, tokenizer: object, saes: Mapping[int, Sae], chosen: Sequence[Chosen], task: Task, new_tokens: int
+    model: Any, tokenizer: Any, saes: Mapping[int, Sae], chosen: Sequence[Chosen], task: Task, new_tokens: int
 ) -> tuple[tuple[list[str], list[float]], tuple[list[str], list[float]]]:
     """Completions and rewards, unsteered and steered by all features."""
     before = graded(model, tokenizer, task, new_tokens)

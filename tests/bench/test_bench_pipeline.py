@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_pipeline import model, task, tokenizer
 
-from bench import pipeline, published, record, stage_clock
+from bench import pipeline, pipeline_worlds, published, record, stage_clock
 from corrsteer import CorrSteerError
 from corrsteer.lm.hook_points import decoder_layers
 from corrsteer.ops import registry
@@ -226,7 +226,7 @@ def test_the_published_correlation_is_pearsons():
 
 
 def test_the_reward_is_a_bit_of_the_first_word():
-    assert pipeline.first_word_bit("", None) == 0
-    rewards = [pipeline.first_word_bit(f" {n} and so on", None) for n in range(100)]
+    assert pipeline_worlds.first_word_bit("", None) == 0
+    rewards = [pipeline_worlds.first_word_bit(f" {n} and so on", None) for n in range(100)]
     assert 30 < sum(rewards) < 70
-    assert rewards == [pipeline.first_word_bit(f"{n}\nor else", None) for n in range(100)]
+    assert rewards == [pipeline_worlds.first_word_bit(f"{n}\nor else", None) for n in range(100)]
