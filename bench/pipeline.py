@@ -2,7 +2,8 @@
 
 Collection, pruning and evaluation, each by corrsteer and by `bench/published.py`, on two language models: the
 SmolLM2-135M-Instruct in DIR, and on a GPU a random one of Gemma 2 2B's shape. Both have random jumprelu SAEs on all
-layers, of whose features about 0.5 % are active. Rewards are a bit of the completion's first word.
+layers, of whose features about 0.5 % are active. Rewards are a bit of the prompt and the completion's first
+word.
 
 On a CPU one thread is used, and seconds are what it computed, so that other processes do not count.
 

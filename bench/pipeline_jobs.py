@@ -81,9 +81,10 @@ class Bench:
         world = self.world(setting, exact=False)
         if new not in world.runs:
             n = self.grid["jobs"][new]["collection"][0]
-            world.runs[new] = _collected(world, n, new)
-            if not world.runs[new][1].features:
+            run, steering = _collected(world, n, new)
+            if not steering.features:
                 raise CorrSteerError("no feature was selected, so there is nothing to prune or evaluate; collect more")
+            world.runs[new] = run, steering
         return world.runs[new]
 
     def peak(self, call: Callable[[], object]) -> int | None:

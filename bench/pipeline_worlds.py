@@ -16,6 +16,7 @@ from bench import published
 from bench.published import Sae
 from corrsteer import CorrSteerError, Run, SparseEncoder, Steering, Task
 from corrsteer.sae.sources import decoder_in_memory
+from corrsteer.tasks import Example
 
 SMOLLM2, GEMMA = "SmolLM2-135M-Instruct", "Gemma 2 2B, random"
 SHAPE = (30, 576)  # layers and width of the former
@@ -23,10 +24,13 @@ SPREAD = 2.576  # standard deviations above the mean, where 0.5 % of a normal di
 CALIBRATION = (16, 8)  # prompts and new tokens that thresholds are set by
 
 
-def first_word_bit(completion: str, _example: object) -> float:
-    """A reward that takes no sense to earn: a bit of the completion's first word."""
+def first_word_bit(completion: str, example: Example) -> float:
+    """A reward that takes no sense to earn: a bit of the prompt and the completion's first word, 1 in half of cases.
+
+    Of the first word alone, as what rounding changes comes later mostly; of the prompt, as many begin alike.
+    """
     words = completion.split()
-    return float(zlib.crc32(words[0].encode()) & 1) if words else 0.0
+    return float(zlib.crc32(f"{example.prompt}\n{words[0]}".encode()) & 1) if words else 0.0
 
 
 @dataclass

@@ -173,6 +173,7 @@ def collect(
         rewards = [task.grade(text, example) for text, example in zip(texts, task.examples[at : at + batch])]
         y = torch.tensor(rewards, dtype=torch.float64, device="cpu")
         for layer, buffer in buffers.items():
+            assert buffer is not None, "every completion has a pass"
             found.sums[layer].add(pool(buffer, kept), y)
         found.rewards += rewards
         found.completions += texts

@@ -225,8 +225,12 @@ def test_the_published_correlation_is_pearsons():
     torch.testing.assert_close(found.correlation(1), expected.nan_to_num(0), rtol=1e-5, atol=1e-5)
 
 
-def test_the_reward_is_a_bit_of_the_first_word():
-    assert pipeline_worlds.first_word_bit("", None) == 0
-    rewards = [pipeline_worlds.first_word_bit(f" {n} and so on", None) for n in range(100)]
-    assert 30 < sum(rewards) < 70
-    assert rewards == [pipeline_worlds.first_word_bit(f"{n}\nor else", None) for n in range(100)]
+def test_the_reward_is_a_bit_of_the_prompt_and_the_first_word():
+    def rewards(completion, examples):
+        return [pipeline_worlds.first_word_bit(completion.format(at), example) for at, example in enumerate(examples)]
+
+    examples = task(100).examples
+    assert not any(rewards("", examples))
+    for varied in (rewards("{}", examples[:1] * 100), rewards("one", examples)):
+        assert 30 < sum(varied) < 70
+    assert rewards(" {} and so on", examples) == rewards("{}\nor else", examples)
