@@ -61,8 +61,8 @@ def study(name: str, seed: int) -> dict[str, Any]:
     }
 
 
-def write_study(result: dict[str, Any], directory: Path) -> Path:
-    """Write a simulation's result to `directory`, named after the study, with one row a line."""
+def write_study(result: dict[str, Any], directory: Path, stem: str | None = None) -> Path:
+    """Write a study's result to `directory`, by default named after the study, with one row a line."""
     directory.mkdir(parents=True, exist_ok=True)
     lines = []
     for name, value in result.items():
@@ -71,7 +71,7 @@ def write_study(result: dict[str, Any], directory: Path) -> Path:
             lines.append(f" {json.dumps(name)}: [\n  {rows}\n ]")
         else:
             lines.append(f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}")
-    path = directory / f"{result['schema'].removeprefix('corrsteer.')}.json"
+    path = directory / f"{stem or result['schema'].removeprefix('corrsteer.')}.json"
     write_utf8(path, "{\n" + ",\n".join(lines) + "\n}\n")
     return path
 

@@ -346,6 +346,16 @@ def stored_rows(study: Path) -> str:
 
     tables = ((stored_rows.HEADER, stored_rows.rows_of), (stored_rows.MADE, stored_rows.made_of))
     return _jobs(study, "bench.stored_rows", stored_rows.lines, tables)
+def pipeline(studies: Path) -> str:
+    """Whole jobs against the published way of working, of each device that has measured them; or how to measure it."""
+    from bench import pipeline
+
+    tables = (
+        (pipeline.SPEED, pipeline.speed_rows), (pipeline.MEMORY, pipeline.memory_rows),
+        (pipeline.SHARES, pipeline.share_rows),
+    )  # fmt: skip
+    found = sorted(studies.glob("pipeline*.json")) or [studies / "pipeline.json"]
+    return "\n\n".join(_jobs(study, "bench.pipeline --model DIR", pipeline.summary, tables) for study in found)
 
 
 def _jobs(study: Path, command: str, lines: Callable[[Any], list[str]], tables: Iterable[tuple[Any, Any]]) -> str:
@@ -361,6 +371,7 @@ def _jobs(study: Path, command: str, lines: Callable[[Any], list[str]], tables: 
 DOCUMENTS: dict[str, tuple[tuple[str, Callable[[Path], str], str], ...]] = {
     "README.md": (("speed", lambda folder: speed(load(folder)), "."),),
     "docs/benchmarks.md": (
+        ("pipeline", pipeline, "studies"),
         ("trials", trials, "studies/trials.json"),
         ("search", search, "studies/search.json"),
         ("teacher_forcing", teacher_forcing, "studies/teacher_forcing.json"),

@@ -249,6 +249,7 @@ class Generator:
             rows = [rows[at] for at in alive]
             if capture is not None:
                 capture.keep_rows(rows)
+        return completions(self.tokenizer, written, self.stops)
 
     def _ended(self, tokens: Sequence[int]) -> bool:
         return _end(tokens, self.stops) < len(tokens)
