@@ -36,7 +36,7 @@ test-sanitize: $(STAMP)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 \
 		CORRSTEER_EXTENSIONS=$(SANITIZED)/corrsteer \
-		$(BIN)/python -m pytest tests/ops/test_operations.py tests/ops/test_native.py -k native
+		$(BIN)/python -m pytest tests/ops/test_operations.py tests/ops/test_native.py tests/ops/test_rows.py -k native
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench --benchmark-only
