@@ -37,7 +37,7 @@ test-sanitize: $(STAMP)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 \
 		CORRSTEER_EXTENSIONS=$(SANITIZED)/corrsteer \
-		$(BIN)/python -m pytest tests/ops/test_operations.py tests/ops/test_native.py -k native
+		$(BIN)/python -m pytest tests/ops/test_operations.py tests/ops/test_native.py tests/ops/test_rows.py -k native
 
 # In an environment of its own, as vLLM takes other releases of transformers than the other tests.
 VLLM := build/vllm

@@ -3,8 +3,8 @@
 The same pooled activations of made-up sparse features and the same rewards, two ways:
 
 - `streaming`: `Evidence.update` with permutations, a block after the other, then `significance`;
-- `rows`: each block kept as `SparseRows`, `stored.statistics` of them, then `significance`, which computes permuted sums
-  as it asks for them.
+- `rows`: each block kept as `SparseRows`, `stored.statistics` of them, then `significance`, for which permuted sums are
+  computed some features at a time.
 
 Both must give the same p-values, or no time is reported.
 """
@@ -12,6 +12,7 @@ Both must give the same p-values, or no time is reported.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,49 +63,70 @@ def streaming(blocks: list[tuple[int, Tensor, Tensor]], permutations: int) -> Ev
     return evidence
 
 
+class Watch:
+    """Milliseconds of what was done, by name."""
+
+    def __init__(self):
+        self.times: dict[str, list[float]] = {}
+
+    def time(self, name: str, call: Callable[[], Any]) -> Any:
+        """What a call gives."""
+        found: list[Any] = []
+        self.times.setdefault(name, []).append(WallTimer()(lambda: found.append(call())))
+        return found[0]
+
+
+Given = dict[int, list[tuple[int, Tensor, Tensor]]]  # layer -> blocks
+
+
+def by_streaming(given: Given, permutations: int, watch: Watch) -> tuple[Any, dict[str, int]]:
+    """P-values of every layer, and bytes."""
+    evidences = watch.time(
+        "streaming: sums", lambda: {layer: streaming(blocks, permutations) for layer, blocks in given.items()}
+    )
+    tested = watch.time("streaming: test", lambda: inference.significance(evidences))
+    return tested, {"sums": sum(evidence.resampled.nbytes for evidence in evidences.values())}
+
+
+def by_rows(given: Given, permutations: int, watch: Watch) -> tuple[Any, dict[str, int]]:
+    """P-values of every layer, and bytes."""
+
+    def keep() -> dict[int, list[tuple[int, SparseRows, Tensor]]]:
+        return {k: [(number, SparseRows.from_dense(z), y) for number, z, y in blocks] for k, blocks in given.items()}
+
+    kept = watch.time("rows: keep", keep)
+    features = given[0][0][1].shape[1]
+
+    def summed() -> dict[int, Evidence]:
+        return {k: stored.statistics(blocks, features, permutations=permutations)[1] for k, blocks in kept.items()}
+
+    evidences = watch.time("rows: sums", summed)
+    tested = watch.time("rows: test", lambda: inference.significance(evidences))
+    watch.time("rows: test of ranks", lambda: inference.significance(evidences, "spearman"))
+    rows = [[of_block for _, of_block, _ in blocks] for blocks in kept.values()]
+    return tested, {
+        "rows": sum(of_block.nbytes for blocks in rows for of_block in blocks),
+        "columns": sum(SparseColumns.from_rows(blocks, features).nbytes for blocks in rows),
+    }
+
+
 def measured(case: tuple[int, float, int, int, int, int]) -> dict[str, Any]:
     """What both ways took, and whether they say the same."""
     features, share, layers, samples, permutations, rounds = case
-    timer, times = WallTimer(), {}
-    given = {layer: list(blocks_of(features, share, samples, layer)) for layer in range(layers)}
-
-    def timed(name: str, call: Callable[[], Any]) -> Any:
-        found: list[Any] = []
-        times.setdefault(name, []).append(timer(lambda: found.append(call())))
-        return found[0]
-
-    for at in range(rounds):
-        found = {}
-        for way in WAYS if at % 2 else WAYS[::-1]:
-            if way == "streaming":
-                evidences = timed("streaming: sums", lambda: {k: streaming(b, permutations) for k, b in given.items()})
-            else:
-                rows = timed("rows: keep", lambda: {
-                    k: [(number, SparseRows.from_dense(z), y) for number, z, y in blocks] for k, blocks in given.items()
-                })  # fmt: skip
-                evidences = timed("rows: sums", lambda: {
-                    k: stored.statistics(blocks, features, permutations=permutations)[1] for k, blocks in rows.items()
-                })  # fmt: skip
-                columns = [SparseColumns.from_rows([r for _, r, _ in blocks], features) for blocks in rows.values()]
-                bytes_of = {"rows": sum(r.nbytes for blocks in rows.values() for _, r, _ in blocks),
-                            "columns": sum(of_layer.nbytes for of_layer in columns)}  # fmt: skip
-                del columns
-            found[way] = timed(f"{way}: test", lambda: inference.significance(evidences))
-            if way == "rows":
-                timed("rows: test of ranks", lambda: inference.significance(evidences, "spearman"))
-            else:
-                bytes_of_sums = sum(evidence.resampled.nbytes for evidence in evidences.values())
-            del evidences
-    for layer in range(layers):
-        if any(not torch.equal(getattr(found["rows"][layer], p), getattr(found["streaming"][layer], p))
-               for p in ("p", "p_layer", "p_adjusted")):  # fmt: skip
-            raise SystemExit(f"the ways come to different p-values: {case}")
-    of_way = {way: [sum(parts) for parts in zip(*(times[n] for n in times if _of(n, way)))] for way in WAYS}
+    given, watch, size = {k: list(blocks_of(features, share, samples, k)) for k in range(layers)}, Watch(), {}
+    for _ in range(rounds):
+        of_rows, bytes_of_rows = by_rows(given, permutations, watch)
+        of_streaming, bytes_of_sums = by_streaming(given, permutations, watch)
+        size = bytes_of_rows | bytes_of_sums
+        for layer, p in itertools.product(range(layers), ("p", "p_layer", "p_adjusted")):
+            if not torch.equal(getattr(of_rows[layer], p), getattr(of_streaming[layer], p)):
+                raise SystemExit(f"the ways come to different p-values: {case}")
+    of_way = {way: [sum(parts) for parts in zip(*(watch.times[n] for n in watch.times if _of(n, way)))] for way in WAYS}
     return {
         "features": features, "share": share, "layers": layers, "samples": samples, "permutations": permutations,
-        "bytes": bytes_of | {"sums": bytes_of_sums}, "bytes_a_sample_and_layer": bytes_of["rows"] / samples / layers,
-        "times": {name: summary(of) for name, of in times.items()}, "rows / streaming": ratio(
-            of_way["rows"], of_way["streaming"])["median"],
+        "bytes": size, "bytes_a_sample_and_layer": size["rows"] / samples / layers,
+        "times": {name: summary(of) for name, of in watch.times.items()},
+        "rows / streaming": ratio(of_way["rows"], of_way["streaming"])["median"],
     }  # fmt: skip
 
 
@@ -178,7 +200,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     sizes = sorted({case["samples"] for case in cases})
     return [
         f"{' and '.join(map(str, sizes))} samples in blocks of {result['block']}; all p-values are the same both ways",
-        f"1000 permuted sums are {min(smaller):.1f} to {max(smaller):.0f} times as large as the columns that replace them",
+        f"1000 permuted sums are {min(smaller):.1f} to {max(smaller):.0f} times as large as the columns they are of",
         f"rows take {min(times):.2f} to {max(times):.2f} of the time of streaming, tests included, and then have every "
         "other score, and other permutations, without another pass",
     ]

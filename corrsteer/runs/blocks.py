@@ -100,6 +100,13 @@ class BlockCollector:
             layer: BatchPool(encoder, len(batch), self.options.pools, self.options.backend)
             for layer, encoder in self.encoders.items()
         }
+        rollouts, residuals = self.samples.source.read(
+            batch, lambda layer, x, cu_seqlens: pools[layer].add(*self._checked(layer, x, cu_seqlens, batch))
+        )
+        rewards = self.samples.grade(rollouts, batch)
+        graded = [replace(rollout, rewards=dict(given)) for rollout, given in zip(rollouts, rewards)]
+        if self.journal:
+            self.journal.add_rollouts(graded)
         for layer, pool in pools.items():
             x, cu_seqlens = self._checked(layer, *residuals.packed(layer), batch)
             last_prompt = residuals.last_prompt(layer).to(x.device)  # it is among the tokens that were checked

@@ -134,13 +134,13 @@ class Keeper:
             return
         if evidence.within:
             run.notes.append(
-                f"rewards differ within {int(evidence.n_informative[0])} of {int(evidence.n_groups)} prompts, which are "
-                f"all that correlations within prompts are made from"
+                f"rewards differ within {int(evidence.n_informative[0])} of {int(evidence.n_groups)} prompts, and only "
+                f"these say something of what tells good from bad answers to one prompt"
             )
         elif evidence.fixed > FEW_FIXED * run.n:
             run.notes.append(
-                f"{evidence.fixed} of {run.n} samples cannot change places in permutations, as no other prompt of their "
-                f"block has as many samples; take as many of each prompt, or larger blocks"
+                f"{evidence.fixed} of {run.n} samples cannot change places in permutations, as no other prompt of "
+                f"their block has as many samples; take as many of each prompt, or larger blocks"
             )
 
     def give_up(self) -> None:

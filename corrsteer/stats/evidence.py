@@ -79,8 +79,8 @@ def known_scores(scores: Sequence[str]) -> tuple[str, ...]:
             raise CorrSteerError(f"scores must be among {', '.join(SCORES)}, got {shown(name)}")
     if from_rows := [name for name in FROM_ROWS if name in scores]:
         raise CorrSteerError(
-            f"scores must be among {', '.join(STREAMED)} where statistics are "
-            f"summed up as samples come, got {', '.join(from_rows)}; keep activations, of which there is every score"
+            f"scores must be among {', '.join(STREAMED)} where statistics are summed up as samples come, got "
+            f"{', '.join(from_rows)}; keep activations, which give every score"
         )
     return tuple(name for name in SCORES if name in scores)
 
@@ -275,7 +275,7 @@ class Evidence:
         return self._keeps(name) or (self.rows is not None and self.rows.has(name))
 
     def _keeps(self, name: str) -> bool:
-        return any(name in layout.groups and layout.groups[name][2] for layout in self._layouts.values())
+        return any(name in layout.groups for layout in self._layouts.values())
 
     def columns(self, name: str, features: Features = slice(None), label: int = 0) -> Tensor:
         """A group of columns of some features, `[features, width]`: of a group with a share for each reward, `label`'s.
@@ -301,6 +301,8 @@ class Evidence:
         evidence = copy.copy(self)
         evidence.rows, evidence.permutations, evidence.bootstrap = rows, permutations, bootstrap
         evidence.blocks = set(self.blocks)
+        for name in self.STATE:
+            setattr(evidence, name, getattr(self, name).clone())
         evidence.bootstrap_labels = rows.bootstrap_labels(self, bootstrap)
         return evidence
 

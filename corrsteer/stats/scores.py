@@ -197,9 +197,10 @@ def _from_rows(evidence: Evidence, name: str, features: Features, label: int, pe
         return 2 / n * (above / n_positive - (rank - above) / (n - n_positive))
     cross = evidence.columns(f"{prefix}rank_cross", features, label)
     assert evidence.rows is not None, "`check` has seen to it"
-    m2 = (evidence.columns("rank2", features) - rank**2 / max(n, 1)) * evidence.rows.rank_squares(label)
-    varies = m2 > 0.25  # squares of ranks are multiples of a quarter
-    return torch.where(varies, cross / torch.where(varies, m2, 1).sqrt(), 0).clamp(-1, 1)
+    squares, y_m2 = evidence.columns("rank2", features), evidence.rows.rank_squares(label)
+    m2 = squares - rank**2 / max(n, 1)
+    varies = (m2 > 1e-12 * squares) & (y_m2 > 0)
+    return torch.where(varies, cross / torch.where(varies, m2 * y_m2, 1).sqrt(), 0).clamp(-1, 1)
 
 
 def _information(evidence: Evidence, features: Tensor, label: int, permuted: bool) -> Tensor:

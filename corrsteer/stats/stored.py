@@ -228,8 +228,10 @@ class StoredRows:
 
     def _sums(self, z: SparseColumns, of: _Sums, evidence: Evidence, features: Tensor, label: int) -> Tensor:
         count = {"": 1, "permuted": evidence.permutations, "bootstrap": evidence.bootstrap}[of.resampled]
-        labels = self._labels_of(of.labels, label, evidence)
         sums = torch.zeros(len(features), count, dtype=torch.float64, device=evidence.device)
+        if not self.n:
+            return sums
+        labels = self._labels_of(of.labels, label, evidence)
         for first, blocks in self._parts(count):
             last = first + sum(len(block.y) for block in blocks)
             of_blocks = tuple((block.number, block.numbered) for block in blocks)
@@ -267,7 +269,9 @@ class StoredRows:
         if kind == "u":
             assert evidence is not None
             return torch.cat([_u(evidence, block)[:, label] for block in self.blocks])
-        y = torch.cat([block.y[:, label] for block in self.blocks])
+        y = torch.cat(
+            [block.y[:, label] for block in self.blocks] or [torch.empty(0, dtype=torch.float64, device="cpu")]
+        )
         if kind == "positive":
             return (y > 0).double()
         return torch.from_numpy(stats.rankdata(y.numpy()) - (self.n + 1) / 2)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from places import Place, at
 from scipy import stats
 from sklearn.metrics import mutual_info_score, roc_auc_score
 
@@ -69,6 +70,16 @@ def test_p_values_of_several_layers_are_those_of_streaming(labels, backend):
         for method in inference.METHODS:
             for one, other in zip(inference.interval(rows[layer], method), inference.interval(kept[layer], method)):
                 torch.testing.assert_close(one, other, rtol=0, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("place", [at(Place("reference", "cuda")), at(Place("triton", "cuda"))])
+def test_a_gpu_gives_the_same_p_values(place):
+    z, y = data(labels="ties")
+    kept = from_rows(blocks_of(z, y), 37, permutations=99)[1]
+    evidence = from_rows(blocks_of(z, y), 37, permutations=99, device=place.device, backend=place.backend)[1]
+    for name in SCORES:
+        one, other = (inference.significance({0: e}, name)[0] for e in (evidence, kept))
+        assert torch.equal(one.p, other.p) and torch.equal(one.p_adjusted, other.p_adjusted), name
 
 
 def test_moments_and_joint_moments_are_those_of_streaming_to_the_bit():
@@ -153,10 +164,10 @@ def test_every_scores_permutations_are_that_score_of_permuted_rewards(name, labe
     evidence = from_rows(blocks, 9, permutations=19, backend=backend)[1]
     permuted = scores.permuted(evidence, name, torch.arange(9), 0)
     orders = {number: evidence._permutations(60, number) for number in (0, 1)}
-    for at in range(19):
-        again = [(number, z, y[orders[number][at]]) for number, z, y in blocks]
+    for place in range(19):
+        again = [(number, z, y[orders[number][place]]) for number, z, y in blocks]
         expected = scores.score(from_rows(again, 9)[1], name)
-        torch.testing.assert_close(permuted[:, at].abs(), expected.abs(), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(permuted[:, place].abs(), expected.abs(), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", SCORES)
@@ -175,6 +186,32 @@ def test_rewards_of_one_group_have_no_score_of_groups():
     for name in FROM_ROWS:
         assert not bool(scores.score(evidence, name).any()), name
         assert bool((inference.significance({0: evidence}, name)[0].p == 1).all()), name
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_without_samples_every_score_is_0(name):
+    for blocks in ([], [(0, SparseRows.from_dense(torch.zeros(0, 5)), torch.zeros(0))]):
+        evidence = stored.statistics(blocks, 5, permutations=19)[1]
+        assert evidence.n == 0 and not bool(scores.score(evidence, name).any())
+        assert bool((inference.significance({0: evidence}, name)[0].p == 1).all())
+
+
+def test_a_feature_that_is_always_the_same_has_no_rank_correlation_however_many_samples():
+    z, y = torch.full((40000, 2), 1.5), torch.arange(40000, dtype=torch.float64)
+    z[0, 1] = 2
+    evidence = stored.statistics([(0, SparseRows.from_dense(z), y)], 2)[1]
+    expected = stats.spearmanr(z[:, 1], y)[0]
+    assert scores.score(evidence, "spearman").tolist() == [0, pytest.approx(expected, abs=1e-12)]
+
+
+def test_evidence_of_rows_does_not_change_with_the_evidence_that_it_was_made_of():
+    z, y = data()
+    plain = Evidence(37)
+    plain.update(z, y, 0)
+    evidence = stored.resampled(plain, [(0, SparseRows.from_dense(z), y)], permutations=19)
+    before = inference.significance({0: evidence})[0].p
+    plain.update(z, 1 - y, 1)
+    assert evidence.n == 230 and torch.equal(inference.significance({0: evidence})[0].p, before)
 
 
 def test_the_smallest_and_largest_activations_have_ranks():
