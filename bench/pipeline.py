@@ -220,7 +220,7 @@ def summary(result: dict[str, Any]) -> list[str]:
             found = {part["new_tokens"]: part["speedup"] for part in of if part["job"] == name and "speedup" in part}
             if found:
                 at = ", ".join(f"{ratio:.1f} at {new}" for new, ratio in found.items())
-                lines.append(f"{setting}, {name}: corrsteer does as many times as much a second, by new tokens: {at}")
+                lines.append(f"{setting}, {name}: corrsteer over published, a second, by new tokens: {at}")
         lines += [
             f"{setting}, {part['job']}, {part['new_tokens']} new: {part['status']}, {part.get('reason', 'cut off')}"
             for part in of
@@ -232,10 +232,11 @@ def summary(result: dict[str, Any]) -> list[str]:
 def _agreement(part: dict[str, Any]) -> str:
     found = part["found"]
     words = [f"{name} {'the same' if found[name] else 'different'}" for name in ("rewards", "pruning", "evaluation")]
+    others = "" if found["features"] else " and others of another r"
     return (
-        f"{part['setting']}, both ways in float32: {', '.join(words)}; {found['selected']} features selected, of "
-        f"{found['same_index']} the same index, the others {'tie' if found['features'] else 'differ'}; r apart by more "
-        f"than {TOLERANCE:g} in {found['r_beyond']:.3%} of features; {found['active']:.2%} of features active"
+        f"{part['setting']}, both ways in float32: {', '.join(words)}; {found['selected']} features selected, "
+        f"{found['same_index']} of them the same{others}; r apart by more than "
+        f"{TOLERANCE:g} in {found['r_beyond']:.3%} of features; {found['active']:.2%} of features active"
     )
 
 

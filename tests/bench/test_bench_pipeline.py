@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_pipeline import model, task, tokenizer
 
-from bench import pipeline, pipeline_worlds, published, record, stage_clock
+from bench import pipeline, pipeline_worlds, published, record, stage_clock, table
 from corrsteer import CorrSteerError
 from corrsteer.lm.hook_points import decoder_layers
 from corrsteer.ops import registry
@@ -234,3 +234,13 @@ def test_the_reward_is_a_bit_of_the_prompt_and_the_first_word():
     for varied in (rewards("{}", examples[:1] * 100), rewards("one", examples)):
         assert 30 < sum(varied) < 70
     assert rewards(" {} and so on", examples) == rewards("{}\nor else", examples)
+
+
+def test_the_committed_result_is_believed_and_is_what_the_page_says():
+    committed = json.loads((record.STUDIES / "pipeline.json").read_text())
+    assert (committed["schema"], committed["version"]) == ("corrsteer.pipeline", record.VERSION)
+    assert (committed["device"]["type"], committed["device"]["threads"]) == ("cpu", 1)
+    checked, *jobs = committed["parts"]
+    assert checked["status"] == "measured" and checked["found"]["r_beyond"] == 0
+    assert {part["status"] for part in jobs} <= {"measured", "not measured"} and pipeline.measured(committed)
+    assert all(line in table.pipeline(record.STUDIES) for line in pipeline.summary(committed))
