@@ -63,8 +63,8 @@ def select(
 ) -> None:
     """Choose features and coefficients from a collected run, and write a steering file.
 
-    The reward is any of the run's. The model, its task and how it is steered are options of `--strategy pruned` and `search`; by default they are as
-    collected.
+    `--reward` is any of the run's. The model, its task and how it is steered are options of `--strategy pruned` and
+    `search`; by default they are as collected.
     """
     from corrsteer.cli import inputs
     from corrsteer.experiments.search import SearchOptions

@@ -161,7 +161,8 @@ class Run:
                     within=self._within, device=moments.device,
                 )[1]  # fmt: skip
             else:
-                known = self.activations.resampled(known, layer, self.pool, self.rewards, self.groups)
+                y = torch.stack(list(self.all_rewards().values())[: known.n_labels], 1)
+                known = self.activations.resampled(known, layer, self.pool, y, self.groups)
             self.evidence.setdefault(layer, {})[self.pool] = known
 
     def statistics(
