@@ -17,7 +17,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from corrsteer.arguments import check_type, whole
+from corrsteer.arguments import check_type, whole, wholes
 from corrsteer.errors import CorrSteerError
 from corrsteer.ops import native_backend, registry
 from corrsteer.ops.calls import Call
@@ -331,7 +331,9 @@ def _index(index: slice | Sequence[int] | Tensor, n: int, name: str, device: tor
     """`[any]` int64 of an index into n things."""
     if isinstance(index, slice):
         return torch.arange(*index.indices(n), dtype=torch.int64, device=device)
-    found = torch.as_tensor(index, device=device)
+    if not isinstance(index, Tensor):
+        index = torch.tensor(wholes(name, index, empty=True), dtype=torch.int64, device=device)
+    found = index.to(device)
     if found.dtype == torch.bool and found.shape == (n,):
         return found.nonzero()[:, 0]
     found = found.to(torch.int64)
