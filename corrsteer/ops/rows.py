@@ -17,7 +17,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from corrsteer.arguments import check_type, whole
+from corrsteer.arguments import check_type, whole, wholes
 from corrsteer.errors import CorrSteerError
 from corrsteer.ops import native_backend, registry
 from corrsteer.ops.calls import Call
@@ -113,26 +113,35 @@ class SparseRows:
         out : float32 of that shape, written to and returned; by default a new tensor.
         device : of a new tensor; by default that of the rows.
         """
-        chosen = self.rows(rows)
-        sample = torch.arange(chosen.n, dtype=torch.int64, device=self.device).repeat_interleave(chosen.offsets.diff())
-        feature, values, width = chosen.features.to(torch.int64), chosen.values, self.d_sae
+        chosen, width = self.rows(rows), self.d_sae
+        wanted = None
         if not isinstance(features, slice) or features != slice(None):
             wanted = _index(features, self.d_sae, "features", self.device)
             width = len(wanted)
-            place = torch.full((self.d_sae,), -1, dtype=torch.int64, device=self.device)
-            place[wanted] = torch.arange(width, dtype=torch.int64, device=self.device)
-            if width and len(wanted.unique()) < width:
+            if len(wanted.unique()) < width:
                 raise CorrSteerError("features must name each feature once, got some more than once")
-            kept = place[feature] >= 0
-            sample, feature, values = sample[kept], place[feature[kept]], values[kept]
         if out is None:
-            out = torch.zeros(chosen.n, width, dtype=torch.float32, device=device or self.device)
+            out = torch.empty(chosen.n, width, dtype=torch.float32, device=device or self.device)
         elif out.shape != (chosen.n, width) or out.dtype != torch.float32:
             raise CorrSteerError(f"out must be [{chosen.n}, {width}] float32, got {list(out.shape)} {out.dtype}")
-        else:
-            out.zero_()
+        if wanted is None and out.is_contiguous() and out.device.type == self.device.type == "cpu":
+            chosen.to_scipy().toarray(out=out.numpy())  # a third of what torch takes for it
+            return out
+        sample = torch.arange(chosen.n, dtype=torch.int64, device=self.device).repeat_interleave(chosen.offsets.diff())
+        feature, values = chosen.features.to(torch.int64), chosen.values
+        if wanted is not None:
+            place = torch.full((self.d_sae,), -1, dtype=torch.int64, device=self.device)
+            place[wanted] = torch.arange(width, dtype=torch.int64, device=self.device)
+            kept = place[feature] >= 0
+            sample, feature, values = sample[kept], place[feature[kept]], values[kept]
+        out.zero_()
         out[sample.to(out.device), feature.to(out.device)] = values.to(out.device)
         return out
+
+    def to_scipy(self) -> sparse.csr_array:
+        """The same as SciPy has it, of rows on the CPU; values and offsets are shared."""
+        features = self.features.numpy().astype(np.int32)
+        return sparse.csr_array((self.values.numpy(), features, self.offsets.numpy()), shape=(self.n, self.d_sae))
 
     def rows(self, index: slice | Sequence[int] | Tensor) -> SparseRows:
         """Some samples, in the order of `index`; of a slice without steps, nothing is copied but the offsets."""
@@ -214,10 +223,7 @@ class SparseColumns:
         samples = np.empty(offsets[-1], dtype=np.int32)
         following, n = offsets[:-1].copy(), 0  # where each column goes on
         for part in parts:
-            of_part = sparse.csr_array(
-                (part.values.numpy(), part.features.numpy().astype(np.int32), part.offsets.numpy()),
-                shape=(part.n, d_sae),
-            ).tocsc()
+            of_part = part.to_scipy().tocsc()
             lengths = np.diff(of_part.indptr)
             at = np.repeat(following - of_part.indptr[:-1], lengths) + np.arange(len(of_part.data))
             values[at], samples[at] = of_part.data, of_part.indices + n
@@ -325,7 +331,9 @@ def _index(index: slice | Sequence[int] | Tensor, n: int, name: str, device: tor
     """`[any]` int64 of an index into n things."""
     if isinstance(index, slice):
         return torch.arange(*index.indices(n), dtype=torch.int64, device=device)
-    found = torch.as_tensor(index, device=device)
+    if not isinstance(index, Tensor):
+        index = torch.tensor(wholes(name, index, empty=True), dtype=torch.int64, device=device)
+    found = index.to(device)
     if found.dtype == torch.bool and found.shape == (n,):
         return found.nonzero()[:, 0]
     found = found.to(torch.int64)
