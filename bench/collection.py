@@ -55,6 +55,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "pooled residuals": ("corrsteer.runs.pooling:BatchPool._add_residuals",),
     "moments": ("corrsteer.ops:update_moments",),
     "evidence": ("corrsteer.stats.evidence:Evidence.update", "corrsteer.stats.stability:snapshot"),
+    "keeping rows": tuple(f"corrsteer.runs.keeper:Keeper.{name}" for name in ("make_room", "add", "finish")),
     "grading": ("corrsteer.tasks.task:Task.grade",),
 }
 
@@ -192,9 +193,13 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
 def profile_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     """The rows of a table: where the time of a collection with permutations goes."""
     return [
-        (row["model"], str(row["new_tokens"]), *(f"{row['profile'].get(stage, 0):.1%}" for stage in PROFILE[2:]))
+        (row["model"], str(row["new_tokens"]), *(_share(row["profile"].get(stage)) for stage in PROFILE[2:]))
         for row in result["collections"]
     ]
+
+
+def _share(of: float | None) -> str:
+    return "-" if of is None else f"{of:.1%}"
 
 
 def reached(result: dict[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import collection
+from bench import collection, record, table
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +59,12 @@ def test_targets_are_reported_with_what_was_reached():
     without, with_them = collection.reached({"grid": {"permutations": 1000}, "collections": rows})
     assert without.startswith("`collect` without permutations") and without.endswith("1.02 to 1.02, in 2 of 2 cases")
     assert with_them.startswith("`collect` with 1000") and with_them.endswith("1.30 to 1.30, in 0 of 2 cases")
+
+
+def test_the_committed_result_is_the_full_one():
+    path = record.STUDIES / "collection.json"
+    committed = json.loads(path.read_text())
+    assert (committed["schema"], committed["version"]) == ("corrsteer.collection", record.VERSION)
+    assert not committed["quick"]
+    assert {row["model"] for row in committed["collections"]} == {"random", "chat"}
+    assert collection.reached(committed)[0] in table.collection(path)
