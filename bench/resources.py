@@ -131,7 +131,7 @@ def shipped(arch: int) -> Iterator[Specimen]:
                 continue  # the loop takes short samples as well
             entries = file[name if kind in file.get(name, ()) else "encode_pool"][kind]
             yield from (pooling(arch, kind, entry, **form) for entry in entries for form in of_name)
-            if arch == 90 and kind in ("native", "bf16x2"):  # as bench.gpu measures them beside what ships
+            if arch == 90 and kind == "native":  # as bench.gpu measures them beside what ships
                 flat = {name: value for name, value in entries[-1].items() if name != "BF16_SPLITS"} | {"flatten": 1}
                 yield from (pooling(arch, kind, flat, **form) for form in of_name)
     large = file["encode_pool"]["native"][-1]

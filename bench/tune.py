@@ -86,6 +86,8 @@ def candidates(kind: str, tokens: int, descriptors: int, form: str = "encode_poo
                 yield PANEL_BLOCKS | {"way": "panels"} | size
         if BT > max(64, tokens) or stages * (weights * BF + BT) * row > SHARED_MEMORY:
             continue
+        if flatten and kind == "bf16x2":  # whose two products a step ptxas then waits for one by one
+            continue
         entry = {
             "BF": BF, "BT": BT, "BK": block_k, "SUBTILE": subtile, "WIDE_SUBTILE": wide, "GROUP_SIZE": 8,
             "max_tiles_per_chunk": 1024 // BT, "descriptors": descriptors, "num_warps": warps, "num_stages": stages,

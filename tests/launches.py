@@ -98,7 +98,7 @@ def by_panels():
 def flattened():
     """The ways to pool, each in one loop with its product."""
     config = launch.config
-    launch.config = lambda *given: config(*given) | {"flatten": 1}
+    launch.config = lambda *given: config(*given) | {"BF16_SPLITS": 0, "flatten": 1}
     for lengths, pools in (([1] * 40, ("mean",)), ([2] * 40, ("mean",)), ([20, 80], ("mean", "max"))):
         update(lengths, pools, 1, "jumprelu", "bf16")
     update([3, 40], ("mean",), 1, "jumprelu", "bf16", input_norm="layer_norm")

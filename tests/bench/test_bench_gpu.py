@@ -358,6 +358,10 @@ def test_another_way_of_the_kernels_is_one_more_contestant_of_16_bit_cases(monke
     for case in (TINY, Case(**vars(bf16) | {"activation": "topk"}), Case(**vars(bf16) | {"kind": "host"})):
         assert contestants.ways_of("triton", case) == ["triton"]
     assert contestants.ways_of("reference", bf16) == ["reference"]
+    monkeypatch.setattr(contestants, "WAYS", {"panels": entry, "flattened": {"flatten": 1}})
+    split = Case(**vars(bf16) | {"precision": "bf16x2"})
+    assert contestants.ways_of("triton", split) == ["triton", "triton, panels"]
+    assert contestants.ways_of("triton", bf16) == ["triton", "triton, panels", "triton, flattened"]
     of = (CPU, "encode_pool", "native", 64)
     shipped = launch.config(*of)
     with contestants.going("panels"):
