@@ -43,7 +43,7 @@ TARGET = 1.05  # the time of a collection over that of its parts
 REST = "the rest"
 # stage -> functions whose own time it is, without that of other stages inside; those that are not there are left out
 STAGES: dict[str, tuple[str, ...]] = {
-    "tokenising": ("corrsteer.runs.collect:tokenize",),
+    "tokenising": ("corrsteer.lm.generation:Generator.tokenize",),
     "planning": ("corrsteer.lm.generation:Generator.plan",),
     "language model": ("corrsteer.lm.generation:Generator.complete",),
     "capture": tuple(

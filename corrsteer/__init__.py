@@ -27,6 +27,7 @@ _HOME = {
     "Decoding": "lm.decoding",
     "Evidence": "stats.evidence",
     "Rollout": "rollouts.rollout",
+    "regrade": "runs.regrade",
     "generate_rollouts": "rollouts.generate",
     "read_rollouts": "rollouts.rollout_file",
     "write_rollouts": "rollouts.rollout_file",
@@ -82,6 +83,7 @@ __all__ = [
     "inference",
     "planning",
     "read_rollouts",
+    "regrade",
     "run_trials",
     "scores",
     "select",
@@ -110,6 +112,7 @@ if TYPE_CHECKING:
     from corrsteer.rollouts.rollout import Rollout
     from corrsteer.rollouts.rollout_file import read_rollouts, write_rollouts
     from corrsteer.runs.collect import collect
+    from corrsteer.runs.regrade import regrade
     from corrsteer.runs.run import Run
     from corrsteer.sae.encoder import SparseEncoder
     from corrsteer.stats import inference, planning, scores, stability

@@ -61,14 +61,14 @@ def regrade(
 def _rewarded(run: Run, settings: RegradeSettings) -> list[Rollout]:
     """The run's rollouts with other rewards."""
     from corrsteer.cli import inputs
-    from corrsteer.rollouts.regrading import join_rewards, regrade
+    from corrsteer.rollouts.regrading import join_rewards, regraded
 
     there = [rollout for rollout in run.rollouts if rollout is not None]
     if not there:
         raise CorrSteerError("the run holds no completions, so that they cannot be graded again; collect again")
     if settings.rewards is not None:
         return join_rewards(there, settings.rewards)
-    return regrade(there, inputs.parse_graders(settings.grader))
+    return regraded(there, inputs.parse_graders(settings.grader))
 
 
 def _read_again(run: Run, rollouts: list[Rollout], asked: dict[str, Any]) -> Run:

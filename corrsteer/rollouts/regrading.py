@@ -41,7 +41,7 @@ def task_of(rollouts: Sequence[Rollout], grader: GraderSpec = None, name: str = 
     return plain.graded_by(grader)
 
 
-def regrade(rollouts: Sequence[Rollout], grader: GraderSpec, batch_size: int = 256) -> list[Rollout]:
+def regraded(rollouts: Sequence[Rollout], grader: GraderSpec, batch_size: int = 256) -> list[Rollout]:
     """The rollouts with the rewards that graders give, and no others.
 
     Parameters

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from corrsteer.arguments import check_type
 from corrsteer.errors import CorrSteerError
-from corrsteer.rollouts.regrading import regrade as regraded
+from corrsteer.rollouts.regrading import regraded
 from corrsteer.rollouts.rollout import Rollout
 from corrsteer.runs.run import Run
 from corrsteer.tasks import GraderSpec

@@ -7,7 +7,7 @@ import tiny_pipeline
 
 from corrsteer import Decoding
 from corrsteer.rollouts.generate import generate_rollouts
-from corrsteer.rollouts.regrading import join_rewards, regrade, task_of
+from corrsteer.rollouts.regrading import join_rewards, regraded, task_of
 from corrsteer.rollouts.rollout import Rollout, RolloutError
 from corrsteer.rollouts.tokens import check_tokens, fill_in
 from corrsteer.tasks import TaskError, batched, with_shuffled_rewards
@@ -29,8 +29,8 @@ def test_regrading_gives_what_grading_while_generating_gave():
     model, tokenizer = tiny_pipeline.model(), tiny_pipeline.tokenizer()
     batches = generate_rollouts(model, tokenizer, task, Decoding(4), progress=False)
     made = [each for batch in batches for each in batch]
-    assert regrade(made, graders) == made
-    assert [each.rewards["reward"] for each in regrade(made, "exact")] == [
+    assert regraded(made, graders) == made
+    assert [each.rewards["reward"] for each in regraded(made, "exact")] == [
         float(each.completion == "1") for each in made
     ]
 
@@ -43,18 +43,18 @@ def test_graders_see_prompt_answer_and_meta_in_batches():
         seen.append([(e.prompt, e.answer, e.fields, c) for c, e in zip(completions, examples)])
         return [{"x": 1.0, "n": len(c)} for c in completions]
 
-    graded = regrade(THREE, grader, batch_size=2)
+    graded = regraded(THREE, grader, batch_size=2)
     assert [each.rewards for each in graded] == [{"x": 1, "n": 1}, {"x": 1, "n": 1}, {"x": 1, "n": 3}]
     assert list(map(len, seen)) == [2, 1] and seen[0][1] == ("1+1=", "2", {"k": 1}, "3")
 
 
 def test_a_grader_that_fails_names_the_rollout():
     with pytest.raises(TaskError, match="rollout 'b': grader .* failed: ZeroDivisionError"):
-        regrade(THREE, lambda completion, example: 1 / (completion != "3"))
+        regraded(THREE, lambda completion, example: 1 / (completion != "3"))
     with pytest.raises(TaskError, match="rollout 'a': no answer, and grader exact needs one"):
-        regrade([rollout(answer=None)], "exact")
+        regraded([rollout(answer=None)], "exact")
     with pytest.raises(RolloutError, match="rollout 'a': the completion's text is not known"):
-        regrade([rollout(completion=None, completion_ids=(1,))], "exact")
+        regraded([rollout(completion=None, completion_ids=(1,))], "exact")
 
 
 def test_a_task_of_rollouts_has_an_example_for_each():
@@ -88,7 +88,7 @@ def file(path, text):
 
 
 def test_rewards_are_joined_by_id(tmp_path):
-    graded = [each for each in regrade(THREE, {"correct": "number", "old": lambda c, e: 7})]
+    graded = [each for each in regraded(THREE, {"correct": "number", "old": lambda c, e: 7})]
     csv = file(tmp_path / "r.csv", "quality,id,correct\n0.5,b,1\n1,a,0\n-2e1,c,0.25\n")
     joined = join_rewards(graded, csv)
     assert [list(each.rewards.items()) for each in joined] == [
