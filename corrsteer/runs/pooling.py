@@ -87,7 +87,7 @@ class BatchPool:
         parts = torch.empty(2 * self._n + 1, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
         parts[0::2], parts[1::2] = cu_seqlens, cu_seqlens[:-1] + 1
         pooled: dict[str, Tensor] = {}
-        tokens = cu_seqlens.diff()[:, None]
+        tokens = cu_seqlens.diff()[:, None].float()
         for name, of_parts in self._encode(x, parts, pool).items():
             first, rest = of_parts[0::2], of_parts[1::2]
             pooled[LAST_PROMPT] = first

@@ -370,7 +370,9 @@ def _checked(rewards: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
     """Rewards by name as float64 on the CPU."""
     if not isinstance(rewards, Mapping) or not rewards:
         raise CorrSteerError(f"rewards must be tensors by name, got {shown(rewards)}")
-    found = {name: torch.as_tensor(values).detach().to("cpu", torch.float64) for name, values in rewards.items()}
+    found = {
+        name: torch.as_tensor(values, dtype=torch.float64, device="cpu").detach() for name, values in rewards.items()
+    }
     for name, values in found.items():
         if values.shape != (n,):
             raise CorrSteerError(f"rewards[{name!r}] must be [{n}], a number for each sample, got {list(values.shape)}")
