@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,7 +54,7 @@ def collect(
     encoders: Mapping[int, SparseEncoder],
     task: Task | None = None,
     *,
-    rollouts: Sequence[Rollout] | None = None,
+    rollouts: Iterable[Rollout] | None = None,
     samples_per_prompt: int = 1,
     within_prompt: bool = False,
     pool: str = "max",
@@ -91,7 +91,8 @@ def collect(
         moved to its layer's device.
     task : prompts and their graders. With rollouts, by default their prompts and the rewards that they hold; another
         is one that `task_of(rollouts, grader)` gives, whose graders grade them anew.
-    rollouts : completions to read, one for each of the task's examples in their order, see `read_rollouts`.
+    rollouts : completions to read, one for each of the task's examples in their order, see `read_rollouts`. Each has an
+        id of its own, and all have the same rewards.
     samples_per_prompt : completions of each prompt, which need a temperature.
     within_prompt : centre activations and rewards within each prompt, and permute within it: what is left is what tells
         good from bad completions of the same prompt.
