@@ -71,3 +71,11 @@ def test_a_task_in_another_order_than_the_rollouts_is_refused(model, rollouts):
     refused(model, "the prompt of untrained:1 is not that of", task, rollouts=rollouts[::-1])
     ids_alone = [dataclasses.replace(one, prompt=None) for one in rollouts]
     assert gather(model, task_of(ids_alone, tiny_pipeline.digits_up), rollouts=ids_alone).n == 24
+
+
+def test_an_example_that_is_called_like_a_sample_of_another_is_refused_where_there_are_several(model):
+    task = tiny_pipeline.task(4)
+    first, second, *others = task.examples
+    task = dataclasses.replace(task, examples=(first, dataclasses.replace(second, source="untrained:1#1"), *others))
+    refused(model, "got 'untrained:1#1'", task, samples_per_prompt=2, decoding=Decoding(3, temperature=1.0))
+    assert gather(model, task).n == 4
