@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -206,9 +207,12 @@ def collect(
     )
     journal = None if directory is None else Journal(as_path("directory", directory))
     run.journal = journal and journal.folder
-    keeper = Keeper(run, encoders, devices, options, max(map(len, blocks.values())), journal)
-    collector = BlockCollector(run, samples, encoders, keeper, options, journal)
-    with tqdm(total=len(samples), unit="sample", desc=f"collect {samples.task.name}", disable=not progress) as bar:
+    with (
+        contextlib.closing(journal) if journal else contextlib.nullcontext(),
+        tqdm(total=len(samples), unit="sample", desc=f"collect {samples.task.name}", disable=not progress) as bar,
+    ):
+        keeper = Keeper(run, encoders, devices, options, max(map(len, blocks.values())), journal)
+        collector = BlockCollector(run, samples, encoders, keeper, options, journal)
         try:
             for number, block in blocks.items():
                 collector.collect(number, block, bar.update)
@@ -224,9 +228,6 @@ def collect(
             _finish(run, samples.task)
             keeper.finish()
             raise CollectionStopped(reason, run) from error
-        finally:
-            if journal:
-                journal.close()
     _finish(run, samples.task)
     keeper.finish()
     return run

@@ -314,7 +314,7 @@ class Run:
                 block if block.path is None else block.read(directory / names["activations", block.number])
                 for block in self.activations.blocks
             ]
-        if self.journal is not None and self.journal.parent == directory:
+        if self.journal is not None and self.journal.parent.resolve() == directory.resolve():
             shutil.rmtree(self.journal, ignore_errors=True)
             self.journal = None
 
