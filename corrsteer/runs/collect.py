@@ -225,11 +225,9 @@ def collect(
                 reason = str(error)
             else:
                 reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
-            _finish(run, samples.task)
-            keeper.finish()
+            _finish(run, samples.task, keeper)
             raise CollectionStopped(reason, run) from error
-    _finish(run, samples.task)
-    keeper.finish()
+    _finish(run, samples.task, keeper)
     return run
 
 
@@ -251,11 +249,8 @@ def _leader(run: Run) -> str:
     return f"reward {mean:.3f}, top L{best[1]}/{best[2]} r={best[0]:.3f}"
 
 
-def _finish(run: Run, task: Task) -> None:
-    """Record which samples were seen, and note a reward that never varied."""
+def _finish(run: Run, task: Task, keeper: Keeper) -> None:
+    """Record which samples were seen, have evidence of them, and note what limits it."""
     run.provenance["samples"] = task.samples(run.rewards.isfinite().nonzero()[:, 0].tolist())
-    if run.n and not bool(run.moments_of_rewards.label_varies()[0]):
-        run.notes.append(
-            f"every one of the {run.n} rewards was {run.rewards.nanmean().item():g}, so nothing correlates with them "
-            f"and no feature can be selected; use a task that the model solves sometimes"
-        )
+    keeper.finish()
+    run.notes += run.statistics_notes()
