@@ -8,6 +8,7 @@ import torch
 
 from corrsteer import CorrSteerError, Run, collect, select
 from corrsteer.lm.decoding import Decoding
+from corrsteer.runs.peaks import extremes, with_peaks
 from corrsteer.runs.regrade import regrade
 from corrsteer.tasks.identity import count_seen
 
@@ -126,3 +127,21 @@ def test_rollouts_that_are_not_the_runs_or_hold_no_rewards_are_refused(run):
             regrade(run, rollouts=rollouts)
     part = regrade(run, rollouts=rewarded(run.rollouts[:10], float))
     assert part.n == 10 and regrade(part, tiny_pipeline.digits_up).n == 10
+
+
+def test_extremes_are_among_the_samples_that_are_looked_at(run):
+    part = run.statistics(samples=range(5))
+    of_file = regrade(run, rollouts=rewarded(run.rollouts[:5], float))
+    for asked in (part, of_file):
+        highest, lowest = extremes(asked, 1, 3, k=3)
+        assert sorted(one.sample for one in highest + lowest) == [0, 1, 2, 3, 4]
+
+
+def test_of_the_last_prompt_token_the_peak_is_there():
+    run = gather(tiny_pipeline.digits_up, pool="last_prompt")
+    model, tokenizer, encoder = tiny_pipeline.model(), tiny_pipeline.tokenizer(), tiny_pipeline.encoders()[1]
+    feature = int(run.moments[1]["last_prompt"].frequency().argmax())
+    found = with_peaks(run, model, tokenizer, encoder, 1, feature, extremes(run, 1, feature, k=4)[0])
+    for one in found:
+        assert one.activation > 0 and one.peak.activation == pytest.approx(one.activation, rel=1e-4)
+        assert one.peak.token == "=" and one.peak.after == tokenizer.decode(list(one.rollout.completion_ids))
