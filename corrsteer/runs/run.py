@@ -30,9 +30,9 @@ from corrsteer.tasks.identity import pack_prompts
 from corrsteer.types import PathLike
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
-    """What a collection leaves: moments, evidence, rewards, and how they came about.
+    """What a collection leaves: moments, evidence, rewards, and how they came about. A run equals itself alone.
 
     Attributes
     ----------
@@ -71,9 +71,9 @@ class Run:
     snapshots: list[Snapshot] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict, repr=False)
-    journal: Path | None = field(default=None, repr=False, compare=False)
+    journal: Path | None = field(default=None, repr=False)
     _tested: dict[tuple[str, int], dict[int, inference.Significance]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
+        default_factory=dict, init=False, repr=False
     )
 
     @property

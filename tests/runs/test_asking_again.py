@@ -145,3 +145,9 @@ def test_of_the_last_prompt_token_the_peak_is_there():
     for one in found:
         assert one.activation > 0 and one.peak.activation == pytest.approx(one.activation, rel=1e-4)
         assert one.peak.token == "=" and one.peak.after == tokenizer.decode(list(one.rollout.completion_ids))
+
+
+def test_a_run_equals_itself_alone(run):
+    same = dataclasses.replace(run, rewards=run.rewards.clone())
+    assert run == run and run != same and {run: 1}[run] == 1
+    assert run.activations != same.statistics().activations
