@@ -97,7 +97,10 @@ class BlockCollector:
     def _batch(self, batch: list[int], at: list[int], rows: _Rows) -> None:
         """Have some samples' completions, grade, encode and pool them, into these rows of their block."""
         pools = {
-            layer: BatchPool(encoder, len(batch), self.options.pools, self.options.backend)
+            layer: BatchPool(
+                encoder, len(batch), self.options.pools, self.options.backend,
+                starts_at_last_prompt=self.options.positions == "generated",
+            )  # fmt: skip
             for layer, encoder in self.encoders.items()
         }
         rollouts, residuals = self.samples.source.read(

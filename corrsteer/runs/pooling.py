@@ -24,11 +24,21 @@ class BatchPool:
     encoder : of the layer.
     n : N, samples of the batch.
     pools : which of `POOLINGS` of the activations are wanted.
+    starts_at_last_prompt : whether the first token that is kept of each sample is the last of its prompt.
     """
 
-    def __init__(self, encoder: SparseEncoder, n: int, pools: Collection[str], backend: str | None = None):
+    def __init__(
+        self,
+        encoder: SparseEncoder,
+        n: int,
+        pools: Collection[str],
+        backend: str | None = None,
+        *,
+        starts_at_last_prompt: bool = False,
+    ):
         self._encoder, self._n, self._backend = encoder, n, backend
         self._pools = tuple(pools)
+        self._starts_at_last_prompt = starts_at_last_prompt
         self._over_steps = tuple(pool for pool in self._pools if pool != LAST_PROMPT)
         self._running: RunningPool | None = None
         self._sums: Tensor  # [N, d_in] float32, of the residuals so far
@@ -67,7 +77,25 @@ class BatchPool:
             return {}
         if len(x) == self._n:  # one token each, which is the last of its prompt: all poolings are the same
             return dict.fromkeys(self._pools, next(iter(self._encode(x, cu_seqlens, self._over_steps[0]).values())))
-        return self._encode(x, cu_seqlens, self._over_steps[0] if len(self._over_steps) == 1 else "both")
+        pool = self._over_steps[0] if len(self._over_steps) == 1 else "both"
+        if LAST_PROMPT in self._pools and self._starts_at_last_prompt:
+            return self._with_first(x, cu_seqlens, pool)
+        return self._encode(x, cu_seqlens, pool)
+
+    def _with_first(self, x: Tensor, cu_seqlens: Tensor, pool: str) -> dict[str, Tensor]:
+        """The same, and the first token of each sample alone, which is not encoded twice for that."""
+        parts = torch.empty(2 * self._n + 1, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+        parts[0::2], parts[1::2] = cu_seqlens, cu_seqlens[:-1] + 1
+        pooled: dict[str, Tensor] = {}
+        tokens = cu_seqlens.diff()[:, None].float()
+        for name, of_parts in self._encode(x, parts, pool).items():
+            first, rest = of_parts[0::2], of_parts[1::2]
+            pooled[LAST_PROMPT] = first
+            if name == "max":  # of no tokens it is 0, which is no maximum where activations may be negative
+                pooled[name] = torch.where(tokens > 1, torch.maximum(first, rest), first)
+            else:
+                pooled[name] = first + (rest - first) * ((tokens - 1) / tokens)
+        return pooled
 
     def _encode(self, x: Tensor, cu_seqlens: Tensor, pool: str) -> dict[str, Tensor]:
         out = ops.encode_pool(x, cu_seqlens, self._encoder, pool, backend=self._backend)

@@ -296,6 +296,14 @@ class Evidence:
         every = torch.arange(self.d_sae, dtype=torch.int64, device="cpu")
         return every[features.cpu() if isinstance(features, Tensor) else features].reshape(-1)
 
+    def of_features(self, parts: Sequence[tuple[Evidence, Tensor]]) -> Evidence:
+        """Joint moments of some features of evidences of the same samples, one part after the other; `self` is one."""
+        sums = torch.cat([evidence.sums[features].to(self.device) for evidence, features in parts])
+        evidence = copy.copy(self)
+        evidence.rows, evidence.permutations, evidence.bootstrap = None, 0, 0
+        evidence.sums, evidence.d_sae = sums, len(sums)
+        return evidence
+
     def with_rows(self, rows: Rows, permutations: int, bootstrap: int) -> Evidence:
         """The same with what is resampled from rows; see `stored.resampled`, which checks them."""
         evidence = copy.copy(self)

@@ -31,13 +31,17 @@ class Snapshot:
 
 def snapshot(evidences: Mapping[int, Evidence]) -> Snapshot:
     """What is in front now."""
+    best = {layer: scores.correlation(e).topk(min(2, e.d_sae)) for layer, e in evidences.items()}
+    # intervals of all layers at once, as each is many small sums
+    first = next(iter(evidences.values()))
+    of_best = first.of_features([(evidences[layer], top.indices) for layer, top in best.items()])
+    low, high = (ends.cpu().split([len(top.indices) for top in best.values()])
+                 for ends in inference.delta_interval(of_best))  # fmt: skip
     leaders = {}
-    for layer, evidence in evidences.items():
-        best = scores.correlation(evidence).topk(min(2, evidence.d_sae))
-        low, high = inference.delta_interval(evidence, features=best.indices)
-        rows = zip(best.indices.tolist(), best.values.tolist(), low.tolist(), high.tolist())
-        leaders[layer] = tuple(Leader(i, r, _known(least), _known(most)) for i, r, least, most in rows)
-    return Snapshot(next(iter(evidences.values())).n, leaders)
+    for (layer, top), least, most in zip(best.items(), low, high):
+        rows = zip(top.indices.tolist(), top.values.tolist(), least.tolist(), most.tolist())
+        leaders[layer] = tuple(Leader(i, r, _known(a), _known(b)) for i, r, a, b in rows)
+    return Snapshot(first.n, leaders)
 
 
 def settled_at(snapshots: Sequence[Snapshot]) -> dict[int, int]:
