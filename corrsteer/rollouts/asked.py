@@ -39,6 +39,12 @@ class Asked:
         if len(set(sources)) < len(sources):
             twice = next(source for source in sources if sources.count(source) > 1)
             raise CorrSteerError(f"every example of a task must have a source of its own, got {twice!r} twice")
+        named = {source + f"#{sample}" for source in sources for sample in range(1, self.k)}
+        if clash := sorted(named & set(sources)):
+            raise CorrSteerError(
+                f"no example's source may be what a further sample of another is called, got {clash[0]!r}; name it "
+                f"otherwise"
+            )
         self._prompts = engine.tokenize(task)
 
     def __len__(self) -> int:

@@ -13,6 +13,7 @@ from corrsteer.arguments import as_path
 from corrsteer.rollouts.rollout import Rollout, RolloutError, check_characters, finite
 from corrsteer.rollouts.rollout_file import read_lines
 from corrsteer.tasks import Example, GraderSpec, Task
+from corrsteer.tasks.grading import Grading
 
 
 def task_of(rollouts: Sequence[Rollout], grader: GraderSpec = None, name: str = "rollouts") -> Task:
@@ -34,11 +35,10 @@ def task_of(rollouts: Sequence[Rollout], grader: GraderSpec = None, name: str = 
         raise RolloutError("rollouts must be one or more, got none")
     examples = tuple(Example(each.prompt_text, each.answer, each.meta, each.where) for each in rollouts)
     messages = [each.prompt for each in rollouts if isinstance(each.prompt, tuple)]
-    systems = {m[0]["content"] if m[0]["role"] == "system" else None for m in messages}
+    systems = [m[0]["content"] if m[0]["role"] == "system" else None for m in messages]
     chat = len(messages) == len(rollouts)
-    system = systems.pop() if chat and len(systems) == 1 else None
-    plain = Task(name, examples, Task.from_rows([{"prompt": "."}], None).grading, chat, system)
-    return plain.graded_by(grader)
+    same = chat and isinstance(systems[0], str) and all(system == systems[0] for system in systems)
+    return Task(name, examples, Grading(()), chat, systems[0] if same else None).graded_by(grader)
 
 
 def regraded(rollouts: Sequence[Rollout], grader: GraderSpec, batch_size: int = 256) -> list[Rollout]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from corrsteer.arguments import as_path
+from corrsteer.arguments import as_path, shown
 from corrsteer.errors import CorrSteerError
 from corrsteer.files import sync_folder, write_utf8
 from corrsteer.rollouts.rollout import Rollout, RolloutError
@@ -57,6 +57,24 @@ def write_rollouts(path: str | os.PathLike[str], rollouts: Iterable[Rollout]) ->
     """
     alike = _Alike()
     write_utf8(path, "".join(alike.check(rollout).to_line() for rollout in rollouts))
+
+
+def alike(rollouts: Iterable[Rollout]) -> list[Rollout]:
+    """The rollouts as one file may hold them: each of its own id, rewards in the order of the first's.
+
+    Raises
+    ------
+    RolloutError : for what is no rollout, and where two have the same id, or rewards of other names.
+    """
+    if isinstance(rollouts, (str, bytes)) or not isinstance(rollouts, Iterable):
+        raise RolloutError(f"rollouts must be a sequence of them, got {shown(rollouts)}")
+    found, checked = list(rollouts), _Alike()
+    for at, rollout in enumerate(found):
+        if not isinstance(rollout, Rollout):
+            reason = "; leave out what a stopped collection did not reach" if rollout is None else ""
+            raise RolloutError(f"rollouts[{at}] must be a Rollout, got {shown(rollout)}{reason}")
+        found[at] = checked.check(rollout)
+    return found
 
 
 class RolloutWriter:

@@ -23,7 +23,7 @@ from corrsteer.types import Device
 FORMAT = "corrsteer.activations/1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
     """The samples of a block, whose labels are permuted among each other.
 
@@ -96,7 +96,7 @@ class Block:
         return cls(int(described["block"]), samples, int(described["nbytes"]), path=path)
 
 
-@dataclass
+@dataclass(eq=False)
 class Activations:
     """Pooled activations of samples, in blocks, in the order in which these were collected.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,7 +55,7 @@ def collect(
     encoders: Mapping[int, SparseEncoder],
     task: Task | None = None,
     *,
-    rollouts: Sequence[Rollout] | None = None,
+    rollouts: Iterable[Rollout] | None = None,
     samples_per_prompt: int = 1,
     within_prompt: bool = False,
     pool: str = "max",
@@ -91,7 +92,8 @@ def collect(
         moved to its layer's device.
     task : prompts and their graders. With rollouts, by default their prompts and the rewards that they hold; another
         is one that `task_of(rollouts, grader)` gives, whose graders grade them anew.
-    rollouts : completions to read, one for each of the task's examples in their order, see `read_rollouts`.
+    rollouts : completions to read, one for each of the task's examples in their order, see `read_rollouts`. Each has an
+        id of its own, and all have the same rewards.
     samples_per_prompt : completions of each prompt, which need a temperature.
     within_prompt : centre activations and rewards within each prompt, and permute within it: what is left is what tells
         good from bad completions of the same prompt.
@@ -205,9 +207,12 @@ def collect(
     )
     journal = None if directory is None else Journal(as_path("directory", directory))
     run.journal = journal and journal.folder
-    keeper = Keeper(run, encoders, devices, options, max(map(len, blocks.values())), journal)
-    collector = BlockCollector(run, samples, encoders, keeper, options, journal)
-    with tqdm(total=len(samples), unit="sample", desc=f"collect {samples.task.name}", disable=not progress) as bar:
+    with (
+        contextlib.closing(journal) if journal else contextlib.nullcontext(),
+        tqdm(total=len(samples), unit="sample", desc=f"collect {samples.task.name}", disable=not progress) as bar,
+    ):
+        keeper = Keeper(run, encoders, devices, options, max(map(len, blocks.values())), journal)
+        collector = BlockCollector(run, samples, encoders, keeper, options, journal)
         try:
             for number, block in blocks.items():
                 collector.collect(number, block, bar.update)
@@ -220,14 +225,9 @@ def collect(
                 reason = str(error)
             else:
                 reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
-            _finish(run, samples.task)
-            keeper.finish()
+            _finish(run, samples.task, keeper)
             raise CollectionStopped(reason, run) from error
-        finally:
-            if journal:
-                journal.close()
-    _finish(run, samples.task)
-    keeper.finish()
+    _finish(run, samples.task, keeper)
     return run
 
 
@@ -249,11 +249,8 @@ def _leader(run: Run) -> str:
     return f"reward {mean:.3f}, top L{best[1]}/{best[2]} r={best[0]:.3f}"
 
 
-def _finish(run: Run, task: Task) -> None:
-    """Record which samples were seen, and note a reward that never varied."""
+def _finish(run: Run, task: Task, keeper: Keeper) -> None:
+    """Record which samples were seen, have evidence of them, and note what limits it."""
     run.provenance["samples"] = task.samples(run.rewards.isfinite().nonzero()[:, 0].tolist())
-    if run.n and not bool(run.moments_of_rewards.label_varies()[0]):
-        run.notes.append(
-            f"every one of the {run.n} rewards was {run.rewards.nanmean().item():g}, so nothing correlates with them "
-            f"and no feature can be selected; use a task that the model solves sometimes"
-        )
+    keeper.finish()
+    run.notes += run.statistics_notes()

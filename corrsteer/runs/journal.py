@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,8 +49,10 @@ class Journal:
             path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Write nothing more."""
+        """Write nothing more; where nothing was written, leave nothing behind."""
         self._writer.close()
+        with contextlib.suppress(OSError):  # it is not empty
+            self.folder.rmdir()
 
 
 def check_unused(directory: Path) -> None:
@@ -60,4 +63,3 @@ def check_unused(directory: Path) -> None:
             f"{directory / FOLDER / ROLLOUTS}, can be collected from as rollouts. Give another directory, or remove "
             f"{directory / FOLDER}"
         )
-

@@ -19,7 +19,6 @@ from corrsteer.stats.evidence import Evidence
 from corrsteer.types import Device
 
 BYTES = 8  # of an activation that is kept, at most
-FEW_FIXED = 0.1  # share of samples that no permutation moves, above which it is noted
 NO_TESTS = "so there are no intervals or tests"
 
 
@@ -120,7 +119,7 @@ class Keeper:
             raise unwritten
 
     def finish(self) -> None:
-        """Have evidence ask the rows that were kept for what is resampled, and note what limits it."""
+        """Have evidence ask the rows that were kept for what is resampled."""
         run = self._run
         if run.activations is not None and run.n:
             try:
@@ -129,19 +128,6 @@ class Keeper:
                 run.evidence = {}
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 run.notes.append(f"evidence could not be made of the activations ({reason}); {NO_TESTS}")
-        evidence = next((evidences[run.pool] for evidences in run.evidence.values()), None)
-        if evidence is None or not evidence.clustered:
-            return
-        if evidence.within:
-            run.notes.append(
-                f"rewards differ within {int(evidence.n_informative[0])} of {int(evidence.n_groups)} prompts, and only "
-                f"these say something of what tells good from bad answers to one prompt"
-            )
-        elif evidence.fixed > FEW_FIXED * run.n:
-            run.notes.append(
-                f"{evidence.fixed} of {run.n} samples cannot change places in permutations, as no other prompt of "
-                f"their block has as many samples; take as many of each prompt, or larger blocks"
-            )
 
     def give_up(self) -> None:
         """Do without evidence, of which part of the layers may have a block that others have not."""

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from corrsteer.arguments import shown, whole, wholes
+from corrsteer.arguments import check_type, shown, whole, wholes
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm.capture import KEPT_POSITIONS
 from corrsteer.lm.token_positions import check_positions
@@ -69,11 +69,8 @@ class Options:
             )
         if self.backend is not None:
             registry.check_name(self.backend)
-        if 0 < self.permutations < FEWEST_PERMUTATIONS:
-            raise CorrSteerError(
-                f"permutations must be 0 or at least {FEWEST_PERMUTATIONS}, as with fewer no p-value can be as small "
-                f"as 0.05, got {self.permutations}"
-            )
+        check_permutations(self.permutations)
+        check_type("within_prompt", self.within_prompt, bool, "True or False")
         if self.permutations and self.block_size == 1:
             raise CorrSteerError("block_size must be at least 2 for permutations, which are made within blocks, got 1")
 
@@ -108,9 +105,18 @@ class Options:
         """Empty evidence of an encoder's features: if it `streams`, with permutations and bootstrap for `pool`."""
         tested = {"permutations": self.permutations, "bootstrap": self.bootstrap, "scores": self.streamed_scores}
         settings: Any = tested if streams and pool == self.pool else {}
-        return Evidence(
-            encoder.d_sae, seed=self.shuffle_seed, within=self.within_prompt, device=device, **settings
+        return Evidence(encoder.d_sae, seed=self.shuffle_seed, within=self.within_prompt, device=device, **settings)
+
+
+def check_permutations(permutations: Any) -> int:
+    """How many permutations; refused where they are too few for any p-value to be 0.05."""
+    found = whole("permutations", permutations, 0)
+    if 0 < found < FEWEST_PERMUTATIONS:
+        raise CorrSteerError(
+            f"permutations must be 0 or at least {FEWEST_PERMUTATIONS}, as with fewer no p-value can be as small as "
+            f"0.05, got {found}"
         )
+    return found
 
 
 def _known_scores(scores: Any) -> tuple[str, ...]:

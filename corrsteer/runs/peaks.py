@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from corrsteer.lm.generation import stop_tokens
 from corrsteer.lm.teacher_forcing import TeacherForcing
 from corrsteer.rollouts.rollout import Rollout
 from corrsteer.rollouts.tokens import fill_in
+from corrsteer.runs.pooling import LAST_PROMPT
 from corrsteer.runs.run import Run
 from corrsteer.sae.encoder import SparseEncoder
 
@@ -50,10 +52,8 @@ class Peak:
     activation: float
 
 
-def extremes(
-    run: Run, layer: int, feature: int, k: int = 5, pool: str | None = None
-) -> tuple[list[Extreme], list[Extreme]]:
-    """The k samples in which a feature's pooled activation is highest, and the k others in which it is lowest.
+def extremes(run: Run, layer: int, feature: int, k: int = 5) -> tuple[list[Extreme], list[Extreme]]:
+    """The k samples in which a feature is most active, by the run's pooling, and the k others in which it is least.
 
     Raises
     ------
@@ -61,15 +61,17 @@ def extremes(
     """
     k = whole("k", k, 1)
     if run.activations is None or not run.rollouts:
-        raise CorrSteerError(
-            "the run holds no activations of its samples; collect with keep_activations='always'"
-        )
+        raise CorrSteerError("the run holds no activations of its samples; collect with keep_activations='always'")
     if layer not in run.points:
         raise CorrSteerError(f"layer must be one of {', '.join(map(str, run.points))}, got {layer!r}")
     known = run.moments[layer][run.pool].d_sae
     if whole("feature", feature, 0) >= known:
         raise CorrSteerError(f"feature must lie in 0..{known - 1}, got {feature}")
-    found = sorted(run.activations.of_feature(layer, pool or run.pool, feature), key=lambda one: (-one[1], one[0]))
+    there = [
+        rollout is not None and not math.isnan(y) for rollout, y in zip(run.rollouts, run.rewards.tolist())
+    ]  # of all that were collected, those that are looked at
+    of_all = run.activations.of_feature(layer, run.pool, feature)
+    found = sorted((one for one in of_all if there[one[0]]), key=lambda one: (-one[1], one[0]))
 
     def of(chosen: Sequence[tuple[int, float]]) -> list[Extreme]:
         rollouts = [(sample, value, run.rollouts[sample]) for sample, value in chosen]
@@ -87,35 +89,40 @@ def with_peaks(
     feature: int,
     found: Sequence[Extreme],
 ) -> list[Extreme]:
-    """The same with the token at which the feature peaks, of those that were pooled: each is read and encoded again."""
+    """The same with the token at which the feature peaks, of those that the run's pooling is over: each is read and
+    encoded again."""
     positions, excluded = run.provenance["positions"], set(run.provenance["exclude_tokens"])
     rollouts = fill_in([one.rollout for one in found], tokenizer, stop_tokens(model, tokenizer))
     sequences = [(list(rollout.prompt_ids or ()), list(rollout.completion_ids or ())) for rollout in rollouts]
     reader = TeacherForcing(model, {layer: run.points[layer]}, positions=positions, exclude_tokens=excluded)
     peaks: dict[int, Peak] = {}
     for batch in reader.plan(sequences):
-        x, cu_seqlens = reader.read([sequences[i] for i in batch]).packed(layer)
+        residuals = reader.read([sequences[i] for i in batch])
+        x, cu_seqlens = residuals.packed(layer)
+        if run.pool == LAST_PROMPT:
+            x = residuals.last_prompt(layer)
         z = ops.encode(x.to(encoder.device or x.device), encoder)[:, feature].float().cpu()
-        for at, of_sample in zip(batch, z.split(cu_seqlens.diff().tolist())):
+        each = [1] * len(batch) if run.pool == LAST_PROMPT else cu_seqlens.diff().tolist()
+        for at, of_sample in zip(batch, z.split(each)):
             best = int(of_sample.argmax())
             if float(of_sample[best]) > 0:
-                peaks[at] = _peak(tokenizer, *sequences[at], positions, excluded, best, float(of_sample[best]))
+                prompt, completion = sequences[at]
+                places = (
+                    [len(prompt) - 1] if run.pool == LAST_PROMPT else _kept(prompt, completion, positions, excluded)
+                )
+                peaks[at] = _peak(tokenizer, [*prompt, *completion], places[best], float(of_sample[best]))
     return [replace(one, peak=peaks.get(at)) for at, one in enumerate(found)]
 
 
-def _peak(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Sequence[int],
-    completion: Sequence[int],
-    positions: str,
-    excluded: set[int],
-    kept: int,
-    activation: float,
-) -> Peak:
-    """The token that was read at one of the kept steps."""
-    ids, last = [*prompt, *completion], len(prompt) - 1
+def _kept(prompt: Sequence[int], completion: Sequence[int], positions: str, excluded: set[int]) -> list[int]:
+    """Places of the tokens that were read at the kept steps, see `TeacherForcing`."""
+    last = len(prompt) - 1
     places = [at for at in range(last) if positions == "all" and prompt[at] not in excluded]
-    place = [*places, *range(last, last + max(len(completion), 1))][kept]
+    return [*places, *range(last, last + max(len(completion), 1))]
+
+
+def _peak(tokenizer: PreTrainedTokenizerBase, ids: list[int], place: int, activation: float) -> Peak:
+    """The token at a place."""
     parts = ids[:place], ids[place : place + 1], ids[place + 1 :]
     before, token, after = (str(tokenizer.decode(part)) for part in parts)
     return Peak(before, token, after, activation)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,15 @@ from corrsteer.arguments import check_type
 from corrsteer.errors import CorrSteerError
 from corrsteer.rollouts.regrading import regraded
 from corrsteer.rollouts.rollout import Rollout
+from corrsteer.rollouts.rollout_file import alike
 from corrsteer.runs.run import Run
+from corrsteer.runs.stored_rollouts import rewarded_first
 from corrsteer.tasks import GraderSpec
+from corrsteer.tasks.grading import Grading
 
 
 def regrade(
-    run: Run, grader: GraderSpec = None, *, rollouts: Sequence[Rollout] | None = None, **statistics: Any
+    run: Run, grader: GraderSpec = None, *, rollouts: Iterable[Rollout] | None = None, **statistics: Any
 ) -> Run:
     """A run of the same completions with other rewards, from the activations that were kept.
 
@@ -43,16 +46,26 @@ def regrade(
             "the run holds no activations, so that other rewards take the model again: "
             "collect(model, tokenizer, encoders, rollouts=...)"
         )
-    there = [rollout for rollout in run.rollouts if rollout is not None]
-    rollouts = regraded(there, grader) if rollouts is None else rollouts
-    samples = {rollout.id: sample for sample, rollout in enumerate(run.rollouts) if rollout is not None}
-    if strange := [rollout.id for rollout in rollouts if rollout.id not in samples]:
+    there = {rollout.id: sample for sample, rollout in enumerate(run.rollouts) if rollout is not None}
+    if not there:
+        raise CorrSteerError("the run holds no completions, so that they cannot be graded again; collect again")
+    if rollouts is None:
+        rollouts = regraded([rollout for rollout in run.rollouts if rollout is not None], grader)
+    rollouts = alike(rollouts)
+    if strange := [rollout.id for rollout in rollouts if rollout.id not in there]:
         raise CorrSteerError(f"rollouts must be the run's, but it has none of id {strange[0]!r}; take run.rollouts")
+    if without := [rollout.id for rollout in rollouts if not rollout.rewards]:
+        raise CorrSteerError(f"rollouts must hold rewards, but {without[0]!r} has none; grade them")
+    if not rollouts:
+        raise CorrSteerError("rollouts must be one or more of the run's, got none")
     known: list[Rollout | None] = [None] * len(run.rollouts)
     for rollout in rollouts:
-        known[samples[rollout.id]] = rollout
+        known[there[rollout.id]] = rollout
     again = run.statistics(rewards=_rewards(known), **statistics)
-    again.rollouts = known
+    again.rollouts = rewarded_first(known, again.reward)
+    if "task" in again.provenance:  # of rewards from elsewhere it is not known what gave them
+        graders = str(Grading.of(grader))
+        again.provenance = again.provenance | {"task": again.provenance["task"] | {"grader": graders}}
     return again
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,23 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corrsteer.arguments import as_path, shown, whole
+from corrsteer.arguments import as_path, check_type, shown, whole, wholes
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm.hook_points import HookPoint
 from corrsteer.ops import Moments
 from corrsteer.rollouts.rollout import Rollout
 from corrsteer.runs import run_files
 from corrsteer.runs.activations import Activations
+from corrsteer.runs.options import check_permutations
+from corrsteer.runs.statistics_notes import statistics_notes
+from corrsteer.runs.stored_rollouts import StoredRollouts, rewarded_first
 from corrsteer.sae.sources import Decoder, open_decoder
 from corrsteer.stats import inference, scores
 from corrsteer.stats.evidence import Evidence
 from corrsteer.stats.stability import Leader, Snapshot
+from corrsteer.tasks.identity import pack_prompts
 from corrsteer.types import PathLike
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
-    """What a collection leaves: moments, evidence, rewards, and how they came about.
+    """What a collection leaves: moments, evidence, rewards, and how they came about. A run equals itself alone.
 
     Attributes
     ----------
@@ -66,9 +71,9 @@ class Run:
     snapshots: list[Snapshot] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict, repr=False)
-    journal: Path | None = field(default=None, repr=False, compare=False)
+    journal: Path | None = field(default=None, repr=False)
     _tested: dict[tuple[str, int], dict[int, inference.Significance]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
+        default_factory=dict, init=False, repr=False
     )
 
     @property
@@ -149,6 +154,11 @@ class Run:
             self._tested[score, self.n] = inference.significance(kept, score)
         return self._tested[score, self.n]
 
+    def statistics_notes(self) -> list[str]:
+        """Those of the notes that go with the rewards and samples that are looked at."""
+        evidence = next((by_pool[self.pool] for by_pool in self.evidence.values()), None)
+        return statistics_notes(self.moments_of_rewards, evidence)
+
     def ask_rows(self) -> None:
         """Have evidence ask the activations that were kept for what is resampled; of the pooling that is tested."""
         assert self.activations is not None, "they were kept"
@@ -185,7 +195,7 @@ class Run:
         Parameters
         ----------
         reward : name of the reward to look at.
-        rewards : other rewards by name, `[n]` each in the samples' order; NaN leaves a sample out.
+        rewards : other rewards by name, `[n]` each in the samples' order; NaN in any of them leaves a sample out.
         permutations, bootstrap, within_prompt : as for `collect`. Every score can be had.
         seed : of permutations and the bootstrap.
         samples : which samples to look at, by their number; by default all that were reached.
@@ -193,7 +203,8 @@ class Run:
 
         Returns
         -------
-        A run of its own. Of new rewards, it has no moments of residuals.
+        A run of its own. Of new rewards it has no moments of residuals, and the completions of samples with all of them
+        alone.
 
         Raises
         ------
@@ -203,6 +214,12 @@ class Run:
         reward = next(iter(known)) if reward is None else reward
         if reward not in known:
             raise CorrSteerError(f"reward must be one of {', '.join(known)}, got {reward!r}")
+        asked = {
+            "permutations": None if permutations is None else check_permutations(permutations),
+            "bootstrap": None if bootstrap is None else whole("bootstrap", bootstrap, 0),
+        }
+        if within_prompt is not None:
+            check_type("within_prompt", within_prompt, bool, "True or False")
         pool = self.pool if pool is None else pool
         if pool not in next(iter(self.moments.values())):
             kept = ", ".join(next(iter(self.moments.values())))
@@ -214,16 +231,9 @@ class Run:
             for layer, pools in self.residuals.items()
             if order and samples is None
         }
-        like: dict[str, Any] = {
-            "reward": reward,
-            "rewards": known[reward],
-            "other_rewards": {name: known[name] for name in names[1:]},
-            "residuals": residuals,
-            "pool": pool,
-        }
+        like: dict[str, Any] = {"reward": reward, "residuals": residuals, "pool": pool}
         if self.activations is None:
-            asked = (rewards, permutations, bootstrap, samples, within_prompt, seed)
-            if any(value is not None for value in asked):
+            if any(value is not None for value in (rewards, permutations, bootstrap, samples, within_prompt, seed)):
                 raise CorrSteerError(
                     "the run holds no activations, from which statistics could be made anew; collect with "
                     "keep_activations='always', or from its rollouts"
@@ -233,24 +243,20 @@ class Run:
                 for layer, pools in self.moments.items()
             }
             evidence = self.evidence if reward == self.reward and pool == self.pool else {}
-            return replace(self, moments=moments, evidence=evidence, **like)
+            return self._seen_by(known, names, moments=moments, evidence=evidence, **like)
         y = torch.stack([known[name] for name in names], 1)
         if samples is not None:
-            left_out = torch.ones(len(y), dtype=torch.bool, device="cpu")
-            left_out[list(samples)] = False
-            y[left_out] = torch.nan
-            like |= {"rewards": y[:, 0], "other_rewards": {name: y[:, at] for at, name in enumerate(names) if at}}
+            y[_left_out(samples, len(y))] = torch.nan
+        y[~y.isfinite().all(1)] = torch.nan  # a sample is in the statistics of all rewards, or of none
+        known = dict(zip(names, y.unbind(1)))
         seed = self._seed if seed is None else whole("seed", seed, 0)
         within = self._within if within_prompt is None else within_prompt
         if within and not self.groups:
             raise CorrSteerError(
                 "within_prompt must be False where every prompt has one sample, got True; take several samples of each"
             )
-        activations = replace(
-            self.activations,
-            permutations=self.activations.permutations if permutations is None else whole("permutations", permutations),
-            bootstrap=self.activations.bootstrap if bootstrap is None else whole("bootstrap", bootstrap),
-        )
+        asked = {name: value for name, value in asked.items() if value is not None}
+        activations = replace(self.activations, blocks=list(self.activations.blocks), **asked)
         found = {
             layer: {
                 name: activations.statistics(
@@ -260,8 +266,9 @@ class Run:
             }
             for layer, pools in self.moments.items()
         }
-        return replace(
-            self,
+        again = self._seen_by(
+            known,
+            names,
             moments={layer: {name: both[0] for name, both in pools.items()} for layer, pools in found.items()},
             evidence={layer: {name: both[1] for name, both in pools.items()} for layer, pools in found.items()},
             activations=activations,
@@ -269,6 +276,35 @@ class Run:
             provenance=self.provenance | {"shuffle_seed": seed, "within_prompt": within},
             **like,
         )
+        again._record_samples()
+        if rewards is not None:
+            again.rollouts = [
+                rollout and replace(rollout, rewards=dict(zip(names, given))) if not math.isnan(given[0]) else None
+                for rollout, given in zip(self.rollouts, y.tolist())
+            ]
+        return again
+
+    def _seen_by(self, known: Mapping[str, Tensor], names: Sequence[str], **statistics: Any) -> Run:
+        """The same completions with other statistics, rewards in this order, and notes of what these are."""
+        first, *others = names
+        rollouts = self.rollouts
+        if first != self.reward and first in self.other_rewards and rollouts:
+            stored = isinstance(rollouts, StoredRollouts)  # which are not read for it
+            rollouts = replace(rollouts, reward=first) if stored else rewarded_first(rollouts, first)
+        rewards = {"rewards": known[first], "other_rewards": {name: known[name] for name in others}}
+        again = replace(self, rollouts=rollouts, **rewards, **statistics)
+        of_statistics = self.statistics_notes()
+        again.notes = [note for note in self.notes if note not in of_statistics] + again.statistics_notes()
+        return again
+
+    def _record_samples(self) -> None:
+        """Have provenance say of which samples the statistics are, where fewer than were collected."""
+        chosen = [rollout for rollout, y in zip(self.rollouts, self.rewards.tolist()) if not math.isnan(y)]
+        prompts = [rollout.prompt_text for rollout in chosen if rollout is not None]
+        recorded = self.provenance.get("samples")
+        if recorded is not None and len(prompts) == self.n != recorded["n"]:
+            fewer = recorded | {"n": self.n, "prompt_hashes": pack_prompts(prompts)}
+            self.provenance = self.provenance | {"samples": fewer}
 
     @property
     def _seed(self) -> int:
@@ -314,7 +350,7 @@ class Run:
                 block if block.path is None else block.read(directory / names["activations", block.number])
                 for block in self.activations.blocks
             ]
-        if self.journal is not None and self.journal.parent == directory:
+        if self.journal is not None and self.journal.parent.resolve() == directory.resolve():
             shutil.rmtree(self.journal, ignore_errors=True)
             self.journal = None
 
@@ -364,6 +400,16 @@ class Run:
 def _snapshot(entry: dict[str, Any]) -> Snapshot:
     leaders = {int(layer): tuple(Leader(**one) for one in rows) for layer, rows in entry["leaders"].items()}
     return Snapshot(entry["n"], leaders)
+
+
+def _left_out(samples: Collection[int], n: int) -> Tensor:
+    """`[n]` bool: which of n samples are none of these."""
+    chosen = wholes("samples", samples, 0, empty=True)
+    if chosen and max(chosen) >= n:
+        raise CorrSteerError(f"samples must lie in 0..{n - 1}, got {max(chosen)}")
+    left_out = torch.ones(n, dtype=torch.bool, device="cpu")
+    left_out[chosen] = False
+    return left_out
 
 
 def _checked(rewards: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:

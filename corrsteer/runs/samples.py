@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from corrsteer.arguments import check_type
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm import hook_points
 from corrsteer.lm.decoding import Decoding
@@ -17,6 +18,7 @@ from corrsteer.lm.teacher_forcing import TeacherForcing
 from corrsteer.rollouts.generate import Asked
 from corrsteer.rollouts.regrading import task_of
 from corrsteer.rollouts.rollout import Rollout
+from corrsteer.rollouts.rollout_file import alike
 from corrsteer.rollouts.tokens import check_tokens, fill_in, mismatched
 from corrsteer.runs.options import Options
 from corrsteer.runs.sources import Generated, Given, Source
@@ -72,6 +74,12 @@ def generated(
     """Samples whose completions are to be generated."""
     if task is None:
         raise CorrSteerError("task must be given, or rollouts to collect from, got neither")
+    check_type("task", task, Task, "a Task")
+    if not task.grading:
+        raise CorrSteerError(
+            f"task must have a grader, as activations are correlated with rewards, got {task.name!r} without; give it "
+            f"one: task.graded_by(...)"
+        )
     generator = Generator(model, tokenizer, decoding)
     asked = Asked(generator, task, samples_per_prompt)
     source = Generated(asked, generator, points, options)
@@ -84,20 +92,28 @@ def generated(
 def given(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    rollouts: Sequence[Rollout],
+    rollouts: Iterable[Rollout],
     task: Task | None,
     decoding: Decoding,
     points: dict[int, HookPoint],
     options: Options,
 ) -> Samples:
     """Samples whose completions exist."""
+    rollouts = alike(rollouts)
     if task is None:
         task = task_of(rollouts, grader=None)
+    check_type("task", task, Task, "a Task")
     if len(task) != len(rollouts):
         raise CorrSteerError(
             f"task must have an example for each of the rollouts, {len(rollouts)}, got {len(task)}; make it of them: "
             f"task_of(rollouts, grader)"
         )
+    for example, rollout in zip(task.examples, rollouts):
+        if rollout.prompt is not None and rollout.prompt_text != example.prompt:
+            raise CorrSteerError(
+                f"task must have the examples of the rollouts in their order, but the prompt of {example.source} is "
+                f"not that of {rollout.where}; make it of them: task_of(rollouts, grader)"
+            )
     if not task.grading and (without := [rollout.id for rollout in rollouts if not rollout.rewards]):
         raise CorrSteerError(
             f"rollouts must hold rewards, or the task a grader, but {len(without)} of {len(rollouts)} have none, such "

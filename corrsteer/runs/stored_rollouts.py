@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import overload
 
 from corrsteer.errors import CorrSteerError
-from corrsteer.rollouts.rollout import Rollout
+from corrsteer.rollouts.rollout import Rollout, rewarded_by
 from corrsteer.rollouts.rollout_file import read_rollouts
 
 
@@ -22,11 +22,13 @@ class StoredRollouts(Sequence["Rollout | None"]):
     path : their file.
     order : which sample each of its lines is.
     n : samples.
+    reward : the reward that comes first in each; None for the one that does in the file.
     """
 
     path: Path
     order: list[int]
     n: int
+    reward: str | None = None
 
     def __len__(self) -> int:
         return self.n
@@ -48,4 +50,9 @@ class StoredRollouts(Sequence["Rollout | None"]):
         rollouts: list[Rollout | None] = [None] * self.n
         for sample, rollout in zip(self.order, read):
             rollouts[sample] = rollout
-        return rollouts
+        return rollouts if self.reward is None else rewarded_first(rollouts, self.reward)
+
+
+def rewarded_first(rollouts: Sequence[Rollout | None], reward: str) -> list[Rollout | None]:
+    """The same with one of their rewards before the others, which is then their default."""
+    return [rollout and rewarded_by(rollout, reward) for rollout in rollouts]

@@ -71,6 +71,14 @@ def test_a_task_of_rollouts_has_an_example_for_each():
         task_of([])
 
 
+def test_a_system_message_in_parts_is_no_tasks_system():
+    parts = [{"type": "text", "text": "Be brief."}]
+    messages = ({"role": "system", "content": parts}, {"role": "user", "content": "1+1="})
+    rollout = Rollout("a", messages, None, "2", None)
+    task = task_of([rollout, Rollout("b", messages, None, "3", None)])
+    assert task.chat and task.system is None and [example.prompt for example in task.examples] == ["1+1="] * 2
+
+
 def test_the_task_of_a_tasks_rollouts_asks_the_same():
     task = tiny_pipeline.task(6)
     batches = generate_rollouts(tiny_pipeline.model(), tiny_pipeline.tokenizer(), task, Decoding(2), progress=False)

@@ -245,6 +245,25 @@ def test_what_is_under_way_is_on_disk_batch_by_batch(model, tmp_path):
     same_statistics(Run.load(tmp_path), run)
 
 
+def test_a_collection_that_wrote_nothing_leaves_nothing_in_its_directory(model, tmp_path):
+    def failing(completion, example):
+        raise ValueError("a mistake")
+
+    with pytest.raises(CorrSteerError, match="statistics_bytes must be at least"):
+        gather(model, directory=tmp_path / "run", statistics_bytes=1000)
+    with pytest.raises(CollectionStopped, match="a mistake"):
+        gather(model, directory=tmp_path / "run", task=tiny_pipeline.task(grader=failing))
+    assert gather(model, directory=tmp_path / "run").n == 40, "and another may be made there"
+
+
+def test_saving_takes_over_what_was_written_wherever_the_path_begins(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = gather(model, directory="run")
+    run.save(tmp_path / "run")
+    assert not (tmp_path / "run" / "collecting").exists()
+    same_statistics(Run.load("run"), run)
+
+
 def test_what_a_collection_that_was_cut_off_left_can_be_collected_from(model, kept, tmp_path):
     calls = []
 
