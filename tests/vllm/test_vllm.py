@@ -253,6 +253,7 @@ def test_the_command_line_takes_vllms_rollouts_on_to_a_steering(smollm2, saes, t
     made = cli(
         "rollouts", "--engine", "vllm", "--model", smollm2[0], "--task", tmp_path / "task.jsonl", "--grader", "number",
         "--chat", "--part", "all", "--max-new-tokens", 8, "--out", out,
+        "--engine-option", "enforce_eager=true", "--engine-option", "max_model_len=256",
     )  # fmt: skip
     rollouts = read_rollouts(out)
     assert made["rollouts"] == len(rollouts) == len(task)
