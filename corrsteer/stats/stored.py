@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from corrsteer import ops
@@ -279,7 +278,9 @@ class StoredRows:
         )
         if kind == "positive":
             return (y > 0).double()
-        return torch.from_numpy(stats.rankdata(y.numpy()) - (self.n + 1) / 2)
+        from scipy.stats import rankdata  # which takes a second to import, and only scores of ranks need it
+
+        return torch.from_numpy(rankdata(y.numpy()) - (self.n + 1) / 2)
 
     def _u(self, evidence: Evidence, block: Block) -> Tensor:
         """`[n, R]`: a block's rewards as the evidence measures them."""
