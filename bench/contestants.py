@@ -30,6 +30,7 @@ from corrsteer import (
     update_sums,
 )
 from corrsteer.ops.operations import POOLS
+from corrsteer.stats.resampling import label_orders
 
 X_DTYPES = {"fp32": torch.float32, "fp32_ieee": torch.float32, "fp16": torch.float16}  # bfloat16 otherwise
 WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # that the precision rounds to; float32 otherwise
