@@ -124,5 +124,8 @@ def _save(run: Run, settings: CollectSettings) -> None:
             recorded[name] = str(Path(recorded[name]).resolve())
     if settings.rollouts is not None and "grader" not in settings.model_fields_set:
         recorded["grader"] = ["none"]  # rewards came with the rollouts
+    if settings.rollouts is not None:  # what is generated later is generated as they were
+        theirs = run.provenance["decoding"] or {}
+        recorded |= {name: theirs[name] for name in theirs if name in recorded.keys() - settings.model_fields_set}
     run.provenance["settings"] = recorded
     collected.save(run, settings.out)

@@ -109,6 +109,7 @@ def test_rollouts_of_a_task_are_collected_from_as_if_generated_there(world, tmp_
     run("collect", *common, "--reward", "small", "--limit", 30, "--out", tmp_path / "small")
     small = Run.load(tmp_path / "small")
     assert small.reward == "small" and small.n == 30
+    assert small.provenance["settings"]["max_new_tokens"] == 3, "as the rollouts were generated"
     run("collect", *common, "--grader", "regex:^[579]", "--out", tmp_path / "graded")
     assert Run.load(tmp_path / "graded").provenance["settings"]["grader"] == ["regex:^[579]"]
     said = run("collect", *common, "--part", "test", "--task", "t.jsonl", "--out", tmp_path / "x", ok=False).output
