@@ -205,3 +205,29 @@ def test_what_json_cannot_hold_is_known_when_an_encoder_is_made_and_no_save_fail
     steering = select(run)
     steering.save(tmp_path / "s")
     assert Steering.load(tmp_path / "s").provenance["mine"] == {"loss": "nan", "when": "a"}
+
+
+def test_a_run_whose_directory_another_was_saved_to_says_so_and_reads_none_of_it(tmp_path, old, new):
+    old.save(tmp_path)
+    loaded, derived = Run.load(tmp_path), Run.load(tmp_path).statistics(permutations=0)
+    for again in (1, 2):  # the second time files have the names of the first run's
+        new.save(tmp_path)
+        for asked in (
+            lambda: loaded.rollouts[0],
+            lambda: loaded.statistics(pool="last_prompt"),
+            lambda: derived.statistics(permutations=0),
+            lambda: loaded.save(tmp_path / "elsewhere"),
+        ):
+            with pytest.raises(CorrSteerError, match="is not what it was when the run was loaded"):
+                asked()
+        assert same(Run.load(tmp_path), new), again
+    assert loaded.n == old.n and derived.n == old.n
+
+
+def test_a_run_that_is_saved_again_where_it_is_goes_on_from_its_new_files(tmp_path, old):
+    old.save(tmp_path)
+    loaded = Run.load(tmp_path)
+    for _ in range(3):
+        loaded.save(tmp_path)
+        assert [one.completion for one in loaded.rollouts] == [one.completion for one in old.rollouts]
+        assert loaded.statistics(permutations=0).n == old.n
