@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from corrsteer.errors import CorrSteerError
 from corrsteer.files import to_json, write_tensors, write_whole
 from corrsteer.ops import Moments
 from corrsteer.ops.rows import SparseRows
@@ -55,16 +58,19 @@ class Block:
         Raises
         ------
         CorrSteerError : for a file that is not the one that it was.
-        ValueError, KeyError, SafetensorError : for one that is damaged.
+        ValueError, KeyError : for one that is damaged.
         """
         if self.rows is not None:
             return self.rows[layer, pool]
         check_stamp(self._path, self.stamp)
-        with safe_open(str(self._path), framework="pt", device="cpu") as file:
+        with _opened(self._path) as file:
             widths = json.loads(file.metadata()["d_sae"])
             names = ("values", "features", "offsets")
             tensors = {name: file.get_tensor(f"{layer}.{pool}.{name}") for name in names}
-        rows = SparseRows.from_tensors(tensors, widths[str(layer)])
+        try:
+            rows = SparseRows.from_tensors(tensors, widths[str(layer)])
+        except CorrSteerError as error:
+            raise ValueError(f"{self._path.name}: {error}") from None
         if rows.n != len(self.samples):
             raise ValueError(f"{self.path} has {rows.n} rows of {len(self.samples)} samples")
         return rows
@@ -94,9 +100,9 @@ class Block:
 
         Raises
         ------
-        ValueError, KeyError, SafetensorError, FileNotFoundError : for a file that is damaged or is not there.
+        ValueError, KeyError, FileNotFoundError : for a file that is damaged or is not there.
         """
-        with safe_open(str(path), framework="pt", device="cpu") as file:
+        with _opened(path) as file:
             described = file.metadata() or {}
             if described.get("format") != FORMAT:
                 raise ValueError(f"{path.name} holds no activations of this version ({FORMAT})")
@@ -162,6 +168,16 @@ class Activations:
         for block in self.blocks:
             features = torch.tensor([feature], dtype=torch.int64, device="cpu")
             yield from zip(block.samples, block.of(layer, pool).dense(features=features)[:, 0].tolist())
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Any:
+    """A safetensors file, which errors name."""
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path.name}: {error}") from None
 
 
 def _link(source: Path, target: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_pipeline
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from corrsteer import CorrSteerError, Decoding, Run, Steering, collect, select
@@ -205,6 +206,39 @@ def test_what_json_cannot_hold_is_known_when_an_encoder_is_made_and_no_save_fail
     steering = select(run)
     steering.save(tmp_path / "s")
     assert Steering.load(tmp_path / "s").provenance["mine"] == {"loss": "nan", "when": "a"}
+
+
+def damage_features(path):
+    with safe_open(str(path), "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        described = file.metadata()
+    tensors["1.max.features"] = torch.full_like(tensors["1.max.features"].to(torch.int32), 16).to(torch.uint16)
+    save_file(tensors, str(path), metadata=described)
+
+
+DAMAGED = {
+    "activations_0.safetensors": {
+        "missing": Path.unlink,
+        "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        "not activations": lambda path: save_file({"a": torch.zeros(1)}, str(path)),
+        "of features that there are not": damage_features,
+    },
+    "rollouts.jsonl": {
+        "missing": Path.unlink,
+        "cut": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+        "a line less": lambda path: path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1])),
+        "a line twice": lambda path: path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n"),
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kinds in DAMAGED.items() for kind in kinds])
+def test_damaged_activations_and_completions_are_refused_and_say_where(tmp_path, old, name, kind):
+    old.save(tmp_path)
+    DAMAGED[name][kind](tmp_path / name)
+    with pytest.raises(CorrSteerError) as caught:
+        list(Run.load(tmp_path).rollouts)
+    assert name in str(caught.value)
 
 
 def test_a_run_whose_directory_another_was_saved_to_says_so_and_reads_none_of_it(tmp_path, old, new):
