@@ -31,6 +31,7 @@ def collect(
     from corrsteer.experiments.selection import selectable
     from corrsteer.runs.collect import CollectionStopped
     from corrsteer.runs.collect import collect as collect_
+    from corrsteer.runs.journal import FOLDER
     from corrsteer.runs.options import Options
 
     same = ("pool", "positions", "permutations", "bootstrap", "block_size", "shuffle_seed", "patience",
@@ -46,6 +47,11 @@ def collect(
     sources = inputs.parse_saes(settings.sae)
     inputs.check_saes(sources)
     samples = _samples(settings)
+    if settings.rollouts is not None and (settings.out / FOLDER).resolve() in settings.rollouts.resolve().parents:
+        raise CorrSteerError(
+            f"rollouts {settings.rollouts} would be removed, as they are what a collection left in {settings.out}; "
+            f"move them elsewhere, or give another directory as --out"
+        )
     collected.prepare(settings.out, force)
     model, tokenizer = inputs.load_model(settings)
     encoders = inputs.load_encoders(sources, model)
@@ -78,11 +84,18 @@ def collect(
 def _samples(settings: CollectSettings) -> dict[str, Any]:
     """What is collected from: a task, or rollouts and what grades them."""
     from corrsteer.cli import inputs
+    from corrsteer.rollouts.asked import check_samples
     from corrsteer.rollouts.regrading import task_of
     from corrsteer.rollouts.rollout import as_chat, rewarded_by
     from corrsteer.rollouts.rollout_file import read_rollouts
 
     if settings.rollouts is None:
+        check_samples(settings.samples_per_prompt, inputs.decoding(settings))  # before a model is loaded
+        if settings.grader == ["none"]:
+            raise CorrSteerError(
+                "grader must be one or more, as activations are correlated with rewards, got none; for completions "
+                "without rewards there is `corrsteer rollouts`"
+            )
         return {"task": inputs.load_task(settings), "samples_per_prompt": settings.samples_per_prompt}
     if strange := sorted(settings.model_fields_set & set(OF_TASKS)):
         raise CorrSteerError(
@@ -111,5 +124,8 @@ def _save(run: Run, settings: CollectSettings) -> None:
             recorded[name] = str(Path(recorded[name]).resolve())
     if settings.rollouts is not None and "grader" not in settings.model_fields_set:
         recorded["grader"] = ["none"]  # rewards came with the rollouts
+    if settings.rollouts is not None:  # what is generated later is generated as they were
+        theirs = run.provenance["decoding"] or {}
+        recorded |= {name: theirs[name] for name in theirs if name in recorded.keys() - settings.model_fields_set}
     run.provenance["settings"] = recorded
     collected.save(run, settings.out)

@@ -31,6 +31,7 @@ def regrade(
     """
     settings = given.read()
     from corrsteer.cli import collected
+    from corrsteer.rollouts.rollout import rewarded_by
     from corrsteer.runs.regrade import regrade as regrade_
     from corrsteer.runs.run import Run
 
@@ -50,9 +51,9 @@ def regrade(
         again = regrade_(loaded, rollouts=rollouts, reward=settings.reward, **asked)
     else:
         say("The run kept no activations, so its completions are read again by its model.")
+        if settings.reward is not None:  # before they are read, as of the others no permutations may be kept
+            rollouts = [rewarded_by(rollout, settings.reward) for rollout in rollouts]
         again = _read_again(loaded, rollouts, asked)
-        if settings.reward is not None:
-            again = again.statistics(settings.reward)
     again.provenance |= {"settings": _recorded(loaded, settings)}
     collected.save(again, settings.out)
     collected.emit_run(again, settings.out, json)
@@ -76,14 +77,17 @@ def _read_again(run: Run, rollouts: list[Rollout], asked: dict[str, Any]) -> Run
     from corrsteer.cli import inputs
     from corrsteer.runs.collect import collect
 
-    known = run.provenance
-    model, tokenizer = inputs.load_model(inputs.recorded_model(known))
-    options = {"permutations": run.permutations, "block_size": known["block_size"]} | asked
+    known, evidence = run.provenance, next((by_pool[run.pool] for by_pool in run.evidence.values()), None)
+    loading = inputs.recorded_model(known)
+    model, tokenizer = inputs.load_model(loading)
+    options = {name: known[name] for name in ("block_size", "shuffle_seed", "within_prompt")}
+    if evidence is not None:
+        options |= {name: getattr(evidence, name) for name in ("permutations", "bootstrap", "scores")}
     return collect(
         model, tokenizer, inputs.recorded_encoders(known, model), rollouts=rollouts, pool=run.pool,
         coefficient_pool=run.coefficient_pool, positions=known["positions"], hook_offset=known["hook_offset"],
         exclude_tokens=known["exclude_tokens"] if known["positions"] == "all" else None,
-        shuffle_seed=known["shuffle_seed"], **options,
+        decoding=inputs.decoding(loading), **options | asked,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,6 +61,14 @@ class SparseRows:
                 raise CorrSteerError(
                     f"{name} must be {list(shape)} {dtype} for d_sae={d_sae}, got {list(found.shape)} {found.dtype}"
                 )
+
+    def __getstate__(self) -> dict[str, Any]:
+        narrow = self.features.dtype == torch.uint16  # which torch pickles, and cannot read again
+        return self.__dict__ | ({"features": self.features.view(torch.int16)} if narrow else {})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        features: Tensor = state["features"]
+        self.__dict__.update(state | {"features": features.view(feature_dtype(state["d_sae"]))})
 
     @classmethod
     def from_dense(cls, pooled: Tensor, *, backend: str | None = None) -> SparseRows:

@@ -141,8 +141,11 @@ class Rollout:
 
 
 def as_chat(rollout: Rollout, system: str | None = None) -> Rollout:
-    """The same with a prompt of text as the user's message in a chat, after one of the system's where there is one."""
-    if not isinstance(rollout.prompt, str):
+    """The same with a prompt of text as the user's message in a chat, after one of the system's where there is one.
+
+    A prompt whose tokens are known is left as it is, as it was read as these.
+    """
+    if not isinstance(rollout.prompt, str) or rollout.prompt_ids is not None:
         return rollout
     opening = () if system is None else ({"role": "system", "content": system},)
     return replace(rollout, prompt=(*opening, {"role": "user", "content": rollout.prompt}))

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from corrsteer.errors import CorrSteerError
 from corrsteer.files import to_json, write_tensors, write_whole
 from corrsteer.ops import Moments
 from corrsteer.ops.rows import SparseRows
+from corrsteer.runs.file_stamps import Stamp, check_stamp, stamp_of
 from corrsteer.stats import stored
 from corrsteer.stats.evidence import Evidence
 from corrsteer.types import Device
@@ -32,8 +36,8 @@ class Block:
     number : of the block.
     samples : which of the run's, in the order of the rows.
     rows : (layer, pooling) -> rows, in memory; or None where they are in a file.
-    path : the file, of which is mapped into memory what is asked for.
     nbytes : bytes of all rows.
+    path, stamp : the file, of which is mapped into memory what is asked for, as it was.
     """
 
     number: int
@@ -41,6 +45,7 @@ class Block:
     nbytes: int
     rows: Mapping[tuple[int, str], SparseRows] | None = None
     path: Path | None = None
+    stamp: Stamp = (0, 0)
 
     @classmethod
     def of_rows(cls, number: int, samples: list[int], rows: Mapping[tuple[int, str], SparseRows]) -> Block:
@@ -52,25 +57,34 @@ class Block:
 
         Raises
         ------
-        ValueError, KeyError, SafetensorError, FileNotFoundError : for a file that is damaged or is not there.
+        CorrSteerError : for a file that is not the one that it was.
+        ValueError, KeyError : for one that is damaged.
         """
         if self.rows is not None:
             return self.rows[layer, pool]
-        with safe_open(str(self.path), framework="pt", device="cpu") as file:
+        check_stamp(self._path, self.stamp)
+        with _opened(self._path) as file:
             widths = json.loads(file.metadata()["d_sae"])
             names = ("values", "features", "offsets")
             tensors = {name: file.get_tensor(f"{layer}.{pool}.{name}") for name in names}
-        rows = SparseRows.from_tensors(tensors, widths[str(layer)])
+        try:
+            rows = SparseRows.from_tensors(tensors, widths[str(layer)])
+        except CorrSteerError as error:
+            raise ValueError(f"{self._path.name}: {error}") from None
         if rows.n != len(self.samples):
             raise ValueError(f"{self.path} has {rows.n} rows of {len(self.samples)} samples")
         return rows
 
+    @property
+    def _path(self) -> Path:
+        assert self.path is not None, "rows are in memory or in a file"
+        return self.path
+
     def written(self, path: Path) -> Block:
         """Write it to a file, and read it from there: a file that it is in already is linked to."""
         if self.rows is None:
-            source = self.path
-            assert source is not None, "rows are in memory or in a file"
-            write_whole(path, lambda part: _link(source, part))
+            check_stamp(self._path, self.stamp)
+            write_whole(path, lambda part: _link(self._path, part))
         else:
             tensors = {"samples": torch.tensor(self.samples, dtype=torch.int64, device="cpu")}
             for (layer, pool), rows in self.rows.items():
@@ -86,14 +100,14 @@ class Block:
 
         Raises
         ------
-        ValueError, KeyError, SafetensorError, FileNotFoundError : for a file that is damaged or is not there.
+        ValueError, KeyError, FileNotFoundError : for a file that is damaged or is not there.
         """
-        with safe_open(str(path), framework="pt", device="cpu") as file:
+        with _opened(path) as file:
             described = file.metadata() or {}
             if described.get("format") != FORMAT:
                 raise ValueError(f"{path.name} holds no activations of this version ({FORMAT})")
             samples = file.get_tensor("samples").tolist()
-        return cls(int(described["block"]), samples, int(described["nbytes"]), path=path)
+        return cls(int(described["block"]), samples, int(described["nbytes"]), path=path, stamp=stamp_of(path))
 
 
 @dataclass(eq=False)
@@ -154,6 +168,16 @@ class Activations:
         for block in self.blocks:
             features = torch.tensor([feature], dtype=torch.int64, device="cpu")
             yield from zip(block.samples, block.of(layer, pool).dense(features=features)[:, 0].tolist())
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Any:
+    """A safetensors file, which errors name."""
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path.name}: {error}") from None
 
 
 def _link(source: Path, target: Path) -> None:

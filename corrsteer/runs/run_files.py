@@ -24,6 +24,7 @@ from corrsteer.files import sync_folder, to_json, write_tensors, write_utf8
 from corrsteer.ops import Moments
 from corrsteer.rollouts.rollout_file import write_rollouts
 from corrsteer.runs.activations import Activations, Block
+from corrsteer.runs.file_stamps import stamp_of
 from corrsteer.runs.pooling import POOLINGS
 from corrsteer.runs.stored_rollouts import StoredRollouts
 from corrsteer.stats.evidence import Evidence
@@ -96,9 +97,7 @@ def load(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if described["rollouts"] is not None:
         order = parts["rewards"].pop("order").tolist()
         path, samples = directory / described["rollouts"], parts["rewards"]["rewards"].shape[1]
-        parts["rollouts"] = StoredRollouts(path, order, samples)
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no {described['rollouts']}")
+        parts["rollouts"] = StoredRollouts(path, order, samples, stamp_of(path))
     parts["activations"] = None
     if described["activations"] is not None:
         blocks = [Block.read(directory / name) for name in described["activations"]["blocks"]]

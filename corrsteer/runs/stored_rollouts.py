@@ -11,6 +11,7 @@ from typing import overload
 from corrsteer.errors import CorrSteerError
 from corrsteer.rollouts.rollout import Rollout, rewarded_by
 from corrsteer.rollouts.rollout_file import read_rollouts
+from corrsteer.runs.file_stamps import Stamp, check_stamp
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class StoredRollouts(Sequence["Rollout | None"]):
 
     Attributes
     ----------
-    path : their file.
+    path, stamp : their file, as it was.
     order : which sample each of its lines is.
     n : samples.
     reward : the reward that comes first in each; None for the one that does in the file.
@@ -28,6 +29,7 @@ class StoredRollouts(Sequence["Rollout | None"]):
     path: Path
     order: list[int]
     n: int
+    stamp: Stamp
     reward: str | None = None
 
     def __len__(self) -> int:
@@ -42,6 +44,7 @@ class StoredRollouts(Sequence["Rollout | None"]):
 
     @functools.cached_property
     def _read(self) -> list[Rollout | None]:
+        check_stamp(self.path, self.stamp)
         read = read_rollouts(self.path)
         if len(read) != len(self.order):
             raise CorrSteerError(

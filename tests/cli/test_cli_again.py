@@ -109,6 +109,7 @@ def test_rollouts_of_a_task_are_collected_from_as_if_generated_there(world, tmp_
     run("collect", *common, "--reward", "small", "--limit", 30, "--out", tmp_path / "small")
     small = Run.load(tmp_path / "small")
     assert small.reward == "small" and small.n == 30
+    assert small.provenance["settings"]["max_new_tokens"] == 3, "as the rollouts were generated"
     run("collect", *common, "--grader", "regex:^[579]", "--out", tmp_path / "graded")
     assert Run.load(tmp_path / "graded").provenance["settings"]["grader"] == ["regex:^[579]"]
     said = run("collect", *common, "--part", "test", "--task", "t.jsonl", "--out", tmp_path / "x", ok=False).output
@@ -169,3 +170,40 @@ def test_several_completions_of_a_prompt_are_collected_and_compared_within_it(wo
     greedy = ("--samples-per-prompt", 3, "--out", tmp_path / "x")
     said = run("collect", "--config", world / "collect.yaml", *greedy, ok=False).output
     assert "samples_per_prompt must be 1 at temperature 0" in said
+
+
+def test_what_is_read_again_is_compared_as_it_was_collected(world, tmp_path):
+    flags = ("--samples-per-prompt", 3, "--temperature", 1.5, "--within-prompt", "--keep-activations", "never",
+             "--bootstrap", 20, "--permutations", 49)  # fmt: skip
+    run("collect", "--config", world / "collect.yaml", *flags, "--out", tmp_path / "bare")
+    graders = ("--grader", "a=regex:^[0-4]", "--grader", "b=regex:[579]", "--reward", "b")
+    run("regrade", tmp_path / "bare", *graders, "--out", tmp_path / "again")
+    again = Run.load(tmp_path / "again")
+    evidence = again.evidence[1]["max"]
+    assert evidence.within and (evidence.permutations, evidence.bootstrap) == (49, 20)
+    assert again.reward == "b" and again.testable() and list(again.rollouts[0].rewards) == ["b", "a"]
+
+
+def test_completions_are_not_removed_by_a_collection_that_reads_them(world, tmp_path):
+    folder = tmp_path / "run" / "collecting"
+    folder.mkdir(parents=True)
+    (folder / "rollouts.jsonl").write_text("".join(one.to_line() for one in Run.load(world / "run").rollouts))
+    common = ("--model", world / "model", "--sae", f"1={world / 'sae1'}", "--rollouts", folder / "rollouts.jsonl")
+    said = run("collect", *common, "--out", tmp_path / "run", "--force", ok=False).output
+    assert "would be removed" in said and len(read_rollouts(folder / "rollouts.jsonl")) == 60
+    run("collect", *common, "--out", tmp_path / "elsewhere", "--permutations", 0)
+
+
+def test_a_collection_without_a_grader_is_refused_before_a_model_is_loaded(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("corrsteer.cli.inputs.load_model", lambda *a: pytest.fail("a model"))
+    said = run("collect", "--config", world / "collect.yaml", "--grader", "none", "--out", tmp_path, ok=False).output
+    assert "grader must be one or more" in said
+    flags = ("--samples-per-prompt", 3, "--out", tmp_path)
+    said = run("collect", "--config", world / "collect.yaml", *flags, ok=False).output
+    assert "samples_per_prompt must be 1 at temperature 0" in said
+
+
+def test_rewards_that_do_not_vary_are_the_reason_that_nothing_is_selected(world, tmp_path):
+    run("regrade", world / "run", "--grader", "regex:.*", "--out", tmp_path / "flat")
+    said = run("select", tmp_path / "flat", "--out", tmp_path / "s", ok=False).output
+    assert "every one of the 60 rewards was" in said

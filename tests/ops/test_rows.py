@@ -1,5 +1,8 @@
 """Rows and columns without zeros: nothing is lost, and their sums are those of the dense activations."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +71,15 @@ def test_features_above_65536_take_four_bytes(place):
     assert rows.features.dtype == torch.int32 and rows.features.tolist() == [65536, 65535]
     rows = SparseRows.from_dense(z[:, :-1], backend=place.backend)
     assert rows.features.dtype == torch.uint16 and rows.features.int().tolist() == [65535]
+
+
+@pytest.mark.parametrize("d_sae", (48, 65_536, 65_537))
+def test_rows_can_be_pickled_and_copied(d_sae):
+    dense = torch.zeros(3, d_sae)
+    dense[0, 1], dense[2, d_sae - 1] = 0.5, -2.0
+    rows = SparseRows.from_dense(dense)
+    for there in (pickle.loads(pickle.dumps(rows)), copy.deepcopy(rows)):
+        assert there.features.dtype == rows.features.dtype and torch.equal(there.dense(), dense)
 
 
 def test_some_samples_and_features_are_those_of_the_dense_rows():

@@ -8,7 +8,7 @@ import tiny_pipeline
 from corrsteer import Decoding
 from corrsteer.rollouts.generate import generate_rollouts
 from corrsteer.rollouts.regrading import join_rewards, regraded, task_of
-from corrsteer.rollouts.rollout import Rollout, RolloutError
+from corrsteer.rollouts.rollout import Rollout, RolloutError, as_chat
 from corrsteer.rollouts.tokens import check_tokens, fill_in
 from corrsteer.tasks import TaskError, batched, with_shuffled_rewards
 
@@ -77,6 +77,14 @@ def test_a_system_message_in_parts_is_no_tasks_system():
     rollout = Rollout("a", messages, None, "2", None)
     task = task_of([rollout, Rollout("b", messages, None, "3", None)])
     assert task.chat and task.system is None and [example.prompt for example in task.examples] == ["1+1="] * 2
+
+
+def test_a_prompt_whose_tokens_are_known_is_not_made_a_chat():
+    text = Rollout("a", "1+1=", None, "2", None)
+    messages = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1="})
+    assert as_chat(text, "Be brief.").prompt == messages
+    read = Rollout("a", "1+1=", (3, 4), "2", None)
+    assert as_chat(read, "Be brief.") == read
 
 
 def test_the_task_of_a_tasks_rollouts_asks_the_same():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_pipeline
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from corrsteer import CorrSteerError, Decoding, Run, Steering, collect, select
@@ -205,3 +206,62 @@ def test_what_json_cannot_hold_is_known_when_an_encoder_is_made_and_no_save_fail
     steering = select(run)
     steering.save(tmp_path / "s")
     assert Steering.load(tmp_path / "s").provenance["mine"] == {"loss": "nan", "when": "a"}
+
+
+def damage_features(path):
+    with safe_open(str(path), "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        described = file.metadata()
+    tensors["1.max.features"] = torch.full_like(tensors["1.max.features"].to(torch.int32), 16).to(torch.uint16)
+    save_file(tensors, str(path), metadata=described)
+
+
+DAMAGED = {
+    "activations_0.safetensors": {
+        "missing": Path.unlink,
+        "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        "not activations": lambda path: save_file({"a": torch.zeros(1)}, str(path)),
+        "of features that there are not": damage_features,
+    },
+    "rollouts.jsonl": {
+        "missing": Path.unlink,
+        "cut": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+        "a line less": lambda path: path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1])),
+        "a line twice": lambda path: path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n"),
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kinds in DAMAGED.items() for kind in kinds])
+def test_damaged_activations_and_completions_are_refused_and_say_where(tmp_path, old, name, kind):
+    old.save(tmp_path)
+    DAMAGED[name][kind](tmp_path / name)
+    with pytest.raises(CorrSteerError) as caught:
+        list(Run.load(tmp_path).rollouts)
+    assert name in str(caught.value)
+
+
+def test_a_run_whose_directory_another_was_saved_to_says_so_and_reads_none_of_it(tmp_path, old, new):
+    old.save(tmp_path)
+    loaded, derived = Run.load(tmp_path), Run.load(tmp_path).statistics(permutations=0)
+    for again in (1, 2):  # the second time files have the names of the first run's
+        new.save(tmp_path)
+        for asked in (
+            lambda: loaded.rollouts[0],
+            lambda: loaded.statistics(pool="last_prompt"),
+            lambda: derived.statistics(permutations=0),
+            lambda: loaded.save(tmp_path / "elsewhere"),
+        ):
+            with pytest.raises(CorrSteerError, match="is not what it was when the run was loaded"):
+                asked()
+        assert same(Run.load(tmp_path), new), again
+    assert loaded.n == old.n and derived.n == old.n
+
+
+def test_a_run_that_is_saved_again_where_it_is_goes_on_from_its_new_files(tmp_path, old):
+    old.save(tmp_path)
+    loaded = Run.load(tmp_path)
+    for _ in range(3):
+        loaded.save(tmp_path)
+        assert [one.completion for one in loaded.rollouts] == [one.completion for one in old.rollouts]
+        assert loaded.statistics(permutations=0).n == old.n

@@ -9,6 +9,7 @@ import torch
 
 from corrsteer import CorrSteerError, Moments, Run, collect, select
 from corrsteer.lm.decoding import Decoding
+from corrsteer.ops.rows import SparseRows
 from corrsteer.rollouts.regrading import task_of
 from corrsteer.rollouts.rollout_file import read_rollouts
 from corrsteer.runs.collect import CollectionStopped
@@ -216,6 +217,24 @@ def test_where_neither_activations_nor_permutations_fit_the_run_stops_with_what_
         gather(model, activation_bytes=20_000, statistics_bytes=needed + 200_000, permutations=10_000)
     run = stopped.value.run
     assert run.n == 16 and run.permutations == 10_000 and run.testable()
+
+
+def test_activations_that_cannot_all_be_kept_are_not_taken_for_those_of_the_run(model, monkeypatch):
+    made = SparseRows.from_dense
+    calls = []
+
+    def full(pooled):
+        calls.append(1)
+        if len(calls) > 4:  # of two layers and two poolings: in the second block
+            raise MemoryError("no memory for rows")
+        return made(pooled)
+
+    monkeypatch.setattr(SparseRows, "from_dense", full)
+    with pytest.raises(CollectionStopped, match="no memory for rows") as stopped:
+        gather(model, keep_activations="always")
+    run = stopped.value.run
+    assert run.n == 32 and run.activations is None and not run.testable()
+    assert any("the activations of a block could not be kept" in note for note in run.notes)
 
 
 def test_dense_features_are_streamed_unless_they_are_to_be_kept(model):

@@ -79,3 +79,10 @@ def test_an_example_that_is_called_like_a_sample_of_another_is_refused_where_the
     task = dataclasses.replace(task, examples=(first, dataclasses.replace(second, source="untrained:1#1"), *others))
     refused(model, "got 'untrained:1#1'", task, samples_per_prompt=2, decoding=Decoding(3, temperature=1.0))
     assert gather(model, task).n == 4
+
+
+def test_a_run_of_rollouts_says_how_these_were_generated(model, rollouts):
+    run = gather(model, rollouts=rollouts, decoding=Decoding(99))
+    assert run.provenance["decoding"] == {"max_new_tokens": 3, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    other = dataclasses.replace(rollouts[0], decoding={"max_new_tokens": 7})
+    assert gather(model, rollouts=[other, *rollouts[1:]]).provenance["decoding"] is None
