@@ -149,8 +149,8 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"{result['grid']['new']} new ones, {world['times']['vllm']['rounds']} rounds; vLLM generates "
         f"{world['tokens_per_second']['vllm']:.0f} tokens a second of CPU time, transformers "
         f"{world['tokens_per_second']['transformers']:.0f} ({world['vllm / transformers']:.2f} times); "
-        f"{world['identical']:.1%} of completions are identical, and right are {world['scores']['vllm']:.1%} and "
-        f"{world['scores']['transformers']:.1%}"
+        f"{world['identical']:.1%} of completions are identical; of vLLM's {world['scores']['vllm']:.1%} are right, of "
+        f"transformers' {world['scores']['transformers']:.1%}"
         for world in result["worlds"]
     ]
 
