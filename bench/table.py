@@ -377,7 +377,7 @@ DOCUMENTS: dict[str, tuple[tuple[str, Callable[[Path], str], str], ...]] = {
         ("teacher_forcing", teacher_forcing, "studies/teacher_forcing.json"),
         ("collection", collection, "studies/collection.json"),
         ("hooks", hooks, "studies/hooks.json"),
-        ("stored rows", stored_rows, "studies/stored_rows.json"),
+        ("stored_rows", stored_rows, "studies/stored_rows.json"),
         ("benchmarks", lambda folder: section(load(folder)), "."),
     ),
     "docs/statistics.md": (
