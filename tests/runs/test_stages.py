@@ -264,7 +264,7 @@ def test_what_is_under_way_is_on_disk_batch_by_batch(model, tmp_path):
     same_statistics(Run.load(tmp_path), run)
 
 
-def test_a_collection_that_wrote_nothing_leaves_nothing_in_its_directory(model, tmp_path):
+def test_a_collection_that_wrote_nothing_leaves_nothing_in_its_directory(model, tmp_path, monkeypatch):
     def failing(completion, example):
         raise ValueError("a mistake")
 
@@ -272,6 +272,10 @@ def test_a_collection_that_wrote_nothing_leaves_nothing_in_its_directory(model, 
         gather(model, directory=tmp_path / "run", statistics_bytes=1000)
     with pytest.raises(CollectionStopped, match="a mistake"):
         gather(model, directory=tmp_path / "run", task=tiny_pipeline.task(grader=failing))
+    with monkeypatch.context() as full:
+        full.setattr("os.fsync", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(CollectionStopped, match="No space left on device"):
+            gather(model, directory=tmp_path / "run")
     assert gather(model, directory=tmp_path / "run").n == 40, "and another may be made there"
 
 
