@@ -39,7 +39,8 @@ test-sanitize: $(STAMP)
 		CORRSTEER_EXTENSIONS=$(SANITIZED)/corrsteer \
 		$(BIN)/python -m pytest tests/ops/test_operations.py tests/ops/test_native.py tests/ops/test_rows.py -k native
 
-# In an environment of its own, as vLLM takes other releases of transformers than the other tests.
+# In an environment of its own, as vLLM takes other releases of transformers than the other tests. Run it by hand: to
+# install vLLM and to load models takes too long for every change.
 VLLM := build/vllm
 test-vllm: $(VLLM)/.installed
 	VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE-2} $(VLLM)/bin/python -m pytest tests/vllm

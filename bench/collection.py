@@ -8,20 +8,18 @@ OMP_NUM_THREADS=1, other work on the machine changes little. With --model, of a 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import importlib
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from bench import record, teacher_forcing, trials
+from bench.stage_clock import REST, StageClock
 from bench.timing import CpuTimer, interleaved, ratio, summary
 from corrsteer import Capture, Decoding, HookPoint, collect, encode_pool
 from corrsteer.compatibility import installed
@@ -40,7 +38,6 @@ QUICK: dict[str, Any] = FULL | {
 }  # fmt: skip
 TARGET = 1.05  # the time of a collection over that of its parts
 
-REST = "the rest"
 # stage -> functions whose own time it is, without that of other stages inside; those that are not there are left out
 STAGES: dict[str, tuple[str, ...]] = {
     "tokenising": ("corrsteer.lm.generation:Generator.tokenize",),
@@ -60,49 +57,14 @@ STAGES: dict[str, tuple[str, ...]] = {
 }
 
 
-class Profile:
-    """The CPU seconds of each stage, without those of the stages inside it."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = dict.fromkeys([*STAGES, REST], 0.0)
-        self._running = [REST]
-        self._since = 0.0
-
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Take the time of what runs inside."""
-        with contextlib.ExitStack() as stack:
-            for stage, targets in STAGES.items():
-                for target in targets:
-                    if (found := _found(target)) is not None:
-                        owner, name = found
-                        stack.enter_context(patch.object(owner, name, self._timed(stage, getattr(owner, name))))
-            self._since = time.process_time()
-            yield
-            self._charge()
-
-    def shares(self) -> dict[str, float]:
-        """Of all the time, by stage."""
-        total = sum(self.seconds.values())
-        return {stage: seconds / total for stage, seconds in self.seconds.items()}
-
-    def _timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            self._charge()
-            self._running.append(stage)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._charge()
-                self._running.pop()
-
-        return timed
-
-    def _charge(self) -> None:
-        now = time.process_time()
-        self.seconds[self._running[-1]] += now - self._since
-        self._since = now
+def profiled(job: Callable[[], object]) -> dict[str, float]:
+    """The share of each stage's own time in a job's CPU time, without that of the stages inside it."""
+    clock = StageClock(torch.device("cpu"))
+    found = [(*place, stage) for stage, targets in STAGES.items() for place in map(_found, targets) if place]
+    with clock.watching(found, operations=False):
+        job()
+    total = sum(clock.seconds.values())
+    return {stage: seconds / total for stage, seconds in clock.seconds.items()}
 
 
 def _found(target: str) -> tuple[Any, str] | None:
@@ -151,9 +113,7 @@ def measured(world: teacher_forcing.World, grid: dict[str, Any], new: int) -> di
             encode_pool(x, cu_seqlens, encoders[layer], pool="max")
 
     collected(grid["permutations"])  # which packs the encoders' weights, among others
-    profile = Profile()
-    with profile():
-        collected(grid["permutations"])
+    profile = profiled(lambda: collected(grid["permutations"]))
     contestants = {
         "collect": lambda _: collected(0),
         "collect with permutations": lambda _: collected(grid["permutations"]),
@@ -170,7 +130,7 @@ def measured(world: teacher_forcing.World, grid: dict[str, Any], new: int) -> di
         "collect / parts": ratio(times["collect"], both)["median"],
         "with permutations / parts": ratio(times["collect with permutations"], both)["median"],
         "generate / parts": ratio(times["generate"], both)["median"],
-        "profile": profile.shares(),
+        "profile": profile,
     }  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from corrsteer import (
     update_sums,
 )
 from corrsteer.ops.operations import POOLS
+from corrsteer.stats.resampling import label_orders
 
 X_DTYPES = {"fp32": torch.float32, "fp32_ieee": torch.float32, "fp16": torch.float16}  # bfloat16 otherwise
 WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # that the precision rounds to; float32 otherwise
@@ -226,7 +227,7 @@ def _encode_update(case: Case, device: torch.device, backends: tuple[str, ...]) 
         def check() -> dict:
             first, features = Evidence(case.d_sae, permutations=case.labels, device=device), slice(0, 64)
             pooled = add(0, first)[:, features].double()
-            order = first._permutations(len(sizes), *first.blocks).to(device)
+            order = label_orders(first.seed, 0, case.labels, tuple(range(len(sizes))), within=False).to(device)
             u = y[:, 0].double() - first.origin[0]
             return ground_truth.check_close(first.columns("permuted", features), pooled.T @ u[order].T, 1e-5)
 

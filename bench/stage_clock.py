@@ -43,13 +43,14 @@ class StageClock:
         self._open = [REST]
 
     @contextlib.contextmanager
-    def watching(self, places: Iterable[Place]) -> Iterator[None]:
-        """Time what happens within, with the functions at these places and every operation wrapped."""
+    def watching(self, places: Iterable[Place], *, operations: bool = True) -> Iterator[None]:
+        """Time what happens within, with the functions at these places wrapped, and every operation."""
         with contextlib.ExitStack() as stack:
             for owner, name, stage in places:
                 self.seconds.setdefault(stage, 0.0)
                 stack.enter_context(mock.patch.object(owner, name, self._wrapped(getattr(owner, name), stage)))
-            stack.enter_context(self._operations())
+            if operations:
+                stack.enter_context(self._operations())
             self._last = self._now()
             yield
             self._lap()

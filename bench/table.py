@@ -332,6 +332,13 @@ def teacher_forcing(study: Path) -> str:
     return _jobs(study, "bench.teacher_forcing", teacher_forcing.lines, tables)
 
 
+def vllm(study: Path) -> str:
+    """How fast vLLM and transformers complete the same prompts, and how alike; or how to measure it."""
+    from bench import vllm  # which imports vLLM itself only to measure
+
+    return _jobs(study, "bench.vllm", vllm.lines, ((vllm.HEADER, vllm.rows),))
+
+
 def collection(study: Path) -> str:
     """What a collection takes beside its parts, as measured; or how to measure it."""
     from bench import collection
@@ -346,6 +353,8 @@ def stored_rows(study: Path) -> str:
 
     tables = ((stored_rows.HEADER, stored_rows.rows_of), (stored_rows.MADE, stored_rows.made_of))
     return _jobs(study, "bench.stored_rows", stored_rows.lines, tables)
+
+
 def pipeline(studies: Path) -> str:
     """Whole jobs against the published way of working, of each device that has measured them; or how to measure it."""
     from bench import pipeline
@@ -375,6 +384,7 @@ DOCUMENTS: dict[str, tuple[tuple[str, Callable[[Path], str], str], ...]] = {
         ("trials", trials, "studies/trials.json"),
         ("search", search, "studies/search.json"),
         ("teacher_forcing", teacher_forcing, "studies/teacher_forcing.json"),
+        ("vllm", vllm, "studies/vllm.json"),
         ("collection", collection, "studies/collection.json"),
         ("hooks", hooks, "studies/hooks.json"),
         ("stored_rows", stored_rows, "studies/stored_rows.json"),

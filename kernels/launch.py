@@ -29,7 +29,6 @@ KEYS = {"encode": MATMUL, "encode_pool": (*MATMUL, "WIDE_SUBTILE", "max_tiles_pe
 # entry then says the size. Kinds whose operands are 16-bit have panels; float32 ones would need more products.
 WAYS = {"fused": (), "panels": ("panel_features", "panel_tokens")}
 PANEL_KINDS = {"encode_pool": ("native", "bf16x2")}
-SHIPPED = ("sm_80", "sm_90", "sm_100")
 
 
 class LaunchError(Exception):

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
-from corrsteer.cli.settings import ModelSettings, TaskSettings
+from corrsteer.cli.settings import ModelSettings, RolloutsSettings, TaskSettings
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm.decoding import Decoding
 from corrsteer.lm.hook_points import width
@@ -129,17 +130,38 @@ def load_model(given: ModelSettings) -> tuple[nn.Module, Any]:
         raise CorrSteerError(f"model {given.model!r} cannot be loaded on device {given.device!r}: {error}") from error
 
 
-def load_vllm(given: ModelSettings) -> tuple[Any, Any]:
+def load_vllm(given: RolloutsSettings) -> tuple[Any, Any]:
     """A model as vLLM loads it, where its device is vLLM's own choice, and its tokenizer."""
     from transformers import AutoTokenizer
 
     from corrsteer.lm import vllm_engine
 
+    options = parse_engine_options(given.engine_option)
     if given.device != "auto":
         raise CorrSteerError(
             f"device must be left out with --engine vllm, which chooses by itself, got {given.device!r}"
         )
-    return vllm_engine.load_vllm(given.model, dtype=given.dtype), AutoTokenizer.from_pretrained(given.model)
+    # It logs to standard output unless told otherwise before it is imported, and that is where the result goes.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    llm = vllm_engine.load_vllm(given.model, dtype=given.dtype, **options)
+    return llm, AutoTokenizer.from_pretrained(given.model)
+
+
+def parse_engine_options(entries: list[str]) -> dict[str, Any]:
+    """What `vllm.LLM` takes, of entries NAME=VALUE, whose values are read as YAML."""
+    options: dict[str, Any] = {}
+    for entry in entries:
+        name, _, value = entry.partition("=")
+        if not name.isidentifier() or not value:
+            raise CorrSteerError(f"engine_option must be NAME=VALUE, such as max_model_len=4096, got {entry!r}")
+        if name in ("model", "dtype") or name in options:
+            fix = "is given twice" if name in options else f"is what --{name} says"
+            raise CorrSteerError(f"engine_option {name} {fix}; leave {entry!r} out")
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise CorrSteerError(f"engine_option {name} must have a value that is YAML, got {value!r}") from None
+    return options
 
 
 def decoding(given: ModelSettings) -> Decoding:

@@ -28,6 +28,10 @@ def rollouts(
     inputs.check_file(settings.out)
     if settings.out.exists() and not force:
         raise CorrSteerError(f"out {settings.out} is already there; give another path, or --force to replace it")
+    if settings.engine == "hf" and settings.engine_option:
+        raise CorrSteerError(
+            f"engine_option must be left out unless with --engine vllm, got {', '.join(settings.engine_option)}"
+        )
     decoding = inputs.decoding(settings)
     check_samples(settings.samples_per_prompt, decoding)  # before a model is loaded
     task = inputs.load_task(settings)

@@ -6,6 +6,7 @@ Every option is declared here, once; its flag is derived from it (see `options`)
 from __future__ import annotations
 
 import difflib
+import json
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
@@ -48,9 +49,7 @@ def _named_graders(value: Any) -> Any:
 class TaskSettings(ChatSettings):
     """A task: its rows, its graders, and which part of it."""
 
-    task: str | None = Field(
-        default=None, description="JSONL file, or a dataset on the hub as NAME or NAME:CONFIG."
-    )
+    task: str | None = Field(default=None, description="JSONL file, or a dataset on the hub as NAME or NAME:CONFIG.")
     grader: list[str] = Field(
         default=["exact"],
         min_length=1,
@@ -214,12 +213,24 @@ class RolloutsSettings(TaskSettings, ModelSettings):
     engine: Literal["hf", "vllm"] = Field(
         default="hf", description="hf (transformers) or vllm, which must be installed: what generates."
     )
+    engine_option: list[str] = Field(
+        default=[],
+        description="NAME=VALUE that vLLM loads the model with, such as max_model_len=4096; give it again for more.",
+    )
     samples_per_prompt: int = Field(
         default=1, ge=1, description="Completions of each prompt; more than 1 needs a --temperature above 0."
     )
     part: Literal["all", "train", "validation", "test"] = Field(
         default="train", description="all, or the train (80 %), validation (10 %) or test (10 %) part of the task."
     )
+
+    @field_validator("engine_option", mode="before")
+    @classmethod
+    def _options(cls, value: Any) -> Any:
+        """In YAML a mapping of names to values, or a single NAME=VALUE, will do."""
+        if isinstance(value, dict):
+            return [f"{name}={json.dumps(of)}" for name, of in value.items()]
+        return [value] if isinstance(value, str) else value
 
 
 class RegradeSettings(Settings):

@@ -234,20 +234,22 @@ class TeacherForcing:
         limit = getattr(hook_points.text_config(self.model), "max_position_embeddings", None)
         known = getattr(hook_points.embeddings(self.model), "num_embeddings", math.inf)
         for at, sequence in enumerate(sequences):
-            if len(sequence) != 2:
+            if not isinstance(sequence, (tuple, list)) or len(sequence) != 2:
                 raise CorrSteerError(
                     f"sequences[{at}] must be token ids of a prompt and of its completion, got {shown(sequence)}"
                 )
             prompt, completion = sequence
-            if not len(prompt):
-                raise CorrSteerError(f"sequences[{at}] must have a prompt of at least one token, got none")
             for name, ids in (("prompt", prompt), ("completion", completion)):
+                if not isinstance(ids, (tuple, list)) or set(map(type, ids)) - {int}:  # else as quick as it may be
+                    wholes(f"sequences[{at}]'s {name}", ids, empty=True)
                 if len(ids) and not (min(ids) >= 0 and max(ids) < known):
                     wrong = max(ids) if min(ids) >= 0 else min(ids)
                     raise CorrSteerError(
                         f"sequences[{at}] holds token {wrong} in its {name}, but the ids that the model knows are 0 to "
                         f"{known - 1}; use the tokenizer that belongs to the model"
                     )
+            if not len(prompt):
+                raise CorrSteerError(f"sequences[{at}] must have a prompt of at least one token, got none")
             tokens = len(prompt) + _steps(completion) - 1
             if limit and tokens > limit:
                 raise CorrSteerError(

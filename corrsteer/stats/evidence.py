@@ -29,7 +29,6 @@ its standard deviation; permuted sums on the `triton` backend, which multiplies 
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import math
 from collections.abc import Collection, Sequence
@@ -53,9 +52,8 @@ from corrsteer.stats.groups import (
     informative,
     numbered,
     squares_within,
-    whole_orders,
-    within_orders,
 )
+from corrsteer.stats.resampling import label_orders, permuted_labels, poisson_weights
 from corrsteer.types import Device, Features, PathLike
 
 ORDER = 6  # p + q of the highest joint moments
@@ -372,13 +370,13 @@ class Evidence:
         weights |= {
             "positive": positive,
             "positive2": positive,
-            "permuted": _permute(u, permuted),
+            "permuted": permuted_labels(u, permuted),
             "bootstrap": drawn,
             "bootstrap2": drawn,
             "bootstrap_u": (drawn[:, None] * u[:, :, None]).flatten(1),
         }
         if self._keeps("permuted_positive") or self._keeps("permuted_positive2"):
-            weights["permuted_positive"] = weights["permuted_positive2"] = _permute(positive, permuted)
+            weights["permuted_positive"] = weights["permuted_positive2"] = permuted_labels(positive, permuted)
         if self.within:  # squares of centred activations, which are added below
             weights["within2"] = weights["within4"] = torch.zeros_like(y[:, :1])
             weights["bootstrap2"] = torch.zeros_like(drawn)
@@ -439,11 +437,11 @@ class Evidence:
 
     def _permutations(self, n: int, block: int, groups: Numbered | None = None) -> Tensor:
         """`[P, n]`: in each row, which sample's label each sample of a block gets."""
-        return _orders(self.seed, block, self.permutations, groups or tuple(range(n)), self.within)
+        return label_orders(self.seed, block, self.permutations, groups or tuple(range(n)), self.within)
 
     def _bootstrap_weights(self, n: int, block: int, groups: Numbered | None = None) -> Tensor:
         """`[n, B]`, how often each replicate has each sample of a block: all of a prompt alike."""
-        return _draws(self.seed, block, self.bootstrap, groups or tuple(range(n)))
+        return poisson_weights(self.seed, block, self.bootstrap, groups or tuple(range(n)))
 
     @torch.no_grad()
     def merge(self, other: Evidence) -> None:
@@ -553,27 +551,3 @@ class Evidence:
 
     def __repr__(self) -> str:
         return f"Evidence(n={self.n}, d_sae={self.d_sae}, permutations={self.permutations}, bootstrap={self.bootstrap})"
-
-
-# Of the last block, as the evidence of every layer asks for the same: once for the pooling that is tested, once for the
-# others.
-
-
-@functools.lru_cache(maxsize=2)
-def _orders(seed: int, block: int, permutations: int, groups: Numbered, within: bool) -> Tensor:
-    """`[P, n]` int64: in each permutation, which sample's label each sample of a block gets."""
-    rng = np.random.default_rng([seed, block, 0])
-    return torch.from_numpy((within_orders if within else whole_orders)(rng, permutations, groups))
-
-
-@functools.lru_cache(maxsize=2)
-def _draws(seed: int, block: int, bootstrap: int, groups: Numbered) -> Tensor:
-    """`[n, B]` float64: how often each replicate has each sample of a block."""
-    rng = np.random.default_rng([seed, block, 1])
-    of_prompts = rng.poisson(1.0, (max(groups, default=-1) + 1, bootstrap)).astype(np.float64)
-    return torch.from_numpy(of_prompts[np.asarray(groups, dtype=np.int64)])
-
-
-def _permute(values: Tensor, permuted: Tensor) -> Tensor:
-    """`[n, R · P]`: each column of `values: [n, R]` in every one of the orders `permuted: [P, n]`."""
-    return torch.cat([values[:, r][permuted].T for r in range(values.shape[1])], 1)

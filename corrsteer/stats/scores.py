@@ -211,13 +211,16 @@ def _information(evidence: Evidence, features: Tensor, label: int, permuted: boo
         return torch.zeros(len(features), 1, dtype=torch.float64, device=evidence.device)
     owner, total, positive = evidence.rows.bins(evidence, features, label, permuted)
 
-    def of_features(values: Tensor) -> Tensor:
-        summed = torch.zeros(len(features), values.shape[1], dtype=torch.float64, device=evidence.device)
-        return summed.index_add_(0, owner, values)
+    bins = torch.bincount(owner, minlength=len(features)).tolist()  # of each feature, one feature after the other
+
+    def of_features(values: Tensor) -> Tensor:  # not by index_add_, which takes longer, and on a GPU adds in any order
+        return torch.stack([of_one.sum(0) for of_one in values.split(bins)])
+
+    def x_log_x(counts: Tensor) -> Tensor:  # a fifth of xlogy's time
+        return counts.clamp(min=1).log_().mul_(counts)
 
     def counted(positive: Tensor, total: Tensor) -> Tensor:  # Σ c log c of both groups, less that of their sum
-        others = total - positive
-        return torch.xlogy(positive, positive) + torch.xlogy(others, others) - torch.xlogy(total, total)
+        return x_log_x(positive) + x_log_x(total - positive) - x_log_x(total)
 
     zeros, zeros_positive = n - of_features(total[:, None]), n_positive - of_features(positive)
     every = torch.tensor([[n_positive]], dtype=torch.float64, device=evidence.device)

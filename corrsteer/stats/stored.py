@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from corrsteer import ops
@@ -26,8 +25,9 @@ from corrsteer.arguments import check_type, whole
 from corrsteer.errors import CorrSteerError
 from corrsteer.ops.moments import Moments
 from corrsteer.ops.rows import SparseColumns, SparseRows, update_sparse_sums
-from corrsteer.stats.evidence import Evidence, _draws, _orders, _permute
+from corrsteer.stats.evidence import Evidence
 from corrsteer.stats.groups import Numbered, centred, numbered, squares_within
+from corrsteer.stats.resampling import label_orders, permuted_labels, poisson_weights
 from corrsteer.types import Device
 
 PART_BYTES = 1 << 27  # of the weights of some blocks' samples, of which the last few are kept
@@ -167,6 +167,7 @@ class StoredRows:
         self.d_sae: int = d_sae
         self.backend: str | None = backend
         self.n: int = sum(len(block.y) for block in self.blocks)
+        self._groups: dict[int, Numbered] = {block.number: block.numbered for block in self.blocks}
 
     def has(self, name: str) -> bool:
         """Whether there is such a group of columns."""
@@ -222,7 +223,8 @@ class StoredRows:
         """`[1 + 2 R, B]` Σ w, then Σ w u and Σ w u² of each label."""
         total = torch.zeros(1 + 2 * evidence.n_labels, replicates, dtype=torch.float64, device="cpu")
         for block in self.blocks:
-            u, drawn = _u(evidence, block), _draws(evidence.seed, block.number, replicates, block.numbered)
+            drawn = poisson_weights(evidence.seed, block.number, replicates, self._groups[block.number])
+            u = self._u(evidence, block)
             total += torch.cat([drawn[None].sum(1), u.T @ drawn, (u**2).T @ drawn])
         return total.to(evidence.device)
 
@@ -234,7 +236,7 @@ class StoredRows:
         labels = self._labels_of(of.labels, label, evidence)
         for first, blocks in self._parts(count):
             last = first + sum(len(block.y) for block in blocks)
-            of_blocks = tuple((block.number, block.numbered) for block in blocks)
+            of_blocks = tuple((block.number, self._groups[block.number]) for block in blocks)
             drawn = _Drawn(of.resampled, evidence.seed, count, evidence.within, of_blocks)
             weights = _weights(drawn, labels[first:last].numpy().tobytes(), str(evidence.device))
             update_sparse_sums(z, features, weights, sums, first=first, power=of.power, backend=self.backend)
@@ -242,13 +244,15 @@ class StoredRows:
 
     def _squares_within(self, evidence: Evidence, features: Tensor) -> Tensor:
         """`[F, B]`: Σ_g w_g Σ (z - z̄_g)² of every replicate's weights w of prompts."""
-        total = torch.zeros(len(features), evidence.bootstrap, dtype=torch.float64, device=evidence.device)
+        distinct, place = features.unique(return_inverse=True)
+        total = torch.zeros(len(distinct), evidence.bootstrap, dtype=torch.float64, device=evidence.device)
         for block in self.blocks:
-            drawn = _draws(evidence.seed, block.number, evidence.bootstrap, block.numbered)
-            of_prompts = drawn[np.unique(block.numbered, return_index=True)[1]]  # [G, B]
-            squares = squares_within(block.rows.dense(features=features), block.numbered)  # [G, F]
+            groups = self._groups[block.number]
+            drawn = poisson_weights(evidence.seed, block.number, evidence.bootstrap, groups)
+            of_prompts = drawn[np.unique(groups, return_index=True)[1]]  # [G, B]
+            squares = squares_within(block.rows.dense(features=distinct), groups)  # [G, F]
             total += (squares.T @ of_prompts).to(evidence.device)
-        return total
+        return total[place.to(evidence.device)]
 
     def _parts(self, count: int) -> Iterator[tuple[int, list[Block]]]:
         """Blocks whose weights have room together, and how many samples come before."""
@@ -268,13 +272,20 @@ class StoredRows:
             return torch.ones(self.n, dtype=torch.float64, device="cpu")
         if kind == "u":
             assert evidence is not None
-            return torch.cat([_u(evidence, block)[:, label] for block in self.blocks])
+            return torch.cat([self._u(evidence, block)[:, label] for block in self.blocks])
         y = torch.cat(
             [block.y[:, label] for block in self.blocks] or [torch.empty(0, dtype=torch.float64, device="cpu")]
         )
         if kind == "positive":
             return (y > 0).double()
-        return torch.from_numpy(stats.rankdata(y.numpy()) - (self.n + 1) / 2)
+        from scipy.stats import rankdata  # which takes a second to import, and only scores of ranks need it
+
+        return torch.from_numpy(rankdata(y.numpy()) - (self.n + 1) / 2)
+
+    def _u(self, evidence: Evidence, block: Block) -> Tensor:
+        """`[n, R]`: a block's rewards as the evidence measures them."""
+        y = centred(block.y, self._groups[block.number]) if evidence.within else block.y
+        return (y - evidence.origin.cpu()) / evidence.scale.cpu()
 
     @functools.cached_property
     def _columns(self) -> SparseColumns:
@@ -345,12 +356,6 @@ def _checked(block: tuple[object, ...], d_sae: int, n_labels: int) -> Block:
     return Block(number, rows, y, *groups)  # type: ignore[arg-type]
 
 
-def _u(evidence: Evidence, block: Block) -> Tensor:
-    """`[n, R]`: a block's rewards as the evidence measures them."""
-    y = centred(block.y, block.numbered) if evidence.within else block.y
-    return (y - evidence.origin.cpu()) / evidence.scale.cpu()
-
-
 @dataclass(frozen=True)
 class _Drawn:
     """How some blocks' samples are resampled: blocks by their number and which prompts their samples are of."""
@@ -372,9 +377,9 @@ def _weights(drawn: _Drawn, labels: bytes, device: str) -> Tensor:
         here = slice(first, first + len(groups))
         some = column[here, None]
         if drawn.how == "permuted":
-            out[here] = _permute(some, _orders(drawn.seed, number, drawn.count, groups, drawn.within))
+            out[here] = permuted_labels(some, label_orders(drawn.seed, number, drawn.count, groups, drawn.within))
         elif drawn.how == "bootstrap":
-            out[here] = some * _draws(drawn.seed, number, drawn.count, groups)
+            out[here] = some * poisson_weights(drawn.seed, number, drawn.count, groups)
         else:
             out[here] = some
         first += len(groups)

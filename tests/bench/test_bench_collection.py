@@ -33,21 +33,6 @@ def test_a_profile_has_the_own_time_of_every_stage(result):
     assert len(collection.profile_rows(result)) == len(collection.rows(result)) == 2
 
 
-def test_a_stage_inside_another_is_not_counted_twice(monkeypatch):
-    clock = iter([0.0, 1.0, 3.0, 7.0, 8.0, 10.0])
-    monkeypatch.setattr(collection.time, "process_time", lambda: next(clock))
-    profile = collection.Profile()
-    inner = profile._timed("capture", lambda: None)
-    outer = profile._timed("language model", inner)
-    with monkeypatch.context() as m:
-        m.setattr(collection, "STAGES", {})
-        with profile():
-            outer()
-    assert profile.seconds["language model"] == 2 + 1
-    assert profile.seconds["capture"] == 4
-    assert profile.seconds[collection.REST] == 1 + 2
-
-
 def test_what_is_not_there_is_left_out_of_the_profile():
     assert collection._found("corrsteer.lm.capture:Capture.packed") is not None
     assert collection._found("corrsteer.lm.capture:Capture.nothing") is None

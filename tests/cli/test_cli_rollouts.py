@@ -1,6 +1,7 @@
 """`corrsteer rollouts`, and several graders on the command line."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from corrsteer import CorrSteerError, Decoding, Task, generate_rollouts, read_rollouts
 from corrsteer.cli import app, inputs, settings
+from corrsteer.lm import vllm_engine
 
 
 def run(*arguments, ok=True):
@@ -79,6 +81,11 @@ def test_rollouts_samples_several_of_each_prompt(world, tmp_path):
         (["--engine", "llama"], "engine: Input should be 'hf' or 'vllm'"),
         (["--engine", "vllm"], r"needs vLLM, which cannot be imported .*pip install 'corrsteer\[vllm\]'"),
         (["--engine", "vllm", "--device", "cpu"], "device must be left out with --engine vllm"),
+        (["--engine-option", "seed=1"], "engine_option must be left out unless with --engine vllm, got seed=1"),
+        (["--engine", "vllm", "--engine-option", "eager"], "engine_option must be NAME=VALUE, .*got 'eager'"),
+        (["--engine", "vllm", "--engine-option", "dtype=auto"], "engine_option dtype is what --dtype says"),
+        (["--engine", "vllm", "--engine-option", "a=1", "--engine-option", "a=2"], "engine_option a is given twice"),
+        (["--engine", "vllm", "--engine-option", "a=[1"], r"engine_option a must have a value that is YAML, got '\[1'"),
     ],
 )
 def test_what_rollouts_cannot_do_ends_in_one_line_and_no_file(world, tmp_path, monkeypatch, arguments, message):
@@ -112,3 +119,24 @@ def test_graders_are_one_a_list_or_a_mapping(given, expected, tmp_path):
 def test_the_name_of_a_reward_is_there_once():
     with pytest.raises(CorrSteerError, match="grader gives the reward 'a' twice"):
         inputs.parse_graders(["a=exact", "a=number"])
+
+
+def test_engine_options_are_given_to_vllm_as_yaml_says_and_its_log_leaves_standard_output(world, tmp_path, monkeypatch):
+    given = {}
+
+    def load(model, **options):
+        given.update(options, stream=os.environ["VLLM_LOGGING_STREAM"])
+        return tiny_pipeline.model()
+
+    monkeypatch.setenv("VLLM_LOGGING_STREAM", "")  # so that it is left as it was
+    monkeypatch.delenv("VLLM_LOGGING_STREAM")
+    monkeypatch.setattr(vllm_engine, "load_vllm", load)
+    arguments = ("rollouts", "--config", world / "rollouts.yaml", "--engine", "vllm", "--limit", 2)
+    flags = ("--engine-option", "max_model_len=256", "--engine-option", "enforce_eager=true")
+    run(*arguments, *flags, "--out", tmp_path / "a")
+    assert given == {"dtype": "auto", "max_model_len": 256, "enforce_eager": True, "stream": "ext://sys.stderr"}
+    in_yaml = yaml.safe_load((world / "rollouts.yaml").read_text()) | {"engine_option": {"tokenizer": None, "seed": 3}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(in_yaml))
+    given.clear()
+    run("rollouts", "--config", tmp_path / "r.yaml", *arguments[3:], "--out", tmp_path / "b")
+    assert given == {"dtype": "auto", "tokenizer": None, "seed": 3, "stream": "ext://sys.stderr"}

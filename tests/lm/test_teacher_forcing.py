@@ -304,6 +304,10 @@ def test_past_the_budget_residuals_go_to_the_sink_hook_point_by_hook_point():
         (([3], [4, -1]), r"sequences\[1\] holds token -1 in its completion"),
         (([3] * 60, [4] * 6), r"sequences\[1\] has 65 tokens to read, 60 of its prompt, .* context of 64"),
         ([3, 4, 5], r"sequences\[1\] must be token ids of a prompt and of its completion"),
+        (3, r"sequences\[1\] must be token ids of a prompt and of its completion, got 3"),
+        (("a prompt", [3]), r"sequences\[1\]'s prompt must be a sequence of whole numbers, got 'a prompt'"),
+        (([3], None), r"sequences\[1\]'s completion must be a sequence of whole numbers, got None"),
+        (([3], [4, 2.5]), r"sequences\[1\]'s completion must be a sequence of whole numbers"),
     ],
 )
 def test_a_sequence_that_the_model_cannot_read_is_refused_by_its_place(sequence, message):

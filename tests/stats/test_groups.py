@@ -14,7 +14,7 @@ from corrsteer import CorrSteerError, Evidence, Moments, inference, scores, upda
 from corrsteer.ops.moments import COEFFICIENTS
 from corrsteer.stats import groups as of_prompts
 from corrsteer.stats.blocks import shuffled_blocks
-from corrsteer.stats.evidence import SCORES
+from corrsteer.stats.evidence import STREAMED
 
 SETTINGS = {"permutations": 39, "bootstrap": 25, "seed": 3}
 
@@ -106,7 +106,7 @@ def test_labels_change_places_within_their_prompt_and_every_order_is_as_likely()
 
 def test_prompts_of_one_sample_are_permuted_and_drawn_as_without_groups():
     z, y, _ = clustered_data([1] * 60)
-    alone, none = Evidence(6, scores=SCORES, **SETTINGS), Evidence(6, scores=SCORES, **SETTINGS)
+    alone, none = Evidence(6, scores=STREAMED, **SETTINGS), Evidence(6, scores=STREAMED, **SETTINGS)
     for number, at in enumerate((slice(0, 25), slice(25, 60))):
         alone.update(z[at], y[at], number, groups=list(range(100, 200))[at])
         none.update(z[at], y[at], number)
@@ -147,14 +147,14 @@ def test_prompts_whose_rewards_differ_are_counted():
 def test_scores_are_those_of_all_samples_and_their_p_values_those_of_permuted_prompts(name):
     z, y, groups = clustered_data([4] * 12 + [3] * 6, labels="real")
     blocks = blocks_of(groups, 9)
-    evidence = stream(z, y, groups, blocks, scores=SCORES)
-    plain = Evidence(6, scores=SCORES)
+    evidence = stream(z, y, groups, blocks, scores=STREAMED)
+    plain = Evidence(6, scores=STREAMED)
     plain.update(z, y, 0)
     observed = scores.score(evidence, name)
     torch.testing.assert_close(observed, scores.score(plain, name), rtol=0, atol=1e-9)
     null = []
     for order in orders_of(evidence, groups, blocks):
-        other = Evidence(6, scores=SCORES)
+        other = Evidence(6, scores=STREAMED)
         other.update(z, y[order], 0)
         null.append(scores.score(other, name).abs())
     p = (1 + (torch.stack(null) >= observed.abs() - 1e-9).sum(0)) / 40
@@ -304,8 +304,8 @@ def test_prompts_that_are_split_and_what_is_not_defined_within_prompts_are_refus
     within = Evidence(6, permutations=20, within=True)
     with pytest.raises(CorrSteerError, match="groups must be given with within=True, got None; say which prompt"):
         within.update(z, y, 0)
-    with pytest.raises(CorrSteerError, match="scores must be among pearson, .* with within=True.*got auroc"):
-        Evidence(6, scores=["auroc"], within=True)
+    with pytest.raises(CorrSteerError, match="scores must be among pearson, .* with within=True.*got squared_ratio"):
+        Evidence(6, scores=["squared_ratio"], within=True)
     with pytest.raises(CorrSteerError, match="within must be True or False, got 1"):
         Evidence(6, within=1)
     within.update(z, y, 0, groups=groups)

@@ -113,6 +113,21 @@ def test_every_resampled_column_is_that_of_streaming_for_any_features_and_label(
     torch.testing.assert_close(evidence.bootstrap_labels, kept.bootstrap_labels)
 
 
+@pytest.mark.parametrize("within", (False, True))
+def test_resampled_columns_of_prompts_are_those_of_streaming_for_any_features(within):
+    z, y = data(labels="real", n_labels=2)
+    kept, blocks = Evidence(37, 2, permutations=19, bootstrap=23, within=within), []
+    for number, part, rewards in blocks_of(z, y):
+        prompts = torch.arange(len(part)) // 5 + 100 * number
+        kept.update(part, rewards, number, groups=prompts)
+        blocks.append((number, SparseRows.from_dense(part), rewards, prompts))
+    evidence = stored.statistics(blocks, 37, 2, permutations=19, bootstrap=23, within=within)[1]
+    for features in (slice(None), slice(5, 9), torch.tensor([36, 2, 2, 17])):
+        for name in ("permuted", "bootstrap", "bootstrap_u", "bootstrap2"):
+            got, expected = (e.columns(name, features, 1) for e in (evidence, kept))
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("signed", (False, True), ids=("unsigned", "signed"))
 @pytest.mark.parametrize("labels", ("binary", "real", "ties"))
 def test_spearman_is_scipys_with_ties_of_activations_and_rewards(labels, signed):

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
+from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
 from corrsteer.arguments import share, whole
@@ -35,7 +35,7 @@ def fisher_interval(r: Tensor, n: int, level: float = 0.95) -> tuple[Tensor, Ten
     level, n = share("level", level), whole("n (samples)", n, 0)
     if n < 4:
         return torch.full_like(r, torch.nan), torch.full_like(r, torch.nan)
-    half = stats.norm.isf((1 - level) / 2) / (n - 3) ** 0.5
+    half = -ndtri((1 - level) / 2) / (n - 3) ** 0.5
     z = torch.atanh(r)
     return torch.tanh(z - half), torch.tanh(z + half)
 
@@ -177,7 +177,7 @@ class Influence:
 
     def quantile(self, level: float) -> Tensor:
         """Student's, of a two-sided interval."""
-        return torch.from_numpy(stats.t.isf((1 - level) / 2, self.freedom.cpu().numpy())).to(self.r.device)
+        return torch.from_numpy(-stdtrit(self.freedom.cpu().numpy(), (1 - level) / 2)).to(self.r.device)
 
 
 def ends(of: Influence, level: float) -> tuple[Tensor, Tensor]:
