@@ -347,10 +347,9 @@ class Run:
         directory = as_path("directory", directory)
         names = run_files.save(directory, described, kept | {"rewards": arrays})
         if self.activations is not None:  # whose files may have been another run's, or of a collection under way
-            self.activations.blocks = [
-                block if block.path is None else block.read(directory / names["activations", block.number])
-                for block in self.activations.blocks
-            ]
+            for block in self.activations.blocks:
+                if block.path is not None:
+                    block.moved(directory / names["activations", block.number])
         if self.journal is not None and self.journal.parent.resolve() == directory.resolve():
             shutil.rmtree(self.journal, ignore_errors=True)
             self.journal = None
