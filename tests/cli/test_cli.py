@@ -145,6 +145,8 @@ def test_scores_permutations_and_bootstrap_are_collected_as_asked(world, tmp_pat
         32,
         "--shuffle-seed",
         7,
+        "--keep-activations",
+        "never",
     )
     run("collect", "--config", world / "collect.yaml", "--out", tmp_path / "run", "--pool", "last_prompt", *arguments)
     kept = Run.load(tmp_path / "run")
