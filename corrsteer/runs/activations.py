@@ -27,7 +27,7 @@ from corrsteer.types import Device
 FORMAT = "corrsteer.activations/1"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Block:
     """The samples of a block, whose labels are permuted among each other.
 
@@ -74,6 +74,10 @@ class Block:
         if rows.n != len(self.samples):
             raise ValueError(f"{self.path} has {rows.n} rows of {len(self.samples)} samples")
         return rows
+
+    def moved(self, path: Path) -> None:
+        """Read it from another file from now on, as every run does that shares it."""
+        self.path, self.stamp = path, stamp_of(path)
 
     @property
     def _path(self) -> Path:

@@ -28,5 +28,5 @@ def check_stamp(path: Path, stamp: Stamp) -> None:
     except OSError:
         pass
     raise CorrSteerError(
-        f"{path} is not what it was when the run was loaded, as another run was saved there; load it again"
+        f"{path} is not what it was, as another run was saved there since this one was made or loaded; load it again"
     )

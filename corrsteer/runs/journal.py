@@ -51,6 +51,9 @@ class Journal:
     def close(self) -> None:
         """Write nothing more; where nothing was written, leave nothing behind."""
         self._writer.close()
+        with contextlib.suppress(OSError):
+            if self._writer.path.stat().st_size == 0:
+                self._writer.path.unlink()
         with contextlib.suppress(OSError):  # it is not empty
             self.folder.rmdir()
 

@@ -160,20 +160,21 @@ class Run:
         return statistics_notes(self.moments_of_rewards, evidence)
 
     def ask_rows(self) -> None:
-        """Have evidence ask the activations that were kept for what is resampled; of the pooling that is tested."""
+        """Have evidence of the pooling that is tested ask the activations that were kept for what is resampled, and
+        make evidence where there is none of them."""
         assert self.activations is not None, "they were kept"
-        for layer in self.points:
-            known = self.evidence.get(layer, {}).get(self.pool)
-            if known is None:  # some layers had a block that others had not
-                moments = self.moments[layer][self.pool]
-                known = self.activations.statistics(
-                    layer, self.pool, moments.d_sae, self.rewards[:, None], self.groups, seed=self._seed,
-                    within=self._within, device=moments.device,
-                )[1]  # fmt: skip
-            else:
-                y = torch.stack(list(self.all_rewards().values())[: known.n_labels], 1)
-                known = self.activations.resampled(known, layer, self.pool, y, self.groups)
-            self.evidence.setdefault(layer, {})[self.pool] = known
+        for layer, pools in self.moments.items():
+            evidence = self.evidence.setdefault(layer, {})
+            for pool, moments in pools.items():
+                known = evidence.get(pool)
+                if known is None:  # some layers had a block that others had not
+                    evidence[pool] = self.activations.statistics(
+                        layer, pool, moments.d_sae, self.rewards[:, None], self.groups, seed=self._seed,
+                        within=self._within, device=moments.device,
+                    )[1]  # fmt: skip
+                elif pool == self.pool:
+                    y = torch.stack(list(self.all_rewards().values())[: known.n_labels], 1)
+                    evidence[pool] = self.activations.resampled(known, layer, pool, y, self.groups)
 
     def statistics(
         self,
@@ -346,10 +347,9 @@ class Run:
         directory = as_path("directory", directory)
         names = run_files.save(directory, described, kept | {"rewards": arrays})
         if self.activations is not None:  # whose files may have been another run's, or of a collection under way
-            self.activations.blocks = [
-                block if block.path is None else block.read(directory / names["activations", block.number])
-                for block in self.activations.blocks
-            ]
+            for block in self.activations.blocks:
+                if block.path is not None:
+                    block.moved(directory / names["activations", block.number])
         if self.journal is not None and self.journal.parent.resolve() == directory.resolve():
             shutil.rmtree(self.journal, ignore_errors=True)
             self.journal = None

@@ -252,10 +252,21 @@ def test_a_run_whose_directory_another_was_saved_to_says_so_and_reads_none_of_it
             lambda: derived.statistics(permutations=0),
             lambda: loaded.save(tmp_path / "elsewhere"),
         ):
-            with pytest.raises(CorrSteerError, match="is not what it was when the run was loaded"):
+            with pytest.raises(CorrSteerError, match="is not what it was, as another run was saved there"):
                 asked()
         assert same(Run.load(tmp_path), new), again
     assert loaded.n == old.n and derived.n == old.n
+
+
+def test_runs_that_share_activations_go_on_when_one_of_them_is_saved(tmp_path, world, old):
+    run = gather(world, 6, directory=tmp_path / "run")
+    other = run.statistics(permutations=0)
+    run.save(tmp_path / "run")
+    assert not (tmp_path / "run" / "collecting").exists() and other.statistics(permutations=0).n == 6
+    other.save(tmp_path / "other")
+    for loaded in (Run.load(tmp_path / "run"), Run.load(tmp_path / "other")):
+        assert torch.equal(loaded.correlation(1), old.correlation(1))
+    assert run.statistics(permutations=0).n == 6
 
 
 def test_a_run_that_is_saved_again_where_it_is_goes_on_from_its_new_files(tmp_path, old):

@@ -13,6 +13,7 @@ from corrsteer.ops.rows import SparseRows
 from corrsteer.rollouts.regrading import task_of
 from corrsteer.rollouts.rollout_file import read_rollouts
 from corrsteer.runs.collect import CollectionStopped
+from corrsteer.runs.journal import Journal
 from corrsteer.runs.peaks import extremes, with_peaks
 from corrsteer.runs.regrade import regrade
 from corrsteer.tasks import Task
@@ -264,7 +265,7 @@ def test_what_is_under_way_is_on_disk_batch_by_batch(model, tmp_path):
     same_statistics(Run.load(tmp_path), run)
 
 
-def test_a_collection_that_wrote_nothing_leaves_nothing_in_its_directory(model, tmp_path):
+def test_a_collection_that_wrote_nothing_leaves_nothing_in_its_directory(model, tmp_path, monkeypatch):
     def failing(completion, example):
         raise ValueError("a mistake")
 
@@ -272,6 +273,10 @@ def test_a_collection_that_wrote_nothing_leaves_nothing_in_its_directory(model, 
         gather(model, directory=tmp_path / "run", statistics_bytes=1000)
     with pytest.raises(CollectionStopped, match="a mistake"):
         gather(model, directory=tmp_path / "run", task=tiny_pipeline.task(grader=failing))
+    with monkeypatch.context() as full:
+        full.setattr("os.fsync", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(CollectionStopped, match="No space left on device"):
+            gather(model, directory=tmp_path / "run")
     assert gather(model, directory=tmp_path / "run").n == 40, "and another may be made there"
 
 
@@ -281,6 +286,26 @@ def test_saving_takes_over_what_was_written_wherever_the_path_begins(model, tmp_
     run.save(tmp_path / "run")
     assert not (tmp_path / "run" / "collecting").exists()
     same_statistics(Run.load("run"), run)
+
+
+def test_a_run_whose_block_found_no_room_on_the_disk_is_selected_from_as_one_without_the_blocks_after(
+    model, tmp_path, monkeypatch
+):
+    def full(self, block):
+        raise CorrSteerError("no space left on device")
+
+    monkeypatch.setattr(Journal, "add_block", full)
+    with pytest.raises(CollectionStopped, match="no space left on device") as stopped:
+        gather(model, directory=tmp_path / "run", coefficient_pool="mean")
+    run = stopped.value.run
+    run.save(tmp_path / "saved")
+    reached = [i for i, rollout in enumerate(run.rollouts) if rollout is not None]
+    part = gather(model, coefficient_pool="mean").statistics(samples=reached)
+    assert run.n == len(reached) == 16
+    for found in (run, Run.load(tmp_path / "saved")):
+        same_statistics(found, part)
+        chosen = select(found, encoders=tiny_pipeline.encoders()).features
+        assert chosen == select(part).features and chosen[0].statistics.coefficient_error is not None
 
 
 def test_what_a_collection_that_was_cut_off_left_can_be_collected_from(model, kept, tmp_path):
