@@ -346,6 +346,8 @@ def stored_rows(study: Path) -> str:
 
     tables = ((stored_rows.HEADER, stored_rows.rows_of), (stored_rows.MADE, stored_rows.made_of))
     return _jobs(study, "bench.stored_rows", stored_rows.lines, tables)
+
+
 def pipeline(studies: Path) -> str:
     """Whole jobs against the published way of working, of each device that has measured them; or how to measure it."""
     from bench import pipeline
