@@ -102,9 +102,7 @@ def study(before: Path | None, rounds: int, quick: bool = False, commit: str | N
     result["packages"]["transformers"] = installed("transformers")
     result["before"] = before and record.commit_of(before)
     result["settings"] = {name: setting for name, (setting, _) in settings.items()}
-    result["steps"] = [
-        row for name, (setting, _) in settings.items() for row in measured(name, setting, codes, rounds)
-    ]
+    result["steps"] = [row for name, (setting, _) in settings.items() for row in measured(name, setting, codes, rounds)]
     return result
 
 

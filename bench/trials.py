@@ -238,9 +238,7 @@ def prefix_row(model: nn.Module, grid: dict[str, Any], shared: int, new: int) ->
     """What both ways gave and took, of prompts that begin with so many of the same tokens."""
     rng, n = random.Random(2), grid["prefix_tokens"]
     head = [rng.randrange(3, VOCABULARY) for _ in range(shared)]
-    prompts = [
-        head + [rng.randrange(3, VOCABULARY) for _ in range(n - shared)] for _ in range(grid["prefix_prompts"])
-    ]
+    prompts = [head + [rng.randrange(3, VOCABULARY) for _ in range(n - shared)] for _ in range(grid["prefix_prompts"])]
     generator, keys = Generator(model, Numbers(), Decoding(max_new_tokens=new)), sample_keys(prompts)
 
     def run(share: bool) -> list[Completion]:
