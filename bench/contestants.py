@@ -227,7 +227,8 @@ def _encode_update(case: Case, device: torch.device, backends: tuple[str, ...]) 
         def check() -> dict:
             first, features = Evidence(case.d_sae, permutations=case.labels, device=device), slice(0, 64)
             pooled = add(0, first)[:, features].double()
-            order = label_orders(first.seed, 0, case.labels, tuple(range(len(sizes))), within=False).to(device)
+            alone = tuple(range(len(sizes)))  # each sample is a prompt of its own
+            order = label_orders(first.seed, *first.blocks, case.labels, alone, within=False).to(device)
             u = y[:, 0].double() - first.origin[0]
             return ground_truth.check_close(first.columns("permuted", features), pooled.T @ u[order].T, 1e-5)
 

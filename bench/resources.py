@@ -66,7 +66,8 @@ class Report:
     shared: int  # bytes
     tensor_core: str
     faults: list[str]
-    serial: bool = False  # on sm_90, every product of the tensor cores is waited for
+    products: int = 0  # HGMMA, on sm_90
+    waited: int = 0  # those of them that end a group of their own (gsb0), where Triton's have several a group
 
 
 def encoding(arch: int, kernel: str, label: str, kind: str, entry: dict, types: dict, constants: dict, **given):
@@ -179,6 +180,36 @@ def raced(arch: int) -> Iterator[Specimen]:
                 yield replace(specimen, label=" ".join(map(str, (specimen.label, *words))))
 
 
+# What was tried beside `bench.tune.RACED` and is not raced, as most of it spills or waits for each product: form,
+# features and tokens of a tile, warps, stages, SUBTILE, WIDE_SUBTILE, BF16_SPLITS and whether it is flattened.
+LEFT_OUT = {
+    90: (
+        ("short", 128, 128, 4, 3, 16, 128, 2, 0), ("short", 128, 128, 4, 3, 16, 64, 2, 0),
+        ("short", 128, 128, 4, 3, 16, 16, 2, 0), ("short", 256, 128, 8, 3, 16, 128, 2, 0),
+        ("short", 256, 128, 8, 3, 16, 64, 2, 0), ("short", 128, 256, 8, 4, 16, 128, 2, 1),
+        ("singles", 128, 256, 8, 4, 16, 64, 0, 0), ("singles", 128, 256, 8, 4, 16, 32, 0, 0),
+        ("singles", 128, 256, 8, 4, 16, 8, 0, 0), ("singles", 64, 256, 4, 4, 16, 32, 0, 0),
+        ("singles", 128, 128, 4, 3, 16, 32, 0, 0), ("singles", 128, 128, 4, 3, 16, 16, 0, 1),
+    ),
+    100: tuple(
+        (form, 128, 128, 4, 3, 16, wide, 0, 1) for form, wide in (("mean", 64), ("max", 64), ("singles", 16))
+    ),
+}  # fmt: skip
+
+
+def left_out(arch: int) -> Iterator[Specimen]:
+    """What is not raced, in 16-bit numbers."""
+    forms = {"singles": {"singles": True}, "max": {"pools": ("max",)}}
+    for form, BF, BT, warps, stages, subtile, wide, splits, flat in LEFT_OUT.get(arch, ()):
+        entry = {
+            "BF": BF, "BT": BT, "BK": 64, "SUBTILE": subtile, "WIDE_SUBTILE": wide, "GROUP_SIZE": 8, "descriptors": 1,
+            "num_warps": warps, "num_stages": stages,
+        }  # fmt: skip
+        entry |= ({"BF16_SPLITS": splits} if splits else {}) | ({"flatten": 1} if flat else {})
+        specimen = pooling(arch, "native", entry, **forms.get(form, {}))
+        yield replace(specimen, label=f"{specimen.label} {warps} warps {stages} stages {subtile} {wide}")
+
+
 def small(arch: int) -> Iterator[Specimen]:
     """The kernels around the product, as `corrsteer.kernels.operations` launches them."""
     f, i, d, n = "*fp32", "*i32", "*fp64", "i32"
@@ -254,8 +285,9 @@ def examine(specimen: Specimen) -> Report:
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         local=len(re.findall(r"\b(?:LDL|STL)\b", assembly)),
         shared=compiled.metadata.shared,
-        tensor_core=_tensor_core(assembly, compiled.asm["ptx"]), faults=[], serial=_serial(assembly),
+        tensor_core=_tensor_core(assembly, compiled.asm["ptx"]), faults=[],
     )  # fmt: skip
+    report.products, report.waited = _products(assembly)
     report.faults = faults(report, specimen.product)
     return report
 
@@ -269,7 +301,7 @@ def faults(report: Report, product: str) -> list[str]:
         found.append(f"shared memory over {SHARED_MEMORY[report.arch]}")
     if product in ("native", "bf16x2") and report.tensor_core != TENSOR_CORE[report.arch]:
         found.append(f"no {TENSOR_CORE[report.arch]}")
-    if product in ("native", "bf16x2") and report.serial:
+    if product in ("native", "bf16x2") and 0 < report.products == report.waited:
         found.append("serial products")
     return found
 
@@ -284,10 +316,10 @@ def _tensor_core(assembly: str, ptx: str) -> str:
     return next((name for name in ("HGMMA", "HMMA") if re.search(rf"\b{name}\b", assembly)), "-")
 
 
-def _serial(assembly: str) -> bool:
-    """Whether each HGMMA ends a group (gsb0) of its own, where Triton's products have several a group."""
+def _products(assembly: str) -> tuple[int, int]:
+    """How many HGMMA there are, and how many of them end a group (gsb0)."""
     products = re.findall(r"\bHGMMA\b[^;]*", assembly)
-    return bool(products) and all("gsb0" in product for product in products)
+    return len(products), sum("gsb0" in product for product in products)
 
 
 def examine_all(architectures, jobs: int, show=None, which=shipped) -> list[Report]:
@@ -316,12 +348,13 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at once")
     parser.add_argument("--json", type=Path, help="write the table here as well")
     parser.add_argument("--raced", action="store_true", help="what bench.tune would race, instead of what ships")
+    parser.add_argument("--left-out", action="store_true", help="what was tried and is not raced, instead")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("bench.resources compiles kernels; unset TRITON_INTERPRET, under which they are not", file=sys.stderr)
         return 2
     print(f"{'arch':<7} {'kernel':<12} {'what':<{WIDTH}} {'regs':>5} {'spills':>6} {'shared':>7} {'multiplies by':<12}")
-    which = raced if options.raced else shipped
+    which = raced if options.raced else left_out if options.left_out else shipped
     reports = examine_all(
         options.arch or ARCHITECTURES, options.jobs, lambda report: print(line(report), flush=True), which
     )

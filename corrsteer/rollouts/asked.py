@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,7 +67,7 @@ class Asked:
     def rollout(self, number: int, completion: Completion, rewards: Mapping[str, float] | None = None) -> Rollout:
         """What a completion becomes."""
         example, sample = self.example(number), number % self.k
-        name = example.source + (f"#{sample}" if sample else "")
+        name = _readable(example.source) + (f"#{sample}" if sample else "")
         return Rollout(
             id=name, sample=sample, source=name, prompt=self._written(example), prompt_ids=tuple(self.prompt(number)),
             completion=completion.text, completion_ids=completion.ids, finish=completion.finish,
@@ -90,6 +91,15 @@ class Asked:
             return example.prompt
         opening = [] if self.task.system is None else [{"role": "system", "content": self.task.system}]
         return (*opening, {"role": "user", "content": example.prompt})
+
+
+def _readable(source: str) -> str:
+    """A source as UTF-8 can hold it: file names that the environment cannot read come as halves of surrogate pairs."""
+    try:
+        source.encode()
+        return source
+    except UnicodeEncodeError:
+        return os.fsencode(source).decode(errors="backslashreplace")
 
 
 def check_samples(samples_per_prompt: int, decoding: Decoding) -> int:

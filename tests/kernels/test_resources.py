@@ -76,18 +76,26 @@ def test_a_main_kernel_that_spills_or_takes_too_much_shared_memory_is_named():
         ({"local": 3}, "3 spills"),
         ({"shared": 240_000}, "shared memory over 232448"),
         ({"tensor_core": "HMMA"}, "no HGMMA"),
-        ({"serial": True}, "serial products"),
+        ({"products": 4, "waited": 4}, "serial products"),
     ):
         assert faults(Report(**(vars(good) | change)), "native") == [words]
 
 
-def test_products_are_serial_where_each_is_waited_for():
-    from bench.resources import _serial
+def test_products_that_are_waited_for_are_counted():
+    from bench.resources import _products
 
     product, waited = "HGMMA.64x256x16.F32.BF16 R24, gdesc[UR36], R24", ", gsb0"
     in_groups = f"        {product} ;\n        {product}{waited} ;\n"
-    assert _serial(f"        {product}{waited} ;\n" * 4)
-    assert not _serial(in_groups * 4) and not _serial("        HMMA.16816.F32 R4, R8, R16, R4 ;\n")
+    assert _products(f"        {product}{waited} ;\n" * 4) == (4, 4)
+    assert _products(in_groups * 4) == (8, 4) and _products("        HMMA.16816.F32 R4, R8, R16, R4 ;\n") == (0, 0)
+
+
+def test_what_is_left_out_is_what_its_result_lists():
+    from bench.resources import left_out
+
+    result = json.loads((TESTS.parent / "bench/results/studies/left-out-triton-3.9.json").read_text())
+    listed = [(report["arch"], report["label"]) for report in result["reports"]]
+    assert listed == [(specimen.arch, specimen.label) for arch in (90, 100) for specimen in left_out(arch)]
 
 
 def test_every_operations_launch_binds_its_arguments_and_compiles_for_sm_90():

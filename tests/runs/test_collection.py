@@ -133,10 +133,10 @@ def test_one_new_token_is_encoded_once_for_all_poolings(model, monkeypatch):
     for layer in run.moments:
         same = [run.moments[layer][pool].state() for pool in ("max", "mean", "last_prompt")]
         assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*same))
-    for pool in ("last_prompt", "max"):
+    for pool in ("last_prompt", "max", "mean"):  # of more tokens the last prompt token is the first of them
         calls.clear()
         gather(model, task=tiny_pipeline.task(16), pool=pool)
-        assert len(calls) == 2, f"{pool}: once a layer"
+        assert len(calls) == 2, pool
 
 
 def test_only_the_pooling_that_is_tested_is_permuted(model):
