@@ -88,6 +88,7 @@ def _samples(settings: CollectSettings) -> dict[str, Any]:
     from corrsteer.rollouts.regrading import task_of
     from corrsteer.rollouts.rollout import as_chat, rewarded_by
     from corrsteer.rollouts.rollout_file import read_rollouts
+    from corrsteer.runs.journal import FOLDER
 
     if settings.rollouts is None:
         check_samples(settings.samples_per_prompt, inputs.decoding(settings))  # before a model is loaded
@@ -102,7 +103,8 @@ def _samples(settings: CollectSettings) -> dict[str, Any]:
             f"{', '.join(strange)} cannot be used with rollouts, which are prompts and completions themselves; leave "
             f"{'it' if len(strange) == 1 else 'them'} out"
         )
-    rollouts = read_rollouts(settings.rollouts)[: settings.limit]
+    unfinished = settings.rollouts.absolute().parent.name == FOLDER
+    rollouts = read_rollouts(settings.rollouts, cut_off=unfinished)[: settings.limit]
     regrades = "grader" in settings.model_fields_set
     task = task_of(rollouts, inputs.parse_graders(settings.grader) if regrades else None)
     if settings.reward is not None and regrades:

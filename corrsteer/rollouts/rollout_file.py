@@ -19,11 +19,15 @@ from corrsteer.rollouts.rollout import Rollout, RolloutError
 T = TypeVar("T")
 
 
-def read_rollouts(path: str | os.PathLike[str]) -> list[Rollout]:
+def read_rollouts(path: str | os.PathLike[str], *, cut_off: bool = False) -> list[Rollout]:
     """Read a UTF-8 file with one JSON object a line, see docs/rollouts.md. Blank lines are skipped.
 
     Where no line has an ``id``, it is the line's number; where a line has no ``sample``, it is how many lines before it
     have the same prompt.
+
+    Parameters
+    ----------
+    cut_off : leave out a last line without an end, which was being written when the writer died.
 
     Raises
     ------
@@ -44,7 +48,8 @@ def read_rollouts(path: str | os.PathLike[str]) -> list[Rollout]:
 
     seen: Counter[str] = Counter()
     alike = _Alike()
-    return read_lines(path, rollout, "rollout")
+    whole = [(number, line) for number, line in _lines(path) if not cut_off or line.endswith(b"\n")]
+    return read_lines(path, rollout, "rollout", whole)
 
 
 def write_rollouts(path: str | os.PathLike[str], rollouts: Iterable[Rollout]) -> None:

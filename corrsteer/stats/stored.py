@@ -126,6 +126,13 @@ def resampled(
             f"blocks must be those of the evidence, {sorted(evidence.blocks)[:8]} with {evidence.n} samples, got "
             f"{sorted(block.number for block in rows.blocks)[:8]} with {rows.n}"
         )
+    if rows.n:
+        positive = torch.stack([(block.y > 0).sum(0) for block in rows.blocks]).sum(0)
+        if bool((evidence.n_positive.cpu() != positive).any()):
+            raise CorrSteerError(
+                f"blocks must have the rewards of the evidence, of which {evidence.n_positive.tolist()} are above 0, "
+                f"got {positive.tolist()}"
+            )
     permutations, bootstrap = whole("permutations", permutations, 0), whole("bootstrap", bootstrap, 0)
     return evidence.with_rows(rows, permutations, bootstrap)
 

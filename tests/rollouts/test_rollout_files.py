@@ -256,3 +256,11 @@ def test_a_batch_that_the_disk_has_no_room_for_leaves_the_file_as_it_was(tmp_pat
     assert path.read_bytes() == before
     writer.write([rollout(id="b")])
     assert [each.id for each in read_rollouts(path)] == ["a", "b"]
+
+
+def test_a_last_line_that_was_being_written_is_left_out_where_that_is_asked_for(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text('{"prompt": "1", "completion": "2", "reward": 1}\n{"prompt": "1", "compl', encoding="utf-8")
+    with pytest.raises(RolloutError, match="rollouts.jsonl:2: not JSON"):
+        read_rollouts(path)
+    assert [rollout.completion for rollout in read_rollouts(path, cut_off=True)] == ["2"]

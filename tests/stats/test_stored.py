@@ -261,6 +261,13 @@ def sound():
     return [(0, SparseRows.from_dense(z), y)]
 
 
+def of_other_rewards():
+    z, y = data(n=60)
+    evidence = Evidence(37)
+    evidence.update(z, y, 0)
+    return stored.resampled(evidence, [(0, sound()[0][1], torch.ones(60))])
+
+
 REFUSED = {
     "rows of other features": (lambda: stored.statistics(sound(), 38), "block 0 has rows .60, 37."),
     "rewards of another number": (
@@ -271,6 +278,7 @@ REFUSED = {
     "blocks of other evidence": (
         lambda: stored.resampled(Evidence(37), sound()), r"blocks must be those of the evidence, \[\] with 0 samples",
     ),
+    "other rewards": (lambda: of_other_rewards(), "blocks must have the rewards of the evidence, of which"),
     "evidence with permutations": (
         lambda: stored.resampled(Evidence(37, permutations=19), sound()), "evidence must be without permutations",
     ),
