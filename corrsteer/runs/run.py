@@ -152,6 +152,9 @@ class Run:
             if not kept:
                 raise CorrSteerError("this run holds no evidence to test features by; collect again")
             self._tested[score, self.n] = inference.significance(kept, score)
+            for evidence in kept.values():
+                if evidence.rows is not None:
+                    evidence.rows.forget()  # those of all layers are needed at once here, and nowhere else
         return self._tested[score, self.n]
 
     def statistics_notes(self) -> list[str]:

@@ -98,6 +98,8 @@ class Rows(Protocol):
 
     def bootstrap_labels(self, evidence: Evidence, replicates: int) -> Tensor: ...
 
+    def forget(self) -> None: ...
+
 
 class _Layout:
     """Where groups of columns lie: `groups` are (name, power of z, shares, width of a share), a share for each label or

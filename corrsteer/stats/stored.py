@@ -176,6 +176,11 @@ class StoredRows:
         self.n: int = sum(len(block.y) for block in self.blocks)
         self._groups: dict[int, Numbered] = {block.number: block.numbered for block in self.blocks}
 
+    def forget(self) -> None:
+        """Let go of the columns, which are made anew when they are asked for."""
+        for name in ("_columns", "_ranked"):
+            self.__dict__.pop(name, None)
+
     def has(self, name: str) -> bool:
         """Whether there is such a group of columns."""
         return name in COLUMNS

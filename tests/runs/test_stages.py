@@ -489,3 +489,11 @@ def test_tokens_that_the_model_does_not_know_and_completions_that_are_too_long_a
         path.write_text(json.dumps(good) + "\n" + json.dumps(good | bad) + "\n", encoding="utf-8")
         with pytest.raises(CorrSteerError, match=message):
             gather(model, rollouts=read_rollouts(path))
+
+
+def test_the_columns_of_all_layers_are_let_go_of_once_features_are_tested(model):
+    run = gather(model)
+    before = run.significance()
+    assert not any("_columns" in vars(run.evidence[layer]["max"].rows) for layer in run.points)
+    again = run.statistics().significance()
+    assert all(torch.equal(before[layer].p, again[layer].p) for layer in run.points)
