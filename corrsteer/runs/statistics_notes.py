@@ -18,6 +18,11 @@ def statistics_notes(moments: Moments, evidence: Evidence | None) -> list[str]:
         )
     if evidence is None or not evidence.clustered:
         return notes
+    if evidence.rows is None:
+        notes.append(
+            f"{evidence.n} samples of {int(evidence.n_groups)} prompts are not independent, so without activations "
+            f"there are no delta intervals; keep them, or collect with bootstrap=500"
+        )
     if evidence.within:
         notes.append(
             f"rewards differ within {int(evidence.n_informative[0])} of {int(evidence.n_groups)} prompts, and only "

@@ -354,6 +354,7 @@ def test_clustered_samples_are_permuted_alike_from_rows_and_streaming(model, wit
     )
     assert rows.evidence[1]["max"].clustered and rows.evidence[1]["max"].within == within
     same_statistics(rows, stream)
+    assert [any("no delta intervals" in note for note in run.notes) for run in (rows, stream)] == [False, True]
     if within:
         y = rows.rewards.reshape(12, 4)
         y = (y - y.mean(1, keepdim=True)).reshape(-1)
