@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -186,7 +186,7 @@ class Run:
         rewards: Mapping[str, Tensor] | None = None,
         permutations: int | None = None,
         bootstrap: int | None = None,
-        samples: Collection[int] | None = None,
+        samples: Collection[int] | Callable[[Rollout], bool] | None = None,
         within_prompt: bool | None = None,
         pool: str | None = None,
         seed: int | None = None,
@@ -202,7 +202,8 @@ class Run:
         rewards : other rewards by name, `[n]` each in the samples' order; NaN in any of them leaves a sample out.
         permutations, bootstrap, within_prompt : as for `collect`. Every score can be had.
         seed : of permutations and the bootstrap.
-        samples : which samples to look at, by their number; by default all that were reached.
+        samples : which samples to look at, by their number or by what a function says of their rollouts, such as
+            `lambda rollout: rollout.meta["topic"] == "algebra"`; by default all that were reached.
         pool : the pooling to look at, of those that were kept.
 
         Returns
@@ -250,7 +251,7 @@ class Run:
             return self._seen_by(known, names, moments=moments, evidence=evidence, **like)
         y = torch.stack([known[name] for name in names], 1)
         if samples is not None:
-            y[_left_out(samples, len(y))] = torch.nan
+            y[_left_out(samples, self.rollouts, len(y))] = torch.nan
         y[~y.isfinite().all(1)] = torch.nan  # a sample is in the statistics of all rewards, or of none
         known = dict(zip(names, y.unbind(1)))
         seed = self._seed if seed is None else whole("seed", seed, 0)
@@ -405,8 +406,12 @@ def _snapshot(entry: dict[str, Any]) -> Snapshot:
     return Snapshot(entry["n"], leaders)
 
 
-def _left_out(samples: Collection[int], n: int) -> Tensor:
+def _left_out(
+    samples: Collection[int] | Callable[[Rollout], bool], rollouts: Sequence[Rollout | None], n: int
+) -> Tensor:
     """`[n]` bool: which of n samples are none of these."""
+    if callable(samples):
+        samples = [number for number, rollout in enumerate(rollouts) if rollout is not None and samples(rollout)]
     chosen = wholes("samples", samples, 0, empty=True)
     if chosen and max(chosen) >= n:
         raise CorrSteerError(f"samples must lie in 0..{n - 1}, got {max(chosen)}")

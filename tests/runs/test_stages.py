@@ -181,6 +181,7 @@ def test_some_of_the_samples_are_as_if_there_were_no_others(model, kept):
     chosen = [i for i, example in enumerate(task.examples) if len(example.prompt) < 5]
     assert 0 < len(chosen) < len(task)
     part = kept.statistics(samples=chosen)
+    same_statistics(kept.statistics(samples=lambda rollout: len(rollout.prompt) < 5), part)
     fresh = gather(model, task=dataclasses.replace(task, examples=tuple(task.examples[i] for i in chosen)))
     assert part.n == len(chosen) and part.rewards.isfinite().nonzero()[:, 0].tolist() == chosen
     for layer in fresh.moments:
