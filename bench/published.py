@@ -170,7 +170,7 @@ def collect(
 
         with at_last_position(model, list(saes), record):
             texts, kept = complete(model, tokenizer, prompts[at : at + batch], new_tokens)
-        rewards = [task.grade(text, example) for text, example in zip(texts, task.examples[at : at + batch])]
+        rewards = task.rewards(texts, task.examples[at : at + batch])
         y = torch.tensor(rewards, dtype=torch.float64, device="cpu")
         for layer, buffer in buffers.items():
             assert buffer is not None, "every completion has a pass"
@@ -204,7 +204,7 @@ def graded(
     texts = []
     for at in range(0, len(prompts), batch):
         texts += complete(model, tokenizer, prompts[at : at + batch], new_tokens)[0]
-    return texts, [task.grade(text, example) for text, example in zip(texts, task.examples)]
+    return texts, task.rewards(texts, task.examples)
 
 
 def prune(

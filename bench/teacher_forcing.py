@@ -122,7 +122,7 @@ def measured(world: World, grid: dict[str, Any]) -> dict[str, Any]:
     times = interleaved(contestants, grid["rounds"], CpuTimer())
     decode = world.tokenizer.batch_decode
     rewards = [
-        world.task.grade(decode([completions[i]], skip_special_tokens=True)[0] or "0", example)
+        world.task.reward(decode([completions[i]], skip_special_tokens=True)[0] or "0", example)
         for i, example in enumerate(world.task.examples)
     ]
     chosen = sorted({0, layers // 4, layers // 2, 3 * layers // 4, layers - 1})

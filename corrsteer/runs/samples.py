@@ -73,7 +73,7 @@ def generated(
 ) -> Samples:
     """Samples whose completions are to be generated."""
     if task is None:
-        raise CorrSteerError("task must be given, or rollouts to collect from, got neither")
+        raise CorrSteerError("task must be a Task, got None; give one, or rollouts to collect from")
     check_type("task", task, Task, "a Task")
     if not task.grading:
         raise CorrSteerError(

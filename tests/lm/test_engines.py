@@ -78,14 +78,15 @@ def test_vllm_is_given_tokens_and_a_seed_for_each_sample(vllm):
     list(generate_rollouts(llm, tokenizer, task, SAMPLED, samples_per_prompt=3, progress=False))
     prompts = [prompt["prompt_token_ids"] for asked, _ in llm.asked for prompt in asked]
     settings = [one for _, asked in llm.asked for one in asked]
-    assert prompts == tokenizer([e.prompt for e in task.examples])["input_ids"] * 3
+    ids = tokenizer([e.prompt for e in task.examples])["input_ids"]
+    assert prompts == [of_prompt for of_prompt in ids for _ in range(3)]
     assert [len(asked) for asked, _ in llm.asked] == [5, 5, 2]
     seeds = [one.pop("seed") for one in settings]
     assert len(set(seeds)) == 12 and all(0 <= seed < 2**63 for seed in seeds)
     assert all((s["temperature"], s["top_p"], s["max_tokens"]) == (0.5, 0.9, 4) for s in settings)
     again = vllm.LLM()
     list(generate_rollouts(again, tokenizer, task, Decoding(4, 0.5, seed=3), progress=False))
-    assert [one["seed"] for one in again.asked[0][1]] == seeds[:4], "the first sample's are the same"
+    assert [one["seed"] for one in again.asked[0][1]] == seeds[::3], "the first sample's are the same"
     assert request_seed(3, 7) != request_seed(4, 7) != request_seed(4, 8)
 
 
