@@ -110,7 +110,18 @@ class SteeringSettings(PositionSettings):
     )
 
 
-class CollectSettings(TaskSettings, ModelSettings):
+class GenerationSettings(TaskSettings, ModelSettings):
+    """What is generated that is learnt from: of the train part, by default."""
+
+    samples_per_prompt: int = Field(
+        default=1, ge=1, description="Completions of each prompt; more than 1 needs a --temperature above 0."
+    )
+    part: Literal["all", "train", "validation", "test"] = Field(
+        default="train", description="all, or the train (80 %), validation (10 %) or test (10 %) part of the task."
+    )
+
+
+class CollectSettings(GenerationSettings):
     """What `corrsteer collect` needs."""
 
     sae: list[str] = Field(
@@ -123,9 +134,6 @@ class CollectSettings(TaskSettings, ModelSettings):
         default=None,
         description="File of completions that exist, to be read instead of generating some. They are graded by "
         "--grader, or else their rewards are taken.",
-    )
-    samples_per_prompt: int = Field(
-        default=1, ge=1, description="Completions of each prompt; more than 1 needs a --temperature above 0."
     )
     within_prompt: bool = Field(
         default=False,
@@ -187,9 +195,6 @@ class CollectSettings(TaskSettings, ModelSettings):
         default=None, description="The encoders' weights: fp32, bf16x2, bf16 or fp16; by default as stored."
     )
     backend: str | None = Field(default=None, description="A backend's name; by default the fastest that runs.")
-    part: Literal["all", "train", "validation", "test"] = Field(
-        default="train", description="all, or the train (80 %), validation (10 %) or test (10 %) part of the task."
-    )
 
     @field_validator("sae", mode="before")
     @classmethod
@@ -206,7 +211,7 @@ class CollectSettings(TaskSettings, ModelSettings):
         return [value] if isinstance(value, str) else value
 
 
-class RolloutsSettings(TaskSettings, ModelSettings):
+class RolloutsSettings(GenerationSettings):
     """What `corrsteer rollouts` needs."""
 
     out: Path = Field(description="File to write the rollouts to, a line of JSON each.")
@@ -216,12 +221,6 @@ class RolloutsSettings(TaskSettings, ModelSettings):
     engine_option: list[str] = Field(
         default=[],
         description="NAME=VALUE that vLLM loads the model with, such as max_model_len=4096; give it again for more.",
-    )
-    samples_per_prompt: int = Field(
-        default=1, ge=1, description="Completions of each prompt; more than 1 needs a --temperature above 0."
-    )
-    part: Literal["all", "train", "validation", "test"] = Field(
-        default="train", description="all, or the train (80 %), validation (10 %) or test (10 %) part of the task."
     )
 
     @field_validator("engine_option", mode="before")
