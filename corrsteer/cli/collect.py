@@ -40,6 +40,7 @@ def collect(
     from corrsteer.cli import collected, inputs
     from corrsteer.experiments.selection import selectable
     from corrsteer.runs.collect import collect as collect_
+    from corrsteer.runs.journal import FOLDER
     from corrsteer.runs.options import Options
 
     same = ("pool", "positions", "permutations", "bootstrap", "block_size", "shuffle_seed", "patience",
@@ -55,6 +56,11 @@ def collect(
     sources = inputs.parse_saes(settings.sae)
     inputs.check_saes(sources)
     samples = _samples(settings)
+    if settings.rollouts is not None and (settings.out / FOLDER).resolve() in settings.rollouts.resolve().parents:
+        raise CorrSteerError(
+            f"rollouts {settings.rollouts} would be removed, as they are what a collection has in {settings.out}; "
+            f"copy them, or give another directory as --out"
+        )
     inputs.check_folder(settings.out)
     model, tokenizer = inputs.load_model(settings)
     encoders = inputs.load_encoders(sources, model)

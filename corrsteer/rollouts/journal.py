@@ -79,6 +79,8 @@ class Journal:
         try:
             self._open(anew)
         except BaseException:
+            if not processes.among_others() and not self._rest():
+                self._remove()
             self._locks.close()
             _open_here.discard(self._key)
             raise
@@ -202,8 +204,8 @@ class Journal:
         self.close()
 
     @property
-    def _key(self) -> str:
-        return os.path.realpath(self.folder)
+    def _key(self) -> tuple[int, str]:
+        return os.getpid(), os.path.realpath(self.folder)
 
     def _entered(self) -> ByteLocks:
         """The folder's locks, once this process is let in: alone, or as one of several."""
@@ -248,8 +250,13 @@ class Journal:
         while processes.among_others() and not self._locks.take(OPENING):
             time.sleep(POLL)
         try:
-            known = None if anew else manifest(self.folder)
-            if known is None:
+            known = manifest(self.folder)
+            if known is None and (strange := sorted(path.name for path in self._rest() if path.name[0] != ".")):
+                raise CorrSteerError(
+                    f"{self.folder} must be a folder that a job keeps what it has done in, or not be there, and holds "
+                    f"{', '.join(strange[:3])}; give another path, or move them"
+                )
+            if known is None or anew:
                 self._clear()
                 owner = {"host": platform.node(), "process": os.getpid()}
                 described = {"format": FORMAT, "begun": self.begun, "versions": _versions(), "by": owner}
@@ -270,12 +277,15 @@ class Journal:
             if processes.among_others():
                 self._locks.release(OPENING)
 
+    def _rest(self) -> list[Path]:
+        """What is there beside the locks, the manifest last."""
+        return sorted(
+            (path for path in self.folder.iterdir() if path.name != LOCKS), key=lambda path: path.name == MANIFEST
+        )
+
     def _clear(self) -> None:
-        """Remove all but the locks; the manifest first, so that the rest is nothing."""
-        (self.folder / MANIFEST).unlink(missing_ok=True)
-        for path in self.folder.iterdir():
-            if path.name == LOCKS:
-                continue
+        """Remove all but the locks; the manifest last, which says that the rest is ours to remove."""
+        for path in self._rest():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
@@ -288,7 +298,7 @@ class Journal:
             self.folder.rmdir()
 
 
-_open_here: set[str] = set()  # folders, as a process' own locks do not keep it out
+_open_here: set[tuple[int, str]] = set()  # by process, whose own locks do not keep it out, and folder
 
 
 def beside(path: Path) -> Path:

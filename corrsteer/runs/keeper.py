@@ -98,9 +98,6 @@ class Keeper:
     def finish(self) -> None:
         """Have evidence ask the rows that were kept for what is resampled."""
         run = self._run
-        if run.activations is not None and sum(len(block.samples) for block in run.activations.blocks) < run.n:
-            run.activations, run.evidence = None, {}  # a part is not the run's
-            run.notes.append(f"the activations of a block could not be kept; {NO_TESTS}")
         if run.activations is not None and run.n:
             try:
                 run.ask_rows()
