@@ -1,6 +1,7 @@
 # Everything is set up in .venv by the first target that needs it.
 #   make demo   the main job on the model that ships with the package
 #   make test   the test suite
+#   make test-crash   commands that are killed, whose writes fail, and that are spread over processes
 #   make test-vllm  rollouts by vLLM, in an environment of its own
 #   make bench  the microbenchmarks
 #   make docs   the documentation, served on this machine
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 QUIET := --quiet --disable-pip-version-check
 
-.PHONY: demo test test-sanitize test-vllm bench docs clean
+.PHONY: demo test test-crash test-sanitize test-vllm bench docs clean
 
 demo: $(STAMP)
 	$(BIN)/corrsteer demo
@@ -38,6 +39,11 @@ test-sanitize: $(STAMP)
 		ASAN_OPTIONS=detect_leaks=0 \
 		CORRSTEER_EXTENSIONS=$(SANITIZED)/corrsteer \
 		$(BIN)/python -m pytest tests/ops/test_operations.py tests/ops/test_native.py tests/ops/test_rows.py -k native
+
+# Seeds are printed; CORRSTEER_CRASH_SEED repeats one. A few of the crashes are in `make test` too.
+CRASHES ?= 100
+test-crash: $(STAMP)
+	OMP_NUM_THREADS=1 CORRSTEER_CRASHES=$(CRASHES) $(BIN)/python -m pytest -s tests/crash tests/spread
 
 # In an environment of its own, as vLLM takes other releases of transformers than the other tests. Run it by hand: to
 # install vLLM and to load models takes too long for every change.

@@ -38,18 +38,20 @@ class World:
                        "--most-features", "2", "--out", str(folder / "s.safetensors")],
             "evaluate": ["evaluate", "--steering", str(self.home / "s.safetensors"), *of_task,
                          "--out", str(folder / "e.json")],
+            "rollouts": ["rollouts", *common, "--task", str(self.home / "train.jsonl"), "--part", "all",
+                         "--samples-per-prompt", "2", "--temperature", "1", "--out", str(folder / "r.jsonl")],
         }[job]  # fmt: skip
 
 
 JOBS = ("collect", "search", "evaluate", "streamed")
 
 
-def write_world(home):
+def write_world(home, train=96):
     """Tasks of the demo's sums."""
     from corrsteer.demo import sums
 
     splits = sums.splits(0)
-    for name, rows in (("train", splits.train[:96]), ("validation", splits.validation[:64])):
+    for name, rows in (("train", splits.train[:train]), ("validation", splits.validation[:64])):
         (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return World(home)
 
@@ -58,6 +60,8 @@ def result(job, folder):
     """What a job has left, to be compared to the bit; but for how long it took."""
     if job == "evaluate":
         return _timeless(json.loads((folder / "e.json").read_bytes()))
+    if job == "rollouts":
+        return {"r.jsonl": (folder / "r.jsonl").read_bytes()}
     files = [folder / "s.safetensors"] if job == "search" else sorted((folder / "run").iterdir())
     found = {}
     for path in files:
