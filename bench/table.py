@@ -347,6 +347,13 @@ def collection(study: Path) -> str:
     return _jobs(study, "bench.collection", collection.reached, tables)
 
 
+def spread(study: Path) -> str:
+    """What two processes gain, and what a journal costs, as measured; or how to measure it."""
+    from bench import spread
+
+    return _jobs(study, "bench.spread", spread.reached, ((spread.HEADER, spread.rows),))
+
+
 def stored_rows(study: Path) -> str:
     """What stored rows of activations take against permuted sums, as measured; or how to measure it."""
     from bench import stored_rows
@@ -386,6 +393,7 @@ DOCUMENTS: dict[str, tuple[tuple[str, Callable[[Path], str], str], ...]] = {
         ("teacher_forcing", teacher_forcing, "studies/teacher_forcing.json"),
         ("vllm", vllm, "studies/vllm.json"),
         ("collection", collection, "studies/collection.json"),
+        ("spread", spread, "studies/spread.json"),
         ("hooks", hooks, "studies/hooks.json"),
         ("stored_rows", stored_rows, "studies/stored_rows.json"),
         ("benchmarks", lambda folder: section(load(folder)), "."),
