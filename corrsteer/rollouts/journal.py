@@ -84,8 +84,10 @@ class Journal:
             self._locks.close()
             _open_here.discard(self._key)
             raise
-        self.resumed: bool = any(self.names())
-        self._known: set[str] = set()
+        self._known: set[str] = set(self.names())
+        self.resumed: bool = bool(self._known)
+        if self.resumed and processes.rank() == 0:
+            log.warning("going on with what was done in %s", self.folder)
 
     def has(self, name: str) -> bool:
         """Whether a unit is done."""

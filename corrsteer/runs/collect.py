@@ -233,6 +233,8 @@ def collect(
         if done is not None:
             journal.leave()
             return done
+        if finish and processes.among_others():
+            raise CorrSteerError("finish must be False where several processes collect, got True; finish in one")
         if finish and not journal.resumed:
             raise CorrSteerError(f"finish must be False unless some samples are in {directory}, got True; collect some")
         run.notes += journal.notes

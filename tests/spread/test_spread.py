@@ -35,10 +35,10 @@ def world(tmp_path_factory):
     return made
 
 
-def start(launcher, world, job, folder):
+def start(launcher, world, job, folder, *more):
     folder.mkdir(parents=True, exist_ok=True)
     log = (folder / "log").open("ab")
-    command = [*launcher, *world.arguments(job, folder)]
+    command = [*launcher, *world.arguments(job, folder), *more]
     return subprocess.Popen(
         command, stdout=log, stderr=log, env=os.environ | QUIET, start_new_session=True, stdin=subprocess.DEVNULL
     )
@@ -88,12 +88,10 @@ def test_the_same_command_once_more_finds_it_done(world, tmp_path):
 def test_a_process_that_dies_is_started_again_and_the_result_is_the_same(world, tmp_path, job):
     launcher = start(spread(2), world, job, tmp_path)
     wait_for_units(tmp_path, 2)
-    killed = 0
-    for worker in workers(launcher)[-1:]:
-        os.kill(worker, signal.SIGKILL)
-        killed += 1
+    started = workers(launcher)
+    assert len(started) == 2, "it was done before"
+    os.kill(started[-1], signal.SIGKILL)
     assert launcher.wait(LIMIT) == 0, (tmp_path / "log").read_text()
-    assert killed or launcher.poll() == 0
     same(world, job, tmp_path)
 
 
@@ -107,9 +105,10 @@ def test_a_launcher_that_is_stopped_is_gone_on_with_by_one_process_alone(world, 
     same(world, "collect", tmp_path)
 
 
-def test_one_process_does_not_begin_anew_what_several_share(world, tmp_path):
-    launcher = start([*spread(1), "collect", "--force"], world, "collect", tmp_path)
+def test_several_processes_do_not_begin_anew(world, tmp_path):
+    launcher = start([*LAUNCHER[:-2], *spread(1)[len(LAUNCHER) :]], world, "collect", tmp_path, "--force")
     assert launcher.wait(LIMIT) != 0
+    assert "cannot be begun anew by several processes" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("kills", [0, 1])
@@ -120,7 +119,8 @@ def test_three_machines_over_a_shared_directory_come_to_the_same_also_where_one_
         port = found.getsockname()[1]
     meeting = ("--nnodes", "1:3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}",
                "--rdzv-id", str(random.randrange(10**9)),
-               "--rdzv-conf", "join_timeout=60,last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=2")  # fmt: skip
+               "--rdzv-conf", "join_timeout=60,last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=2",
+               )  # fmt: skip
     agents = [start(spread(1, *meeting), world, "collect", tmp_path) for _ in range(3)]
     try:
         if kills:
@@ -130,10 +130,10 @@ def test_three_machines_over_a_shared_directory_come_to_the_same_also_where_one_
         while not (tmp_path / "run" / "run.json").exists() and time.monotonic() < until:
             time.sleep(0.1)
         assert (tmp_path / "run" / "run.json").exists(), (tmp_path / "log").read_text()
-        for agent in agents[:1] if kills else agents:
-            agent.wait(LIMIT) if not kills else None
         while (tmp_path / "run" / "collecting").exists() and time.monotonic() < until:
             time.sleep(0.1)
+        if not kills:
+            assert [agent.wait(LIMIT) for agent in agents] == [0, 0, 0], (tmp_path / "log").read_text()
         same(world, "collect", tmp_path)
     finally:
         for agent in agents:
