@@ -67,7 +67,10 @@ def machine(device: str, devices: int | None = None, device_bytes: int | None = 
         raise CorrSteerError(f"device must be auto, cpu, cuda or another that torch knows, got {device!r}") from None
     if chosen.type == "cpu":
         if devices is not None:
-            raise CorrSteerError(f"devices must be left out on a CPU, whose processes share its memory, got {devices}")
+            raise CorrSteerError(
+                f"devices must be left out on a CPU, whose processes share its memory, got {devices}; for GPUs give "
+                f"device cuda"
+            )
         return Machine(chosen, 1, device_bytes or _ram())
     there = range(torch.cuda.device_count() if chosen.type == "cuda" else 0)
     if device_bytes is None and not there:

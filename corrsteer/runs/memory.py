@@ -24,7 +24,7 @@ from corrsteer.ops.rows import SparseRows, feature_dtype
 from corrsteer.runs.keeper import BYTES
 from corrsteer.runs.options import Options
 from corrsteer.runs.placement import place
-from corrsteer.runs.pooling import RESIDUAL_POOLINGS, row_bytes
+from corrsteer.runs.pooling import LAST_PROMPT, RESIDUAL_POOLINGS, row_bytes
 from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.types import Device
 
@@ -110,13 +110,14 @@ def plan_memory(
         ((rows, length + decoding.max_new_tokens - 1) for rows, length in batches), key=lambda b: b[0] * b[1]
     )
     buffers, in_parts = _captured(model, options, decoding, batches, len(points))
+    over_steps = any(pool != LAST_PROMPT for pool in options.pools)
     process = {
         "model weights": sum(weight_bytes(model).values()),
         "encoders": sum(encoder.nbytes for encoder in encoders.values()),
         "packed encoders": sum(_held(encoder, options, model, device) for encoder in encoders.values()),
         "key-value cache": cache_bytes(model, rows, tokens),
         "captured residuals": buffers,
-        "pooled parts of a batch": sum(_running_pools(in_parts, encoder) for encoder in encoders.values()),
+        "pooled parts of a batch": sum(_running_pools(in_parts, e) for e in encoders.values()) if over_steps else 0,
     }
     stored, keeps = _stored(encoders, options, samples, density)
     evidence = sum(

@@ -204,6 +204,13 @@ def test_what_statistics_are_planned_to_take_is_what_they_take(keep, without_wei
     assert 0 <= others - planned.disk["moments"] < HEADERS * 10
 
 
+def test_a_pooling_of_one_token_alone_holds_nothing_of_parts(without_weights):
+    chosen = {"positions": "all", "buffer_bytes": 8192}
+    last = options(pool="last_prompt", coefficient_pool="last_prompt", **chosen)
+    assert "pooled parts of a batch" in plan(without_weights, options(**chosen)).process
+    assert "pooled parts of a batch" not in plan(without_weights, last).process
+
+
 def test_while_rows_are_kept_no_evidence_of_permutations_is_held(without_weights):
     few, many = (plan(without_weights, options(permutations=p, block_size=8)).folding["evidence"] for p in (19, 1000))
     assert few == many
