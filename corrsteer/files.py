@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import json
 import math
 import os
@@ -17,10 +19,12 @@ from corrsteer.errors import CorrSteerError
 if TYPE_CHECKING:
     from torch import Tensor
 
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # what file systems say that have none
 
-def write_utf8(path: str | os.PathLike[str], text: str) -> None:
+
+def write_utf8(path: str | os.PathLike[str], text: str, *, once: bool = False) -> None:
     """Write a UTF-8 file, see `write_whole`."""
-    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"), once=once)
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -37,11 +41,15 @@ def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], meta
     write_whole(path, write)
 
 
-def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object], *, once: bool = False) -> None:
     """Have `write` make a file beside `path`, and put it there in one step once all of it is on the disk.
 
     Whatever happens, `path` holds what it held before or all of the new. Of a symbolic link the file is replaced that
     it leads to.
+
+    Parameters
+    ----------
+    once : a file that is there stays, as another process may have read it.
 
     Raises
     ------
@@ -57,7 +65,7 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -
         write(part)
         os.chmod(part, stat.S_IMODE(like))  # safetensors' own files are nobody else's to read
         _sync(part)
-        os.replace(part, target)
+        (_put_once if once else os.replace)(part, target)
     except OSError as error:
         raise CorrSteerError(
             f"{path} cannot be written ({error}); give a path in a folder that exists, with room and the right to write"
@@ -66,6 +74,26 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
     sync_folder(target.parent)
+
+
+def _put_once(part: Path, target: Path) -> None:
+    """Put a file there unless there is one, in one step also among machines that share a file system."""
+    try:
+        os.link(part, target)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if not target.exists():
+            os.replace(part, target)
+
+
+def remove_parts(path: Path) -> None:
+    """Remove what writers of a file left that died before it was whole; nobody may be writing it now."""
+    target = Path(os.path.realpath(path))
+    for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        part.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

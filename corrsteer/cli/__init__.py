@@ -6,7 +6,7 @@ A user's mistake ends with one line and exit status 1; `--traceback` shows where
 
 # each registers its command, in the order of the help
 from corrsteer.cli import demo, rollouts, collect, regrade, show, select, calibrate, evaluate, generate, plan, doctor  # noqa: F401, I001
-from corrsteer.cli.app import app, take_every_character
+from corrsteer.cli.app import app, end_when_asked, take_every_character
 
 __all__ = ["app", "main"]
 
@@ -14,4 +14,5 @@ __all__ = ["app", "main"]
 def main() -> None:
     """Entry point."""
     take_every_character()
+    end_when_asked()
     app()

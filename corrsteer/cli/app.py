@@ -6,12 +6,16 @@ import functools
 import inspect
 import io
 import logging
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from corrsteer import processes
 from corrsteer.cli.options import Given, flags
 from corrsteer.errors import CorrSteerError
 from corrsteer.files import to_json
@@ -29,6 +33,8 @@ app: typer.Typer = typer.Typer(
 _show_traceback = False
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+Force = Annotated[bool, typer.Option("--force", help="Begin anew, and replace a result that is there.")]
 
 
 def _version(wanted: bool) -> None:
@@ -68,17 +74,61 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             function(**arguments)
         except BrokenPipeError:  # whoever read our output has left, which Typer ends without a word
             raise
-        except (CorrSteerError, OSError) as error:
-            if _show_traceback:
+        except (Exception, KeyboardInterrupt) as error:
+            kept = getattr(error, "unfinished", None)
+            if _show_traceback or not (kept or isinstance(error, CorrSteerError | OSError | KeyboardInterrupt)):
                 raise
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(1) from None
+            typer.echo(f"error: {_in_one_line(error, kept)}", err=True)
+            raise typer.Exit(_status(error)) from None
 
     shown = [p for own in parameters.values() for p in (derived if own.name == "given" else [own])]
     shown = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in shown]
     run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in shown}
     return app.command(name=function.__name__)(run)
+
+
+class Terminated(KeyboardInterrupt):
+    """The system asks to end, as schedulers do before they kill."""
+
+    def __init__(self) -> None:
+        super().__init__("terminated")
+
+
+def end_when_asked() -> None:
+    """Have a request to end (SIGTERM) end a command as an interrupt from the keyboard does."""
+
+    def end(*_: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def _in_one_line(error: BaseException, kept: Path | None) -> str:
+    """What went wrong, and how to go on with what was done, where that is kept."""
+    known = isinstance(error, CorrSteerError | OSError)
+    what = str(error) if known else f"{type(error).__name__}: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        what = str(error) or "interrupted"
+    if kept is not None:
+        again = "the same command" if processes.among_others() else shlex.join([_program(), *sys.argv[1:]])
+        what = f"{what}; what was done is kept in {kept}. Go on with: {again}"
+    return " ".join(what.split())
+
+
+def _program() -> str:
+    name = Path(sys.argv[0]).name
+    return "python -m corrsteer" if name == "__main__.py" else name
+
+
+def _status(error: BaseException) -> int:
+    """The exit status: what shells give where a signal ends a program."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__
+    if cause is None:
+        return 1
+    return 128 + (signal.SIGTERM if isinstance(cause, Terminated) else signal.SIGINT)
 
 
 def take_every_character() -> None:
@@ -95,5 +145,7 @@ def say(text: str) -> None:
 
 def emit(result: dict[str, Any], as_json: bool, text: str, notes: Iterable[str] = ()) -> None:
     """Print a command's result, as JSON or as text with its notes."""
+    if processes.rank() != 0:  # the first of several speaks for all
+        return
     lines = [text, *(f"note: {note}" for note in notes)]
     typer.echo(to_json(result, indent=2) if as_json else "\n".join(lines))

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from corrsteer.cli.app import Json, command, emit
+from corrsteer import processes
+from corrsteer.cli.app import Force, Json, command, emit
 from corrsteer.cli.options import Given
 from corrsteer.cli.settings import CalibrateSettings
 
@@ -24,10 +25,14 @@ def calibrate(
             "of 2 as long as that is better."
         ),
     ] = None,
+    force: Force = False,
     json: Json = False,
 ) -> None:
-    """Choose how strongly to steer, by the score of the validation part of the task that was collected on."""
-    from corrsteer.cli import inputs
+    """Choose how strongly to steer, by the score of the validation part of the task that was collected on.
+
+    The same command goes on with a calibration that was not finished.
+    """
+    from corrsteer.cli import inputs, kept
     from corrsteer.experiments.scaling import calibrate_scale, check_scaling
     from corrsteer.report.tables import table
     from corrsteer.steering.steering import Steering
@@ -39,11 +44,18 @@ def calibrate(
     validation = inputs.load_task(settings)
     model, tokenizer = inputs.load_model(settings)
     loaded.check(model)
-    scaled = calibrate_scale(
-        model, tokenizer, loaded, validation,
-        scales=try_scale, positions=settings.positions, decoding=inputs.decoding(settings),
+    decoding = inputs.decoding(settings)
+    begun = kept.begun_as(
+        "calibrate", model, {"validation": validation}, decoding, {"steering": loaded},
+        try_scale=try_scale, positions=settings.positions,
     )  # fmt: skip
-    scaled.save(out)
+    scaled = kept.steering(
+        out, begun, force,
+        lambda journal: calibrate_scale(
+            model, tokenizer, loaded, validation, scales=try_scale, positions=settings.positions, decoding=decoding,
+            journal=journal, progress=processes.rank() == 0,
+        ),
+    )  # fmt: skip
     found = scaled.provenance["calibration"]
     text = table(
         ("scale", "reward", "± error", "improved", "worsened"),

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from corrsteer import processes
 from corrsteer.cli.app import Json, command
 from corrsteer.cli.options import Given
 from corrsteer.cli.settings import CollectSettings
 from corrsteer.errors import CorrSteerError
 
 if TYPE_CHECKING:
-    from corrsteer.runs.run import Run
+    from corrsteer.rollouts.rollout import Rollout
 
 OF_TASKS = ("task", "part", "split", "split_seed", "prompt_field", "answer_field", "samples_per_prompt")
 
@@ -21,15 +23,22 @@ OF_TASKS = ("task", "part", "split", "split_seed", "prompt_field", "answer_field
 @command
 def collect(
     given: Given[CollectSettings],
-    force: Annotated[bool, typer.Option("--force", help="Replace a run that is already there.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace what was begun or finished there before.")
+    ] = False,
+    finish: Annotated[
+        bool, typer.Option("--finish", help="Make a run of what was collected there so far, and collect no more.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Generate and grade a task's completions, or read some that exist, and correlate every SAE feature with the
-    reward."""
+    reward.
+
+    The same command goes on with a collection that was not finished.
+    """
     settings = given.read()
     from corrsteer.cli import collected, inputs
     from corrsteer.experiments.selection import selectable
-    from corrsteer.runs.collect import CollectionStopped
     from corrsteer.runs.collect import collect as collect_
     from corrsteer.runs.journal import FOLDER
     from corrsteer.runs.options import Options
@@ -44,35 +53,30 @@ def collect(
     samples = _samples(settings)
     if settings.rollouts is not None and (settings.out / FOLDER).resolve() in settings.rollouts.resolve().parents:
         raise CorrSteerError(
-            f"rollouts {settings.rollouts} would be removed, as they are what a collection left in {settings.out}; "
-            f"move them elsewhere, or give another directory as --out"
+            f"rollouts {settings.rollouts} would be removed, as they are what a collection has in {settings.out}; "
+            f"copy them, or give another directory as --out"
         )
-    collected.prepare(settings.out, force)
+    inputs.check_folder(settings.out)
     model, tokenizer = inputs.load_model(settings)
     encoders = inputs.load_encoders(sources, model)
     if settings.precision:
         encoders = {layer: encoder.to(precision=settings.precision) for layer, encoder in encoders.items()}
-    try:
-        run = collect_(
-            model,
-            tokenizer,
-            encoders,
-            **samples,
-            decoding=inputs.decoding(settings),
-            exclude_tokens=() if settings.keep_bos else None,
-            hook_offset=settings.hook_offset,
-            patience_layers=selectable(encoders) or None,
-            directory=settings.out,
-            **asked,
-        )
-    except CollectionStopped as stopped:
-        if stopped.run.n == 0:
-            raise
-        _save(stopped.run, settings)
-        raise CorrSteerError(
-            f"{stopped.message}; the {stopped.run.n} samples before are in {settings.out}, which select takes as it is"
-        ) from None
-    _save(run, settings)
+    run = collect_(
+        model,
+        tokenizer,
+        encoders,
+        **samples,
+        decoding=inputs.decoding(settings),
+        exclude_tokens=() if settings.keep_bos else None,
+        hook_offset=settings.hook_offset,
+        patience_layers=selectable(encoders) or None,
+        directory=settings.out,
+        anew=force,
+        finish=finish,
+        record={"settings": _recorded(settings, samples.get("rollouts"))},
+        progress=processes.rank() == 0,
+        **asked,
+    )
     collected.emit_run(run, settings.out, json)
 
 
@@ -83,7 +87,6 @@ def _samples(settings: CollectSettings) -> dict[str, Any]:
     from corrsteer.rollouts.regrading import task_of
     from corrsteer.rollouts.rollout import as_chat, rewarded_by
     from corrsteer.rollouts.rollout_file import read_rollouts
-    from corrsteer.runs.journal import FOLDER
 
     if settings.rollouts is None:
         check_samples(settings.samples_per_prompt, inputs.decoding(settings))  # before a model is loaded
@@ -98,8 +101,7 @@ def _samples(settings: CollectSettings) -> dict[str, Any]:
             f"{', '.join(strange)} cannot be used with rollouts, which are prompts and completions themselves; leave "
             f"{'it' if len(strange) == 1 else 'them'} out"
         )
-    unfinished = settings.rollouts.absolute().parent.name == FOLDER
-    rollouts = read_rollouts(settings.rollouts, cut_off=unfinished)[: settings.limit]
+    rollouts = read_rollouts(settings.rollouts)[: settings.limit]
     regrades = "grader" in settings.model_fields_set
     task = task_of(rollouts, inputs.parse_graders(settings.grader) if regrades else None)
     if settings.reward is not None and regrades:
@@ -111,18 +113,17 @@ def _samples(settings: CollectSettings) -> dict[str, Any]:
     return {"task": task, "rollouts": rollouts}
 
 
-def _save(run: Run, settings: CollectSettings) -> None:
-    """Write the run, with the settings that it takes to evaluate on the same task with the same model."""
-    from corrsteer.cli import collected
-
+def _recorded(settings: CollectSettings, rollouts: Sequence[Rollout] | None) -> dict[str, Any]:
+    """The settings that it takes to evaluate on the same task with the same model."""
     recorded = settings.model_dump(mode="json", exclude={"out", "sae", "rollouts"})
     for name in ("task", "model"):
         if recorded[name] is not None and Path(recorded[name]).exists():
             recorded[name] = str(Path(recorded[name]).resolve())
-    if settings.rollouts is not None and "grader" not in settings.model_fields_set:
+    if rollouts is not None and "grader" not in settings.model_fields_set:
         recorded["grader"] = ["none"]  # rewards came with the rollouts
-    if settings.rollouts is not None:  # what is generated later is generated as they were
-        theirs = run.provenance["decoding"] or {}
+    if rollouts is not None:  # what is generated later is generated as they were
+        from corrsteer.runs.samples import decoding_of
+
+        theirs = decoding_of(rollouts) or {}
         recorded |= {name: theirs[name] for name in theirs if name in recorded.keys() - settings.model_fields_set}
-    run.provenance["settings"] = recorded
-    collected.save(run, settings.out)
+    return recorded

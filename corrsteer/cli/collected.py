@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,18 +16,10 @@ if TYPE_CHECKING:
 def prepare(out: Path, force: bool) -> None:
     """See that a run can be written before it is made."""
     from corrsteer.cli import inputs
-    from corrsteer.runs.journal import FOLDER, check_unused
 
     if (out / "run.json").exists() and not force:
         raise CorrSteerError(f"out {out} already holds a run; give another directory, or --force to replace it")
-    if not force:
-        check_unused(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CorrSteerError(f"out {out} cannot be written to ({error.strerror}); give another directory") from None
-    inputs.check_writable(out)
-    shutil.rmtree(out / FOLDER, ignore_errors=True)
+    inputs.check_folder(out)
 
 
 def save(run: Run, out: Path) -> None:

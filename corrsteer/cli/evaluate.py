@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from corrsteer.cli.app import Json, command, emit
+from corrsteer import processes
+from corrsteer.cli.app import Force, Json, command, emit
 from corrsteer.cli.options import Given
 from corrsteer.cli.settings import EvaluateSettings
+
+if TYPE_CHECKING:
+    from corrsteer.rollouts.journal import Journal
+    from corrsteer.steering.steering import Steering
 
 VALIDATION = {"part": "validation", "limit": None}  # of the task, whatever part is evaluated on
 
@@ -29,23 +34,34 @@ def evaluate(
             "means, random features and others, each the best of its candidates and scales on the validation part."
         ),
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file to write the result to, with every completion. With it, what was generated is kept as it "
+            "comes, and the same command goes on with it."
+        ),
+    ] = None,
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Score a task unsteered and steered. What is not given is as it was when the run was collected.
 
     By default that is the test part of the task that the (first) steering was collected on. Several steerings are
     compared with the same unsteered completions, and take little longer than one; Holm's p is of all of them together.
-    With --category-field there are results of each category too.
+    With --category-field there are results of each category too. With --out, the same command goes on with an
+    evaluation that was not finished.
     """
-    from corrsteer.cli import inputs
+    from corrsteer.cli import inputs, kept
     from corrsteer.experiments.baselines import baselines as baselines_
     from corrsteer.experiments.evaluation import evaluate as evaluate_
     from corrsteer.experiments.scaling import calibrate_best
-    from corrsteer.report.tables import evaluation_table
     from corrsteer.runs.run import Run
-    from corrsteer.steering.steering import Steering
+    from corrsteer.runs.run_files import INDEX
+    from corrsteer.steering.steering import Steering as Steering_
 
-    loaded = {str(path): Steering.load(path) for path in steering}
+    if out is not None:
+        inputs.check_file(out)
+    loaded = {str(path): Steering_.load(path) for path in steering}
     first = next(iter(loaded.values()))
     settings = given.read(inputs.recorded(first.provenance, "test"))
     task, run = inputs.load_task(settings), None if baselines is None else Run.load(baselines)
@@ -57,30 +73,51 @@ def evaluate(
     for name, one in loaded.items():
         positions, scale = one.applied_as(settings.positions, settings.scale)
         compared[name] = replace(one, positions=positions, scale=scale)
-    others: dict[str, Steering] = {}
-    if run is not None and validation is not None:
-        candidates = baselines_(run, next(iter(compared.values())))
-        others = calibrate_best(model, tokenizer, candidates, validation, decoding=decoding)
-        compared |= others
-    results = evaluate_(model, tokenizer, task, compared, decoding=decoding)
+
+    def made(journal: Journal | None) -> dict[str, Any]:
+        of_model: dict[str, Any] = {
+            "decoding": decoding, "journal": journal, "progress": processes.rank() == 0
+        }  # fmt: skip
+        others: dict[str, Steering] = {}
+        if run is not None and validation is not None:
+            candidates = baselines_(run, next(iter(compared.values())))
+            others = calibrate_best(model, tokenizer, candidates, validation, **of_model)
+        results = evaluate_(model, tokenizer, task, compared | others, **of_model)
+        found: dict[str, Any] = {"steerings": {name: result.to_dict() for name, result in results.items()}}
+        if others:
+            found["baselines"] = {
+                name: other.provenance["calibration"] | {"scale": other.scale, "notes": other.notes}
+                for name, other in others.items()
+            }
+        return found
+
+    if out is None:
+        _show(made(None), loaded, json)
+        return
+    tasks = {"task": task} | ({} if validation is None else {"validation": validation})
+    of_run = None if baselines is None else kept.digest_of(baselines / INDEX)
+    begun = kept.begun_as("evaluate", model, tasks, decoding, compared, baselines=of_run)
+    _show(kept.evaluations(out, begun, force, made), loaded, json)
+
+
+def _show(found: dict[str, Any], loaded: Iterable[str], json: bool) -> None:
+    """Print evaluations: one as it is, several by name."""
+    from corrsteer.experiments.evaluation import Evaluation
+    from corrsteer.report.tables import evaluation_table
+
+    results = {name: Evaluation.from_dict(of_one) for name, of_one in found["steerings"].items()}
     if len(results) == 1:
         ((name, result),) = results.items()
-        emit(result.to_dict(), json, evaluation_table({_label(name, loaded): result}), result.notes)
+        emit(found["steerings"][name], json, evaluation_table({_label(name, loaded): result}), result.notes)
         return
     text = evaluation_table({_label(name, loaded): result for name, result in results.items()})
     shared = [note for note in next(iter(results.values())).notes if all(note in r.notes for r in results.values())]
     notes = shared + [f"{name}: {note}" for name, r in results.items() for note in r.notes if note not in shared]
-    for name, other in others.items():
-        what, *rest = other.notes
-        n = other.provenance["calibration"]["candidates"]
-        notes += [f"{name}: {what}, at scale {other.scale:g}, the best of {n} on validation"]
+    for name, other in found.get("baselines", {}).items():
+        what, *rest = other["notes"]
+        notes += [f"{name}: {what}, at scale {other['scale']:g}, the best of {other['candidates']} on validation"]
         notes += [f"{name}: {note}" for note in rest]
-    found: dict[str, Any] = {"steerings": {name: result.to_dict() for name, result in results.items()}}
-    if others:
-        found["baselines"] = {
-            name: other.provenance["calibration"] | {"notes": other.notes} for name, other in others.items()
-        }
-    emit(found, json, text, notes)
+    emit({name: found[name] for name in ("steerings", "baselines") if name in found}, json, text, notes)
 
 
 def _label(path: str, paths: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch import nn
 
+from corrsteer import processes
 from corrsteer.cli.settings import ModelSettings, RolloutsSettings, StatisticsSettings, TaskSettings
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm.decoding import Decoding
@@ -126,7 +127,8 @@ def load_model(given: ModelSettings) -> tuple[nn.Module, Any]:
     if given.device != "auto":
         placement["device_map"] = given.device
     elif torch.cuda.is_available():
-        placement["device_map"] = "auto"
+        own = processes.local_rank()  # each of several processes has one to itself
+        placement["device_map"] = "auto" if own is None else f"cuda:{own}"
     dtype = given.dtype if given.dtype == "auto" else getattr(torch, given.dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(given.model, dtype=dtype, **placement).eval()
@@ -228,6 +230,15 @@ def check_file(out: Path) -> None:
     if out.exists() and not out.is_file():
         raise CorrSteerError(f"out {out} cannot be written: it is no file; give the path of one")
     check_writable(Path(os.path.realpath(out)).parent)
+
+
+def check_folder(out: Path) -> None:
+    """See that files can be made in a folder, which is made where it is not there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CorrSteerError(f"out {out} cannot be written to ({error.strerror}); give another directory") from None
+    check_writable(out)
 
 
 def check_writable(folder: Path) -> None:

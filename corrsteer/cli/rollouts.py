@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from corrsteer import processes
 from corrsteer.cli.app import Json, command, emit
 from corrsteer.cli.options import Given
 from corrsteer.cli.settings import RolloutsSettings
@@ -15,10 +16,13 @@ from corrsteer.errors import CorrSteerError
 @command
 def rollouts(
     given: Given[RolloutsSettings],
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is already there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what was begun or finished there before.")] = False,
     json: Json = False,
 ) -> None:
-    """Generate and grade a task's completions, and write them to a file. Needs no SAE."""
+    """Generate and grade a task's completions, and write them to a file. Needs no SAE.
+
+    The same command goes on with rollouts that were not finished.
+    """
     settings = given.read()
     from corrsteer.cli import inputs
     from corrsteer.rollouts.asked import check_samples
@@ -26,8 +30,6 @@ def rollouts(
     from corrsteer.rollouts.rollout import by_name
 
     inputs.check_file(settings.out)
-    if settings.out.exists() and not force:
-        raise CorrSteerError(f"out {settings.out} is already there; give another path, or --force to replace it")
     if settings.engine == "hf" and settings.engine_option:
         raise CorrSteerError(
             f"engine_option must be left out unless with --engine vllm, got {', '.join(settings.engine_option)}"
@@ -40,6 +42,7 @@ def rollouts(
     batches = generate_rollouts(
         model, tokenizer, task, decoding,
         samples_per_prompt=settings.samples_per_prompt, out=settings.out, replace_out=force,
+        progress=processes.rank() == 0,
     )  # fmt: skip
     made = [rollout for batch in batches for rollout in batch]
     n, long = len(made), sum(rollout.finish == "length" for rollout in made)

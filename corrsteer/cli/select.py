@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from corrsteer.cli.app import Json, command, emit
+from corrsteer import processes
+from corrsteer.cli.app import Force, Json, command, emit
 from corrsteer.cli.options import Given
 from corrsteer.cli.settings import SEARCH, SelectSettings
 from corrsteer.errors import CorrSteerError
@@ -59,19 +60,22 @@ def select(
     ] = None,
     layer: Annotated[list[int] | None, typer.Option(help="Only these layers; by default all but layer 0.")] = None,
     top_k: Annotated[int, typer.Option(help="Rows of each layer's table.")] = 5,
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Choose features and coefficients from a collected run, and write a steering file.
 
     `--reward` is any of the run's. The model, its task and how it is steered are options of `--strategy pruned` and
-    `search`; by default they are as collected.
+    `search`; by default they are as collected. The same command goes on with a
+    search that was not finished.
     """
-    from corrsteer.cli import inputs
+    from corrsteer.cli import inputs, kept
     from corrsteer.experiments.search import SearchOptions
     from corrsteer.experiments.selection import STEERED, chosen
     from corrsteer.experiments.selection import select as select_
     from corrsteer.report.tables import feature_table, search_tables
     from corrsteer.runs.run import Run
+    from corrsteer.runs.run_files import INDEX
 
     inputs.check_file(out)
     loaded = Run.load(run)
@@ -98,13 +102,27 @@ def select(
         raise CorrSteerError(
             f"{', '.join(names)} can only be used with --strategy pruned or search, which run the model"
         )
-    steering = select_(loaded, **vars(choices), **trials)
+    if trials:
+        begun = kept.begun_as(
+            "select", trials["model"], {"validation": trials["validation"]}, trials["decoding"], {},
+            run=kept.digest_of(run / INDEX), reward=loaded.reward, **vars(choices), positions=trials["positions"],
+            scale=trials["scale"], options=trials.get("options") and asdict(trials["options"]),
+        )  # fmt: skip
+        steering = kept.steering(
+            out, begun, force,
+            lambda journal: select_(
+                loaded, **vars(choices), **trials, journal=journal, progress=processes.rank() == 0
+            ),
+        )  # fmt: skip
+    else:
+        steering = select_(loaded, **vars(choices))
     searched, notes = steering.provenance.get("search"), steering.notes
     if not steering.features:
         if searched:
             emit({"search": searched}, json, search_tables(searched))
         raise CorrSteerError("; ".join(notes))
-    steering.save(out)
+    if not trials:
+        steering.save(out)
     result = {
         "out": str(out),
         "features": [asdict(f) for f in steering.features],

@@ -15,6 +15,7 @@ from corrsteer.experiments.seen_samples import overlap_notes, repetition_notes
 from corrsteer.experiments.trials import UNSTEERED, Trial, run_trials
 from corrsteer.lm.decoding import Decoding
 from corrsteer.rollouts.grading import Graded
+from corrsteer.rollouts.journal import Journal
 from corrsteer.stats.paired import difference, holm, mean, paired_p_value
 from corrsteer.steering.steering import Steering
 from corrsteer.tasks import Task
@@ -85,6 +86,13 @@ class Evaluation:
     examples: list[dict[str, Any]] = field(repr=False)
     notes: list[str] = field(default_factory=list)
 
+    @classmethod
+    def from_dict(cls, described: Mapping[str, Any]) -> Evaluation:
+        """Of what `to_dict` gave, as JSON holds it."""
+        intervals = {name: value and tuple(value) for name, value in described.items() if name.endswith("_interval")}
+        categories = {name: CategoryEvaluation(**of_one) for name, of_one in described["categories"].items()}
+        return cls(**{**described, **intervals, "categories": categories})
+
     def to_dict(self, examples: bool = True) -> dict[str, Any]:
         """For JSON."""
         described = asdict(self)
@@ -102,6 +110,7 @@ def evaluate(
     scale: float | None = None,
     decoding: Decoding | None = None,
     unsteered: Graded | None = None,
+    journal: Journal | None = None,
     progress: bool = True,
 ) -> Evaluation: ...
 
@@ -117,6 +126,7 @@ def evaluate(
     scale: float | None = None,
     decoding: Decoding | None = None,
     unsteered: Graded | None = None,
+    journal: Journal | None = None,
     progress: bool = True,
 ) -> dict[str, Evaluation]: ...
 
@@ -131,6 +141,7 @@ def evaluate(
     scale: float | None = None,
     decoding: Decoding | None = None,
     unsteered: Graded | None = None,
+    journal: Journal | None = None,
     progress: bool = True,
 ) -> Evaluation | dict[str, Evaluation]:
     """Score a task unsteered and steered.
@@ -143,6 +154,7 @@ def evaluate(
     positions, scale : of all, as for `Steering.apply`; by default each steering's own.
     decoding : the same for all.
     unsteered : what `grade` gave for the same task and decoding, to save doing it again.
+    journal : as for `run_trials`.
 
     Returns
     -------
@@ -160,7 +172,7 @@ def evaluate(
     if unsteered is not None:
         unsteered.check(task, decoding)
     before = [] if unsteered is not None else [UNSTEERED]
-    graded = run_trials(model, tokenizer, task, before + trials, decoding, progress=progress)
+    graded = run_trials(model, tokenizer, task, before + trials, decoding, journal=journal, progress=progress)
     plain, *steered = graded if unsteered is None else [unsteered, *graded]
     repeated = repetition_notes(task)
     evaluations = {

@@ -10,6 +10,7 @@ from torch import nn
 from corrsteer.experiments.seen_samples import SELECTED, overlap_notes, validated
 from corrsteer.experiments.trials import UNSTEERED, Trial, run_trials
 from corrsteer.lm.decoding import Decoding
+from corrsteer.rollouts.journal import Journal
 from corrsteer.steering.steering import Steering
 from corrsteer.tasks import Task
 
@@ -24,10 +25,11 @@ def prune(
     validation: Task,
     decoding: Decoding,
     progress: bool,
+    journal: Journal | None = None,
 ) -> Steering:
     """Keep the features that, steered alone, beat the unsteered validation score (CorrSteer-P)."""
     alone = [Trial(one, name=one.features[0].name) for one in steering.alone()]
-    graded = run_trials(model, tokenizer, validation, [UNSTEERED, *alone], decoding, progress=progress)
+    graded = run_trials(model, tokenizer, validation, [UNSTEERED, *alone], decoding, journal=journal, progress=progress)
     unsteered, *scores = [one.score for one in graded]
     kept = [at for at, value in enumerate(scores) if value > unsteered]
     steering.provenance["selection"] |= {

@@ -17,6 +17,7 @@ from corrsteer.experiments.seen_samples import SELECTED, overlap_notes, validate
 from corrsteer.experiments.trials import UNSTEERED, Trial, run_trials
 from corrsteer.lm.decoding import Decoding
 from corrsteer.rollouts.grading import Graded
+from corrsteer.rollouts.journal import Journal
 from corrsteer.steering.steering import Steering
 from corrsteer.tasks import Task
 
@@ -61,6 +62,7 @@ def calibrate_scale(
     scales: Sequence[float] | None = None,
     positions: str | None = None,
     decoding: Decoding | None = None,
+    journal: Journal | None = None,
     progress: bool = True,
 ) -> Steering:
     """The same steering with the scale of the highest validation score.
@@ -76,6 +78,7 @@ def calibrate_scale(
         better.
     positions : as for `Steering.apply`; the returned steering's own.
     decoding : as for `evaluate`.
+    journal : as for `run_trials`.
 
     Raises
     ------
@@ -83,7 +86,7 @@ def calibrate_scale(
     """
     (scaled,) = calibrate_each(
         model, tokenizer, [steering], validation,
-        scales=scales, positions=positions, decoding=decoding, progress=progress,
+        scales=scales, positions=positions, decoding=decoding, journal=journal, progress=progress,
     )  # fmt: skip
     return scaled
 
@@ -98,6 +101,7 @@ def calibrate_each(
     positions: str | None = None,
     stays: bool = True,
     decoding: Decoding | None = None,
+    journal: Journal | None = None,
     progress: bool = True,
 ) -> list[Steering]:
     """`calibrate_scale` of several steerings, which share what is computed of prompts.
@@ -110,7 +114,9 @@ def calibrate_each(
     tried = [check_scaling(steering, wanted) for steering in steerings]
     at = [steering.applied_as(positions, None)[0] for steering in steerings]
     decoding = decoding or Decoding()
-    unsteered, curves = _curves(model, tokenizer, steerings, validation, tried, grows, at, decoding, progress)
+    unsteered, curves = _curves(
+        model, tokenizer, steerings, validation, tried, grows, at, decoding, progress, journal
+    )
     return [
         _calibrated(steering, curve, unsteered, validation, where, grows, stays)
         for steering, curve, where in zip(steerings, curves, at)
@@ -125,6 +131,7 @@ def calibrate_best(
     *,
     positions: str | None = None,
     decoding: Decoding | None = None,
+    journal: Journal | None = None,
     progress: bool = True,
 ) -> dict[str, Steering]:
     """Of the candidates of each name, the one that scores best on validation samples, at its best scale.
@@ -135,7 +142,7 @@ def calibrate_best(
     flat = [(name, steering) for name, of_name in candidates.items() for steering in of_name]
     scaled = calibrate_each(
         model, tokenizer, [steering for _, steering in flat], validation,
-        positions=positions, stays=False, decoding=decoding, progress=progress,
+        positions=positions, stays=False, decoding=decoding, journal=journal, progress=progress,
     )  # fmt: skip
     best: dict[str, Steering] = {}
     for (name, _), steering in zip(flat, scaled):
@@ -193,6 +200,7 @@ def _curves(
     positions: Sequence[str],
     decoding: Decoding,
     progress: bool,
+    journal: Journal | None,
 ) -> tuple[Graded, list[dict[float, Graded]]]:
     """What is graded of no steering, and of each steering by scale; curves may grow where they are best."""
     curves: list[dict[float, Graded]] = [{} for _ in steerings]
@@ -201,7 +209,7 @@ def _curves(
     while wanted:
         trials = [Trial(steerings[at], scale, positions[at], f"scale {scale:g}") for at, scale in wanted]
         before = [UNSTEERED] if unsteered is None else []
-        graded = run_trials(model, tokenizer, validation, before + trials, decoding, progress=progress)
+        graded = run_trials(model, tokenizer, validation, before + trials, decoding, journal=journal, progress=progress)
         seen.update(reward for one in graded for reward in one.rewards)
         unsteered = graded.pop(0) if unsteered is None else unsteered
         for (at, scale), one in zip(wanted, graded):

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from scipy.stats import norm
 from torch import nn
 from tqdm.auto import tqdm
 
+from corrsteer import processes
 from corrsteer.arguments import number, share, whole
 from corrsteer.errors import CorrSteerError
 from corrsteer.experiments.race import FIRST, Race, Runner
@@ -27,6 +27,7 @@ from corrsteer.experiments.seen_samples import SELECTED, overlap_notes, repetiti
 from corrsteer.experiments.trials import UNSTEERED, Trial, run_trials
 from corrsteer.lm.decoding import Decoding
 from corrsteer.rollouts.grading import Graded
+from corrsteer.rollouts.journal import Journal
 from corrsteer.stats.paired import difference, paired_p_value
 from corrsteer.steering.features import Feature
 from corrsteer.steering.steering import Steering
@@ -90,6 +91,7 @@ def search(
     decoding: Decoding,
     options: SearchOptions,
     progress: bool,
+    journal: Journal | None = None,
 ) -> Steering:
     """The steering that does best on validation samples, and whether others confirm it.
 
@@ -105,7 +107,9 @@ def search(
             f"validation must leave at least {FIRST} samples to search on and {FIRST} to confirm by, got "
             f"{len(racing)} and {len(confirming)}; give more, or another confirm"
         )
-    found = _Search(candidates, model, tokenizer, racing, positions, scale, reward_range, decoding, options)
+    found = _Search(
+        candidates, model, tokenizer, racing, positions, scale, reward_range, decoding, options, journal
+    )
     found.budget.reserved = 2 * len(confirming)
     with tqdm(unit="completion", desc=f"search {validation.name}", disable=not progress) as bar:
         found.bar = bar
@@ -135,15 +139,14 @@ class _Budget:
     minutes: float | None
     reserved: int = 0
     spent: int = 0
-    started: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0  # as completions were made in, so that a search that goes on decides as it did
 
     @property
     def left(self) -> float:
         """Completions that may be generated before what is reserved."""
         left = math.inf if self.completions is None else self.completions - self.spent
         if self.minutes is not None and self.spent:
-            seconds = time.monotonic() - self.started
-            left = min(left, (60 * self.minutes - seconds) * self.spent / seconds)
+            left = min(left, (60 * self.minutes - self.seconds) * self.spent / self.seconds)
         return left - self.reserved
 
 
@@ -161,9 +164,10 @@ class _Search:
         reward_range: tuple[float, float],
         decoding: Decoding,
         options: SearchOptions,
+        journal: Journal | None,
     ):
         self.candidates, self.task, self.options = candidates, task, options
-        self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
+        self.model, self.tokenizer, self.decoding, self.journal = model, tokenizer, decoding, journal
         self.budget = _Budget(options.completions, options.minutes)
         self.notes: list[str] = []
         self.bar: Any = None
@@ -190,8 +194,11 @@ class _Search:
 
     def grade(self, task: Task, trials: Sequence[Trial]) -> list[Graded]:
         """Completions of a task under trials."""
-        graded = run_trials(self.model, self.tokenizer, task, trials, self.decoding, progress=False)
+        graded = run_trials(
+            self.model, self.tokenizer, task, trials, self.decoding, journal=self.journal, progress=False
+        )
         self.budget.spent += len(task) * len(trials)
+        self.budget.seconds += sum(one.seconds + one.grading_seconds for one in graded) / processes.world_size()
         self.bar.update(len(task) * len(trials))
         return graded
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from corrsteer.runs.run import BEGUN
 from corrsteer.tasks import Task
 from corrsteer.tasks.identity import count_seen
 
@@ -18,7 +19,7 @@ USES = {SELECTED: "features were selected on", VALIDATED: "the steering was vali
 def selected(provenance: dict[str, Any]) -> dict[str, Any]:
     """A run's provenance as that of a steering, which was selected on the run's samples."""
     seen = [provenance["samples"]] if "samples" in provenance else []
-    return {name: value for name, value in provenance.items() if name != "samples"} | {SELECTED: seen}
+    return {name: value for name, value in provenance.items() if name not in ("samples", BEGUN)} | {SELECTED: seen}
 
 
 def validated(provenance: dict[str, Any], validation: Task) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from corrsteer.experiments.seen_samples import selected
 from corrsteer.lm.decoding import Decoding
 from corrsteer.lm.token_positions import POSITIONS
 from corrsteer.ops.moments import COEFFICIENTS
+from corrsteer.rollouts.journal import Journal
 from corrsteer.runs.run import Run
 from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.stats import inference
@@ -56,6 +57,7 @@ def select(
     scale: float = 1.0,
     options: SearchOptions | None = None,
     decoding: Decoding | None = None,
+    journal: Journal | None = None,
     progress: bool = True,
 ) -> Steering:
     """Select features and set their coefficients (CorrSteer-S, -A and -P, and by search).
@@ -86,6 +88,7 @@ def select(
         search, one or more positions to try, and the middle of the scales to begin with.
     options : of the search.
     decoding : for `pruned` and `search`: how completions are generated.
+    journal : as for `run_trials`.
 
     Returns
     -------
@@ -130,9 +133,11 @@ def select(
         if searches:
             alone = steering.alone()
             span = _reward_range(run)
-            steering = search(alone, model, tokenizer, validation, tried, scale, span, decoding, options, progress)
+            steering = search(
+                alone, model, tokenizer, validation, tried, scale, span, decoding, options, progress, journal
+            )
         else:
-            steering = prune(steering, model, tokenizer, validation, decoding, progress)
+            steering = prune(steering, model, tokenizer, validation, decoding, progress, journal)
     by_chance = [f for f in steering.features if f.by_chance]
     if by_chance and alpha is None and not searches:
         steering.notes.append(

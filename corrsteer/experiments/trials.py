@@ -6,27 +6,27 @@ to there, and what was read is given to a row of each trial; rows of different t
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from corrsteer.arguments import check_type
 from corrsteer.compatibility import warn_once
 from corrsteer.errors import CorrSteerError
+from corrsteer.experiments.shared_trials import complete_shared
+from corrsteer.experiments.trial_batches import GradedRow, Kind, Part, Samples, complete
+from corrsteer.files import to_json
 from corrsteer.lm.decoding import Decoding
-from corrsteer.lm.generation import Completion, Generator, Within, tokenize
-from corrsteer.lm.hook_points import HookPoint
-from corrsteer.lm.prefill import Begun
+from corrsteer.lm.generation import Generator, tokenize
 from corrsteer.lm.sampling import sample_keys
 from corrsteer.rollouts.grading import Graded
+from corrsteer.rollouts.journal import Journal
 from corrsteer.rollouts.rollout import by_name
-from corrsteer.steering.hooks import add_vectors
 from corrsteer.steering.steering import Steering, stack
 from corrsteer.tasks import Task
 
@@ -82,6 +82,7 @@ def run_trials(
     trials: Sequence[Trial],
     decoding: Decoding | None = None,
     *,
+    journal: Journal | None = None,
     progress: bool = True,
 ) -> list[Graded]:
     """Complete and grade every example of a task under each trial.
@@ -94,6 +95,8 @@ def run_trials(
     model, tokenizer, task : what is tried, and on which examples.
     trials : one or more.
     decoding : the same for all.
+    journal : where graded completions are kept, batch by batch. What is there is not made again, if all calls with the
+        journal are the same in the same order; processes that `torchrun` launches share the batches among them.
 
     Returns
     -------
@@ -112,37 +115,22 @@ def run_trials(
         check_type("each of trials", trial, Trial, "a Trial")
     if not trials:
         raise CorrSteerError("trials must be one or more, got none")
-    kinds = _kinds(model, trials)
+    kinds = kinds_of(model, trials)
     prompts = tokenize(model, tokenizer, task, decoding)
     results = _Results(task, decoding, trials)
-    generator, keys = Generator(model, tokenizer, decoding), sample_keys(prompts)
+    samples = Samples(Generator(model, tokenizer, decoding), task, prompts, sample_keys(prompts))
+    batches = samples.generator.plan(prompts, share=any(kind.positions == "generated" for kind in kinds))
+    parts = [Part(samples, kind, batch) for batch in batches for kind in kinds]
+    completed = complete(parts) if journal is None else complete_shared(parts, journal, _digest(trials, task, decoding))
     with tqdm(total=len(task) * len(trials), unit="completion", desc=task.name, disable=not progress) as bar:
-        for batch in generator.plan(prompts, share=any(kind.positions == "generated" for kind in kinds)):
-            for kind in kinds:
-                rows = [_Row(trial, vector, sample) for trial, vector in kind.trials.items() for sample in batch]
-                for written in _complete(generator, kind, batch, rows, prompts, keys):
-                    results.add(written)
-                    bar.set_postfix_str(results.leader(), refresh=False)
-                    bar.update(len(written))
+        for graded in completed:
+            results.add(graded)
+            bar.set_postfix_str(results.leader(), refresh=False)
+            bar.update(len(graded))
     return results.graded()
 
 
-@dataclass
-class _Kind:
-    """Trials that steer the same positions.
-
-    Attributes
-    ----------
-    trials : their numbers, and which of the vectors each adds; -1 for none.
-    vectors : hook point -> `[V, d]` float32.
-    """
-
-    positions: str
-    trials: dict[int, int]
-    vectors: dict[HookPoint, Tensor]
-
-
-def _kinds(model: nn.Module, trials: Sequence[Trial]) -> list[_Kind]:
+def kinds_of(model: nn.Module, trials: Sequence[Trial]) -> list[Kind]:
     """The trials by the positions that they steer; those that steer nothing are steered at none."""
     numbers: dict[str, list[int]] = {}
     for number, trial in enumerate(trials):
@@ -153,84 +141,16 @@ def _kinds(model: nn.Module, trials: Sequence[Trial]) -> list[_Kind]:
         stacked = [(trial.steering, trial.scale) for trial in (trials[n] for n in steering) if trial.steering]
         vectors = stack(model, [steering for steering, _ in stacked], [scale for _, scale in stacked])
         rows = {number: steering.index(number) if number in steering else -1 for number in members}
-        kinds.append(_Kind(positions, rows, vectors))
+        kinds.append(Kind(positions, rows, vectors))
     return kinds
 
 
-class _Written(NamedTuple):
-    """What was written in a row, and its share of the time."""
-
-    row: _Row
-    completion: Completion
-    seconds: float
-
-
-class _Row(NamedTuple):
-    """A sample of a trial, and which vector the trial adds."""
-
-    trial: int
-    vector: int
-    sample: int
-
-
-def _complete(
-    generator: Generator,
-    kind: _Kind,
-    batch: list[int],
-    rows: list[_Row],
-    prompts: Sequence[list[int]],
-    keys: Sequence[int],
-) -> Iterator[list[_Written]]:
-    """Complete rows whose samples are those of a batch, some at a time."""
-    most = generator.decoding.rows(max(len(prompts[i]) for i in batch))
-    shares = kind.positions == "generated"
-    reads = shares and len(kind.trials) > 1 and generator.reuse.rows
-    started = time.perf_counter()
-    begun = generator.read([prompts[i] for i in batch]) if reads else None
-    if begun is not None and torch.accelerator.is_available():
-        torch.accelerator.synchronize()  # otherwise the rows that are written first would pay for all
-    reading = (time.perf_counter() - started) / len(rows)
-    if begun is not None:
-        most = min(most, begun.most_rows(generator.decoding), _most_trials(generator, begun) * len(batch))
-    places = {sample: at for at, sample in enumerate(batch)}
-    for at in range(0, len(rows), most):
-        some = rows[at : at + most]
-        samples, within = [row.sample for row in some], _within(generator.model, kind, some)
-        drawn = [keys[i] for i in samples]
-        started = time.perf_counter()
-        if begun is not None:
-            written = generator.finish(begun.rows([places[i] for i in samples]), drawn, within)
-        else:
-            written = generator.complete([prompts[i] for i in samples], drawn, share=shares, within=within)
-        writing = (time.perf_counter() - started) / sum(completion.tokens for completion in written)
-        yield [_Written(row, each, reading + writing * each.tokens) for row, each in zip(some, written)]
-
-
-def _most_trials(generator: Generator, begun: Begun) -> int:
-    """How many trials share batches: with more than one, what was read is copied for each, and weights read less often.
-
-    One trial of all rows shares what was read with the next, without a copy.
-    """
-    weights = sum(parameter.nbytes for parameter in generator.model.parameters())
-    copied = 2 * begun.nbytes  # read and written
-    return 1 if copied > weights * generator.decoding.max_new_tokens else generator.decoding.batch_size
-
-
-def _within(model: nn.Module, kind: _Kind, rows: list[_Row]) -> Within:
-    def steered(left: Sequence[int]) -> contextlib.AbstractContextManager[Any]:
-        """Only what these rows add, where it is not nothing."""
-        vectors = [rows[at].vector for at in left]
-        used = sorted({vector for vector in vectors if vector >= 0})
-        tables = {point: table[used] for point, table in kind.vectors.items() if bool(table[used].any())}
-        if not tables:
-            return contextlib.nullcontext()
-        if used == sorted(set(vectors)) and len(used) == 1:
-            return add_vectors(model, tables, None, kind.positions)
-        places = {vector: at for at, vector in enumerate(used)}
-        chosen = [places.get(vector, -1) for vector in vectors]
-        return add_vectors(model, tables, torch.tensor(chosen, dtype=torch.int32, device="cpu"), kind.positions)
-
-    return steered
+def _digest(trials: Sequence[Trial], task: Task, decoding: Decoding) -> str:
+    """What tells a call from others."""
+    digest = blake2b(to_json([asdict(task.identity), asdict(decoding)]).encode(), digest_size=16)
+    for trial in trials:
+        digest.update(to_json([trial.scale, trial.positions, (trial.steering or NOTHING).digest]).encode())
+    return digest.hexdigest()
 
 
 class _Results:
@@ -240,18 +160,18 @@ class _Results:
         self._task, self._decoding, self._trials = task, decoding, trials
         self._completions = [[""] * len(task) for _ in trials]
         self._rewards = [[dict[str, float]()] * len(task) for _ in trials]
-        self._tokens, self._seconds = [0] * len(trials), [0.0] * len(trials)
+        self._tokens = [0] * len(trials)
+        self._seconds, self._grading = [0.0] * len(trials), [0.0] * len(trials)
         self._sums, self._counts = [0.0] * len(trials), [0] * len(trials)
 
-    def add(self, written: Sequence[_Written]) -> None:
-        """Grade completions that were written together."""
-        examples = [self._task.examples[each.row.sample] for each in written]
-        rewards = self._task.grade([each.completion.text for each in written], examples)
-        for (row, completion, seconds), given in zip(written, rewards):
-            self._completions[row.trial][row.sample], self._rewards[row.trial][row.sample] = completion.text, given
-            self._tokens[row.trial] += completion.tokens
-            self._seconds[row.trial] += seconds
-            self._sums[row.trial] += next(iter(given.values()))
+    def add(self, graded: Sequence[GradedRow]) -> None:
+        """Take in completions that were graded together."""
+        for row in graded:
+            self._completions[row.trial][row.sample], self._rewards[row.trial][row.sample] = row.text, row.rewards
+            self._tokens[row.trial] += row.tokens
+            self._seconds[row.trial] += row.seconds
+            self._grading[row.trial] += row.grading_seconds
+            self._sums[row.trial] += next(iter(row.rewards.values()))
             self._counts[row.trial] += 1
 
     def leader(self) -> str:
@@ -263,5 +183,8 @@ class _Results:
     def graded(self) -> list[Graded]:
         """All of them."""
         identity = self._task.identity
-        found = zip(self._completions, self._rewards, self._tokens, self._seconds)
-        return [Graded(c, by_name(r), identity, self._decoding, tokens, seconds) for c, r, tokens, seconds in found]
+        found = zip(self._completions, self._rewards, self._tokens, self._seconds, self._grading)
+        return [
+            Graded(texts, by_name(rewards), identity, self._decoding, tokens, seconds, grading)
+            for texts, rewards, tokens, seconds, grading in found
+        ]

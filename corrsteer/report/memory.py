@@ -25,6 +25,7 @@ REMEDIES = {
     "packed encoders": "take encoders in --precision bf16, or fewer layers at a time",
     "key-value cache": "take a smaller --batch-tokens or --batch-size",
     "captured residuals": "take a smaller --buffer-bytes",
+    "a batch's samples": "take a smaller --batch-size, or fewer layers at a time",
     "pooled parts of a batch": "take a smaller --batch-size, or a larger --buffer-bytes",
     "a block's samples": "take a smaller --block-size, or fewer layers at a time",
     "moments": "take fewer layers at a time",

@@ -64,14 +64,18 @@ class Asked:
         example, sample = divmod(number, self.k)
         return self._keys[sample * len(self.task) + example]
 
+    def name(self, number: int) -> str:
+        """What its rollout is called."""
+        sample = number % self.k
+        return _readable(self.example(number).source) + (f"#{sample}" if sample else "")
+
     def rollout(self, number: int, completion: Completion, rewards: Mapping[str, float] | None = None) -> Rollout:
         """What a completion becomes."""
-        example, sample = self.example(number), number % self.k
-        name = _readable(example.source) + (f"#{sample}" if sample else "")
+        example, sample, name = self.example(number), number % self.k, self.name(number)
         return Rollout(
             id=name, sample=sample, source=name, prompt=self._written(example), prompt_ids=tuple(self.prompt(number)),
             completion=completion.text, completion_ids=completion.ids, finish=completion.finish,
-            rewards=dict(rewards or {}), answer=example.answer, meta=example.fields, **self._of_all,
+            rewards=dict(rewards or {}), answer=example.answer, meta=example.fields, **self.like,
         )  # fmt: skip
 
     @functools.cached_property
@@ -80,7 +84,8 @@ class Asked:
         return sample_keys(self._prompts * self.k)
 
     @functools.cached_property
-    def _of_all(self) -> dict[str, Any]:
+    def like(self) -> dict[str, Any]:
+        """What all rollouts have alike: model, engine and decoding."""
         decoding = self.engine.decoding
         settings = {name: getattr(decoding, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
         return {"model": self.engine.model_name, "engine": self.engine.engine, "decoding": settings}

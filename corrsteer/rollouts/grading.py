@@ -32,6 +32,7 @@ class Graded:
     rewards_by_name : a list for each reward that the graders give; the first is the default.
     tokens : generated in all, with those that ended a completion.
     seconds : that generating them took, prompts read and texts decoded, but not graded.
+    grading_seconds : that grading them took.
     """
 
     completions: list[str]
@@ -40,6 +41,7 @@ class Graded:
     decoding: Decoding
     tokens: int
     seconds: float = field(compare=False)
+    grading_seconds: float = field(default=0.0, compare=False)
 
     @property
     def rewards(self) -> list[float]:
@@ -92,14 +94,16 @@ def grade(
     prompts = tokenize(model, tokenizer, task, decoding)
     generator, keys = Generator(model, tokenizer, decoding), sample_keys(prompts)
     completions, rewards = [""] * len(task), [dict[str, float]()] * len(task)
-    total = done = seconds = 0.0
+    total = done = seconds = grading = 0.0
     tokens = 0
     with tqdm(total=len(task), unit="sample", desc=f"grade {task.name}", disable=not progress) as bar:
         for batch in generator.plan(prompts):
             started = time.perf_counter()
             written = generator.complete([prompts[i] for i in batch], [keys[i] for i in batch])
             seconds += time.perf_counter() - started
+            started = time.perf_counter()
             graded = task.grade([each.text for each in written], [task.examples[i] for i in batch])
+            grading += time.perf_counter() - started
             for i, each, given in zip(batch, written, graded):
                 completions[i], rewards[i] = each.text, given
                 total += next(iter(given.values()))
@@ -107,4 +111,4 @@ def grade(
             done += len(batch)
             bar.set_postfix_str(f"reward {total / done:.3f}", refresh=False)
             bar.update(len(batch))
-    return Graded(completions, by_name(rewards), task.identity, decoding, tokens, seconds)
+    return Graded(completions, by_name(rewards), task.identity, decoding, tokens, seconds, grading)

@@ -1,33 +1,27 @@
-"""Files of rollouts: read whole, with every mistake found before anything is made of it, and written batch by batch."""
+"""Files of rollouts: read whole, with every mistake found before anything is made of it, and written whole."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from corrsteer.arguments import as_path, shown
-from corrsteer.errors import CorrSteerError
-from corrsteer.files import sync_folder, write_utf8
+from corrsteer.files import write_utf8
 from corrsteer.rollouts.rollout import Rollout, RolloutError
 
 T = TypeVar("T")
 
 
-def read_rollouts(path: str | os.PathLike[str], *, cut_off: bool = False) -> list[Rollout]:
+def read_rollouts(path: str | os.PathLike[str]) -> list[Rollout]:
     """Read a UTF-8 file with one JSON object a line, see docs/rollouts.md. Blank lines are skipped.
 
     Where no line has an ``id``, it is the line's number; where a line has no ``sample``, it is how many lines before it
     have the same prompt.
-
-    Parameters
-    ----------
-    cut_off : leave out a last line without an end, which was being written when the writer died.
 
     Raises
     ------
@@ -48,8 +42,7 @@ def read_rollouts(path: str | os.PathLike[str], *, cut_off: bool = False) -> lis
 
     seen: Counter[str] = Counter()
     alike = _Alike()
-    whole = [(number, line) for number, line in _lines(path) if not cut_off or line.endswith(b"\n")]
-    return read_lines(path, rollout, "rollout", whole)
+    return read_lines(path, rollout, "rollout")
 
 
 def write_rollouts(path: str | os.PathLike[str], rollouts: Iterable[Rollout]) -> None:
@@ -82,110 +75,6 @@ def alike(rollouts: Iterable[Rollout]) -> list[Rollout]:
     return found
 
 
-class RolloutWriter:
-    """Appends rollouts to a file, whole lines at a time, each batch on the disk before the next.
-
-    The file is made by the first batch. A line that has no newline at its end was being written when the writer died;
-    `resume` cuts it off.
-
-    Parameters
-    ----------
-    path : of the file.
-    resume : whether to go on with a file that is there; `ids` are then those that it holds.
-    replace : whether to begin it anew where it is there.
-
-    Raises
-    ------
-    CorrSteerError : for a file that is there, unless one of these is asked for, and one that cannot be written.
-    RolloutError : for a file to resume that holds anything else.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], *, resume: bool = False, replace: bool = False):
-        self.path: Path = as_path("path", path)
-        self._alike, self._file = _Alike(), None
-        if resume and self.path.exists():
-            cut_unfinished_line(self.path)
-            if self.path.stat().st_size:
-                for rollout in read_rollouts(self.path):
-                    self._alike.check(rollout)
-        elif self.path.exists() and not (replace and self.path.is_file()):
-            raise CorrSteerError(f"out {self.path} is already there; give another path, or have it replaced")
-        self._anew = not resume
-
-    @property
-    def ids(self) -> set[str]:
-        """Of what the file holds."""
-        return self._alike.ids
-
-    def write(self, rollouts: Sequence[Rollout]) -> None:
-        """Append a batch, all of it or nothing.
-
-        Raises
-        ------
-        RolloutError : where an id is there already, or rewards have other names than those before.
-        CorrSteerError : where it cannot be written.
-        """
-        new = self._alike.of_batch()
-        self._append("".join(new.check(rollout).to_line() for rollout in rollouts).encode())
-        self._alike.take(new)
-
-    def _append(self, lines: bytes) -> None:
-        try:
-            if self._file is None:
-                self._file = self.path.open("ab", buffering=0)
-                if self._anew:
-                    self._file.truncate(0)
-                self._anew = False
-                sync_folder(self.path.parent)
-            size = self._file.seek(0, os.SEEK_END)
-            try:
-                written = 0
-                while written < len(lines):
-                    written += self._file.write(lines[written:])
-                os.fsync(self._file.fileno())
-            except BaseException:
-                self._file.truncate(size)
-                raise
-        except OSError as error:
-            raise CorrSteerError(
-                f"{self.path} cannot be written ({error}); give a path in a folder that exists, with room and the "
-                f"right to write"
-            ) from None
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def __enter__(self) -> RolloutWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def cut_unfinished_line(path: Path) -> None:
-    """Cut off what stands after a file's last newline."""
-    try:
-        with path.open("rb+") as file:
-            end = at = file.seek(0, os.SEEK_END)
-            while at:
-                begin = max(0, at - (1 << 16))
-                file.seek(begin)
-                found = file.read(at - begin).rfind(b"\n")
-                at = begin if found < 0 else begin + found + 1
-                if found >= 0:
-                    break
-            if at < end:
-                file.truncate(at)
-                os.fsync(file.fileno())
-    except OSError as error:
-        raise CorrSteerError(f"{path} cannot be written ({error}); give a file that may be") from None
-
-
 def read_lines(
     path: Path, take: Callable[[int, Any], T], what: str, lines: Iterable[tuple[int, Any]] | None = None
 ) -> list[T]:
@@ -214,23 +103,13 @@ def read_lines(
 class _Alike:
     """What rollouts of one file must have in common: rewards of the same names; and what not: their ids."""
 
-    def __init__(self, before: _Alike | None = None):
+    def __init__(self) -> None:
         self.ids: set[str] = set()
-        self.names: tuple[str, ...] | None = before and before.names
-        self._before: set[str] = before.ids if before else set()
-
-    def of_batch(self) -> _Alike:
-        """The same for a batch that may turn out not to be taken."""
-        return _Alike(self)
-
-    def take(self, batch: _Alike) -> None:
-        """Go on after a batch."""
-        self.ids |= batch.ids
-        self.names = batch.names
+        self.names: tuple[str, ...] | None = None
 
     def check(self, rollout: Rollout) -> Rollout:
         """The rollout, its rewards in the order of the first's."""
-        if rollout.id in self.ids or rollout.id in self._before:
+        if rollout.id in self.ids:
             raise RolloutError(f"id {rollout.id!r} is there twice; every rollout must have its own")
         if self.names is None:
             self.names = tuple(rollout.rewards)

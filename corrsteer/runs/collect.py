@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,23 +10,30 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from corrsteer import processes
 from corrsteer.arguments import as_path, check_type, whole
 from corrsteer.compatibility import warn_once
 from corrsteer.errors import CorrSteerError
+from corrsteer.files import remove_parts
 from corrsteer.lm import hook_points
 from corrsteer.lm.decoding import Decoding
 from corrsteer.ops import Moments, registry
+from corrsteer.rollouts.journal import Journal
 from corrsteer.rollouts.rollout import Rollout
+from corrsteer.runs.batches import BatchReader
+from corrsteer.runs.begun import begun_as, saved_run
 from corrsteer.runs.blocks import BlockCollector
 from corrsteer.runs.excluded import excluded_tokens
-from corrsteer.runs.journal import Journal
+from corrsteer.runs.journal import FOLDER, CollectionJournal
 from corrsteer.runs.keeper import Keeper
 from corrsteer.runs.options import Options
 from corrsteer.runs.placement import place
 from corrsteer.runs.pooling import RESIDUAL_POOLINGS
 from corrsteer.runs.provenance import provenance
-from corrsteer.runs.run import Run
+from corrsteer.runs.run import BEGUN, Run
+from corrsteer.runs.run_files import INDEX
 from corrsteer.runs.samples import generated, given
+from corrsteer.runs.shared_batches import SharedBatches
 from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.stats import stability
 from corrsteer.stats.blocks import shuffled_blocks
@@ -38,7 +45,7 @@ if TYPE_CHECKING:
 
 
 class CollectionStopped(CorrSteerError):
-    """Collection could not go on; `run` holds everything up to there."""
+    """Collection could not go on; `run` holds everything up to there. With a directory, the same call goes on."""
 
     def __init__(self, message: str, run: Run):
         super().__init__(message, run)  # both, as unpickling makes it anew from them
@@ -76,6 +83,9 @@ def collect(
     keep_activations: str = "auto",
     activation_bytes: int = 4 << 30,
     directory: PathLike | None = None,
+    anew: bool = False,
+    finish: bool = False,
+    record: Mapping[str, Any] | None = None,
     progress: bool = True,
     backend: str | None = None,
 ) -> Run:
@@ -126,14 +136,20 @@ def collect(
         `activation_bytes`, and not of encoders whose features are all active (`identity`); past it they become evidence
         that is streamed, which a note says. `always`; or `never`.
     activation_bytes : see there. They lie on disk where `directory` is given, otherwise in memory.
-    directory : where rollouts are written batch by batch, and activations block by block, while the collection is under
-        way, in a folder `collecting`. `Run.save` to the same directory takes them over.
+    directory : where the run is saved, and until then all that there is of it, batch by batch, in a folder
+        `collecting`. The same call goes on with what is there, and comes to the same result as if it had never been
+        stopped; another call is refused, and so is one while another process is at it. A run that is there already is
+        given back. Processes that `torchrun` launches share the batches among them.
+    anew : throw away what was begun or finished in the directory.
+    finish : make a run of what is there, and collect nothing more.
+    record : anything else that the run's provenance should hold.
     backend : a backend's name; by default the fastest that can.
 
     Raises
     ------
     CorrSteerError : before anything is generated, where task, encoders and model do not fit together, or the
         statistics would not fit in `statistics_bytes`.
+    JobDiffers : where another collection was begun or finished in the directory; the message lists each difference.
     CollectionStopped : for whatever goes wrong later, such as activations that are NaN or infinite, a grader that
         fails, or an interrupt from the keyboard; the batches collected before are in its `run`.
     """
@@ -203,32 +219,80 @@ def collect(
         provenance=provenance(model, samples.task, encoders, positions, decoding, hook_offset)
         | samples.provenance
         | {"exclude_tokens": list(options.exclude_tokens), "backends": backends}
-        | {name: getattr(options, name) for name in ("block_size", "shuffle_seed", "within_prompt")},
+        | {name: getattr(options, name) for name in ("block_size", "shuffle_seed", "within_prompt")}
+        | dict(record or {}),
     )
-    journal = None if directory is None else Journal(as_path("directory", directory))
-    run.journal = journal and journal.folder
-    with (
-        contextlib.closing(journal) if journal else contextlib.nullcontext(),
-        tqdm(total=len(samples), unit="sample", desc=f"collect {samples.task.name}", disable=not progress) as bar,
-    ):
-        keeper = Keeper(run, encoders, devices, options, max(map(len, blocks.values())), journal)
-        collector = BlockCollector(run, samples, encoders, keeper, options, journal)
+    reader = BatchReader(samples, encoders, points, devices, options)
+    plans = {number: samples.source.plan(block) for number, block in blocks.items()}
+    if directory is None:
+        _check_alone(anew, finish)
+        _collect(run, SharedBatches(reader, blocks, plans, None), progress=progress)
+        return run
+    directory, begun = as_path("directory", directory), begun_as(model, reader, decoding, hook_offset)
+    with Journal(directory / FOLDER, begun, anew=anew) as journal:
+        done = None if anew else saved_run(directory, journal.begun, journal.resumed)
+        if done is not None:
+            journal.leave()
+            return done
+        if finish and not journal.resumed:
+            raise CorrSteerError(f"finish must be False unless some samples are in {directory}, got True; collect some")
+        run.notes += journal.notes
+        batches = SharedBatches(reader, blocks, plans, CollectionJournal(journal, devices))
+        if processes.among_others() and not batches.help():
+            return Run.load(directory)
+        remove_parts(directory / INDEX)
+        _collect(run, batches, progress=progress, finish=finish)
+        run.provenance[BEGUN] = journal.begun
         try:
-            for number, block in blocks.items():
-                collector.collect(number, block, bar.update)
+            run.save(directory)
+        except CorrSteerError as error:
+            raise CollectionStopped(str(error), run) from error
+        journal.finish()
+        return run
+
+
+def _check_alone(anew: bool, finish: bool) -> None:
+    """Raise where what needs a directory is asked for without one."""
+    if anew or finish:
+        raise CorrSteerError(f"{'anew' if anew else 'finish'} must be False without a directory, got True")
+    if processes.among_others():
+        raise CorrSteerError(
+            "directory must be given to collect with several processes, which share it, got None; give one that all see"
+        )
+
+
+def _collect(run: Run, batches: SharedBatches, *, progress: bool, finish: bool = False) -> None:
+    """Put the blocks together, and fold them into the run.
+
+    Raises
+    ------
+    CollectionStopped : where that cannot go on.
+    """
+    reader, journal = batches.reader, batches.journal
+    samples, options = reader.samples, reader.options
+    largest = max(map(len, batches.blocks.values()))
+    streams = journal is not None and journal.has_state
+    with tqdm(total=len(samples), unit="sample", desc=f"collect {samples.task.name}", disable=not progress) as bar:
+        keeper = Keeper(run, reader.encoders, reader.devices, options, largest, streams)
+        folded = [] if journal is None else journal.load_state(run)
+        collector = BlockCollector(run, samples, reader.encoders, keeper, options, journal, folded)
+        read = batches.there if finish else batches.get
+        try:
+            for number, block in batches.blocks.items():
+                collector.collect(
+                    number, list(block), batches.plans[number], functools.partial(read, number), bar.update
+                )
                 if progress:
                     bar.set_postfix_str(_leader(run), refresh=False)
                 if _stops_early(run, options, len(samples)):
                     break
         except (Exception, KeyboardInterrupt) as error:  # a GPU out of memory, say: hours of work are in the run
-            if isinstance(error, CorrSteerError):
-                reason = str(error)
-            else:
-                reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+            reason = str(error) if isinstance(error, CorrSteerError) else f"{type(error).__name__}: {error}"
+            if isinstance(error, KeyboardInterrupt):
+                reason = str(error) or "interrupted"
             _finish(run, samples.task, keeper)
             raise CollectionStopped(reason, run) from error
     _finish(run, samples.task, keeper)
-    return run
 
 
 def _stops_early(run: Run, options: Options, samples: int) -> bool:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from corrsteer.errors import CorrSteerError
-from corrsteer.ops.rows import SparseRows
 from corrsteer.runs.activations import Activations, Block
-from corrsteer.runs.journal import Journal
+from corrsteer.runs.batches import Pooled
 from corrsteer.runs.options import Options
 from corrsteer.runs.pooling import row_bytes
 from corrsteer.runs.run import Run
@@ -31,6 +30,7 @@ class Keeper:
     Parameters
     ----------
     block : samples of the largest block.
+    streams : whether the activations have been given up before.
 
     Raises
     ------
@@ -44,17 +44,17 @@ class Keeper:
         devices: Mapping[int, torch.device],
         options: Options,
         block: int,
-        journal: Journal | None = None,
+        streams: bool = False,
     ):
         self._run, self._encoders, self._devices = run, encoders, devices
-        self._options, self._journal = options, journal
+        self._options = options
         self._held = row_bytes(block, encoders.values(), options.pools)
         self._block = block
-        if options.keeps(encoders):
+        if options.keeps(encoders) and not streams:
             run.activations = Activations([], options.permutations, options.bootstrap)
         run.evidence = self._allocated(streams=run.activations is None)
 
-    def make_room(self, pooled: Mapping[int, Mapping[str, Tensor]]) -> None:
+    def make_room(self, pooled: Pooled) -> None:
         """Give up the activations that were kept where a block more would be too many; the run is whole after it."""
         kept, options = self._run.activations, self._options
         if kept is None or options.keep_activations == "always":
@@ -82,45 +82,19 @@ class Keeper:
             f"longer kept: statistics are those that were asked for"
             + (f", without {', '.join(lost)}, which {'needs' if len(lost) == 1 else 'need'} them" if lost else "")
         )
-        if self._journal:
-            self._journal.remove_blocks()
 
-    def add(
-        self,
-        number: int,
-        samples: list[int],
-        pooled: Mapping[int, Mapping[str, Tensor]],
-        y: Tensor,
-        groups: Sequence[int] | None,
-    ) -> None:
-        """Take in a block: pooled activations by layer and pooling, `[N, d_sae]`, rewards `[N]` and prompts."""
-        unwritten = None
-        if self._run.activations is not None:
-            rows = {
-                (layer, pool): SparseRows.from_dense(z).to("cpu")
-                for layer, pools in pooled.items()
-                for pool, z in pools.items()
-            }
-            block = Block.of_rows(number, samples, rows)
-            if self._journal:
-                try:
-                    block = self._journal.add_block(block)
-                except CorrSteerError as error:  # it stays in memory
-                    unwritten = error
+    def add(self, block: Block | None, number: int, pooled: Pooled, y: Tensor, groups: Sequence[int] | None) -> None:
+        """Take in a block: its rows, where they are kept, pooled activations, rewards `[N]` and prompts."""
+        if self._run.activations is not None and block is not None:
             self._run.activations.blocks.append(block)
         for layer, pools in pooled.items():
             for pool, z in pools.items():
                 evidence = self._run.evidence[layer][pool]
                 evidence.update(z, y, number, groups=groups, backend=self._options.backend)
-        if unwritten:
-            raise unwritten
 
     def finish(self) -> None:
         """Have evidence ask the rows that were kept for what is resampled."""
         run = self._run
-        if run.activations is not None and sum(len(block.samples) for block in run.activations.blocks) < run.n:
-            run.activations, run.evidence = None, {}  # a part is not the run's
-            run.notes.append(f"the activations of a block could not be kept; {NO_TESTS}")
         if run.activations is not None and run.n:
             try:
                 run.ask_rows()

@@ -117,6 +117,7 @@ def plan_memory(
         "packed encoders": sum(_held(encoder, options, model, device) for encoder in encoders.values()),
         "key-value cache": cache_bytes(model, rows, tokens),
         "captured residuals": buffers,
+        "a batch's samples": row_bytes(max(rows for rows, _ in batches), encoders.values(), options.pools),
         "pooled parts of a batch": sum(_running_pools(in_parts, e) for e in encoders.values()) if over_steps else 0,
     }
     stored, keeps = _stored(encoders, options, samples, density)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +26,8 @@ from corrsteer.stats.evidence import Evidence
 from corrsteer.stats.stability import Leader, Snapshot
 from corrsteer.tasks.identity import pack_prompts
 from corrsteer.types import PathLike
+
+BEGUN = "begun"  # in the provenance of a run as it was collected: which collection it is
 
 
 @dataclass(eq=False)
@@ -52,7 +52,6 @@ class Run:
     pool, coefficient_pool : pooling for the correlation and for the coefficient.
     notes : what a user should know, such as a reward that never varied.
     provenance : model, task, SAEs, decoding, versions and samples (see `Task.samples`); anything JSON can hold.
-    journal : where it was written while it was collected, a folder that `save` removes.
     """
 
     moments: dict[int, dict[str, Moments]]
@@ -71,7 +70,6 @@ class Run:
     snapshots: list[Snapshot] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict, repr=False)
-    journal: Path | None = field(default=None, repr=False)
     _tested: dict[tuple[str, int], dict[int, inference.Significance]] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -298,6 +296,7 @@ class Run:
             rollouts = replace(rollouts, reward=first) if stored else rewarded_first(rollouts, first)
         rewards = {"rewards": known[first], "other_rewards": {name: known[name] for name in others}}
         again = replace(self, rollouts=rollouts, **rewards, **statistics)
+        again.provenance = {name: value for name, value in again.provenance.items() if name != BEGUN}
         of_statistics = self.statistics_notes()
         again.notes = [note for note in self.notes if note not in of_statistics] + again.statistics_notes()
         return again
@@ -354,9 +353,6 @@ class Run:
             for block in self.activations.blocks:
                 if block.path is not None:
                     block.moved(directory / names["activations", block.number])
-        if self.journal is not None and self.journal.parent.resolve() == directory.resolve():
-            shutil.rmtree(self.journal, ignore_errors=True)
-            self.journal = None
 
     @classmethod
     def load(cls, directory: PathLike) -> Run:
@@ -381,7 +377,7 @@ class Run:
                 rewards=rewards,
                 other_rewards=dict(zip(others, others_rewards)),
                 groups=arrays["groups"].tolist() if "groups" in arrays else [],
-                snapshots=[_snapshot(entry) for entry in described["snapshots"]],
+                snapshots=[snapshot_of(entry) for entry in described["snapshots"]],
                 **{key: described[key] for key in ("pool", "coefficient_pool", "notes", "provenance")},
                 **parts,
             )
@@ -401,7 +397,8 @@ class Run:
                 raise TypeError(f"{name} is no {kind.__name__}")
 
 
-def _snapshot(entry: dict[str, Any]) -> Snapshot:
+def snapshot_of(entry: dict[str, Any]) -> Snapshot:
+    """What `asdict` gave, as JSON holds it."""
     leaders = {int(layer): tuple(Leader(**one) for one in rows) for layer, rows in entry["leaders"].items()}
     return Snapshot(entry["n"], leaders)
 

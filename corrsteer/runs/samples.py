@@ -141,11 +141,11 @@ def given(
         [len(prompt) + len(completion) for prompt, completion in sequences],
         _groups([prompt for prompt, _ in sequences], options),
         notes,
-        {"engine": sorted({rollout.engine or "unknown" for rollout in rollouts}), "decoding": _decoding(rollouts)},
+        {"engine": sorted({rollout.engine or "unknown" for rollout in rollouts}), "decoding": decoding_of(rollouts)},
     )
 
 
-def _decoding(rollouts: Sequence[Rollout]) -> dict[str, Any] | None:
+def decoding_of(rollouts: Sequence[Rollout]) -> dict[str, Any] | None:
     """How rollouts were generated; None where that is not known, or not the same for all."""
     first = rollouts[0].decoding
     return first if all(rollout.decoding == first for rollout in rollouts) else None

@@ -12,6 +12,7 @@ import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import blake2b
 from typing import Any, TypeVar
 
 import torch
@@ -90,6 +91,13 @@ class Steering:
             raise CorrSteerError(f"vectors must map hook points to tensors [d], one or more of one d, got {shapes}")
         features = [Feature(name, coefficient) for name in vectors]
         return cls(features, torch.stack([vector.detach().float().cpu() for vector in vectors.values()]))
+
+    @property
+    def digest(self) -> str:
+        """What tells what it adds, and where, from others; not its notes, nor how strongly it is applied."""
+        described = to_json([asdict(feature) for feature in self.features])
+        directions = self.directions.detach().cpu().contiguous().view(torch.uint8)
+        return blake2b(described.encode() + directions.numpy().tobytes(), digest_size=16).hexdigest()
 
     def alone(self) -> list[Steering]:
         """Each of its features as a steering of that feature alone, with the same table, notes and provenance."""

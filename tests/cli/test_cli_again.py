@@ -154,14 +154,6 @@ def test_show_finds_the_completions_of_a_feature_and_where_it_peaks(world):
     assert "feature must be LAYER/FEATURE" in run("show", world / "run", "--feature", "12", ok=False).output
 
 
-def test_an_unfinished_collection_is_not_written_over(world, tmp_path):
-    (tmp_path / "collecting").mkdir()
-    said = run("collect", "--config", world / "collect.yaml", "--out", tmp_path, ok=False).output
-    assert "holds a collection that was not finished" in said
-    run("collect", "--config", world / "collect.yaml", "--out", tmp_path, "--force")
-    assert not (tmp_path / "collecting").exists() and Run.load(tmp_path).n == 60
-
-
 def test_several_completions_of_a_prompt_are_collected_and_compared_within_it(world, tmp_path):
     flags = ("--samples-per-prompt", 3, "--temperature", 1.5, "--within-prompt")
     run("collect", "--config", world / "collect.yaml", *flags, "--out", tmp_path / "several")

@@ -92,31 +92,45 @@ def test_the_file_is_in_the_tasks_order_and_the_same_whatever_the_batches(model,
     assert ids == [e.source + more for e in task.examples for more in ("", "#1")]
 
 
-def test_a_batch_is_in_the_file_when_it_is_given(model, tmp_path):
+def test_a_batch_is_on_the_disk_when_it_is_given_and_the_same_call_goes_on(model, tmp_path):
     path = tmp_path / "r.jsonl"
-    batches = generate_rollouts(
-        model,
-        tiny_pipeline.tokenizer(),
-        tiny_pipeline.task(12),
-        replace(GREEDY, batch_size=4),
-        out=path,
-        progress=False,
-    )
-    assert not path.exists(), "nothing is generated before it is asked for"
+    graded = []
+
+    def asked(max_new_tokens=GREEDY.max_new_tokens, **settings):
+        task = tiny_pipeline.task(12, lambda completion, example: graded.append(1) or 1.0)
+        decoding = replace(GREEDY, batch_size=4, max_new_tokens=max_new_tokens)
+        world = model, tiny_pipeline.tokenizer(), task, decoding
+        return generate_rollouts(*world, out=path, progress=False, **settings)
+
+    batches = asked()
+    assert list(tmp_path.iterdir()) == [], "nothing is generated before it is asked for"
     first = next(batches)
-    assert read_rollouts(path) == first and 0 < len(first) <= 4
+    (kept,) = (tmp_path / "r.jsonl.partial").glob("*.jsonl")
+    assert read_rollouts(kept) == first and 0 < len(first) <= 4
     batches.close()
-    assert read_rollouts(path) == first
+    with pytest.raises(CorrSteerError, match="max_new_tokens was .*, is 2. Ask for the same to go on"):
+        next(asked(max_new_tokens=2))
+    again = list(asked())
+    assert again[0] == first and len(graded) == 12, "none is made twice"
+    assert {one.id: one for one in read_rollouts(path)} == {one.id: one for batch in again for one in batch}
+    assert [item.name for item in tmp_path.iterdir()] == ["r.jsonl"]
+    (whole,) = asked()
+    assert whole == read_rollouts(path) and len(graded) == 12, "what is finished is given back"
+    with pytest.raises(CorrSteerError, match="already there, with others"):
+        asked(max_new_tokens=2)
+    list(asked(max_new_tokens=2, replace_out=True))
+    assert read_rollouts(path) != whole and len(graded) == 24
 
 
-def test_a_grader_that_fails_leaves_the_batches_before_in_the_file(model, tmp_path):
+def test_a_grader_that_fails_leaves_the_batches_before_to_go_on_with(model, tmp_path):
     def grader(completion, example, seen=[]):  # noqa: B006
         seen.append(1)
         return float("nan") if len(seen) == 9 else 1.0
 
     with pytest.raises(TaskError, match="must return a finite number"):
         made(model, tiny_pipeline.task(12, grader), replace(GREEDY, batch_size=4), out=tmp_path / "r")
-    assert len(read_rollouts(tmp_path / "r")) == 8
+    kept = (tmp_path / "r.partial").glob("*.jsonl")
+    assert sum(len(read_rollouts(path)) for path in kept) == 8
 
 
 def test_a_task_without_a_grader_gives_rollouts_without_rewards(model, tmp_path):

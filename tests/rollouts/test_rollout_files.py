@@ -1,17 +1,14 @@
 """Rollouts go through their file unchanged, and a file that is wrong says where."""
 
-import errno
 import json
-import os
 
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from corrsteer import CorrSteerError
 from corrsteer.rollouts.rollout import Rollout, RolloutError
-from corrsteer.rollouts.rollout_file import RolloutWriter, read_rollouts, write_rollouts
+from corrsteer.rollouts.rollout_file import read_rollouts, write_rollouts
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 SOME = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=10)
@@ -64,10 +61,6 @@ def test_rollouts_of_any_text_come_back_as_they_were(tmp_path_factory, rollouts)
     again = read_rollouts(path)
     assert again == rollouts
     assert [list(each.rewards) for each in again] == [list(each.rewards) for each in rollouts]
-    with RolloutWriter(path, replace=True) as writer:
-        for each in rollouts:
-            writer.write([each])
-    assert read_rollouts(path) == rollouts
 
 
 @pytest.mark.parametrize(
@@ -178,89 +171,3 @@ def test_rewards_of_every_line_come_in_the_order_of_the_first(tmp_path):
     rows = [GOOD | {"rewards": {"x": 1, "y": 2}}, GOOD | {"id": "b", "rewards": {"y": 3, "x": 4}}]
     first, second = read_rollouts(lines(tmp_path / "r.jsonl", *rows))
     assert list(first.rewards) == list(second.rewards) == ["x", "y"] and second.rewards == {"x": 4, "y": 3}
-
-
-# Writing
-
-
-def test_each_batch_is_on_the_disk_when_it_is_written(tmp_path, monkeypatch):
-    synced = []
-    real = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_size), real(file)))
-    path = tmp_path / "r.jsonl"
-    writer = RolloutWriter(path)
-    assert not path.exists()
-    writer.write([rollout(id="a"), rollout(id="b")])
-    assert [each.id for each in read_rollouts(path)] == ["a", "b"] and path.stat().st_size in synced
-    writer.write([rollout(id="c")])
-    assert [each.id for each in read_rollouts(path)] == ["a", "b", "c"] and path.stat().st_size in synced
-    writer.close()
-
-
-def test_a_writer_goes_on_after_a_line_that_was_cut_off(tmp_path):
-    path = tmp_path / "r.jsonl"
-    with RolloutWriter(path) as writer:
-        writer.write(
-            [rollout(id="a"), rollout(id="b", completion="x" * 70_000), rollout(id="c", completion="x" * 200_000)]
-        )
-    os.truncate(path, path.stat().st_size - 2)
-    with RolloutWriter(path, resume=True) as writer:
-        assert writer.ids == {"a", "b"}
-        with pytest.raises(RolloutError, match="id 'b' is there twice"):
-            writer.write([rollout(id="d"), rollout(id="b")])
-        writer.write([rollout(id="c"), rollout(id="d")])
-    assert [each.id for each in read_rollouts(path)] == ["a", "b", "c", "d"]
-
-
-def test_a_writer_goes_on_where_nothing_whole_was_written(tmp_path):
-    path = tmp_path / "r.jsonl"
-    path.write_text('{"id": "a", "pro')
-    with RolloutWriter(path, resume=True) as writer:
-        writer.write([rollout()])
-    assert [each.id for each in read_rollouts(path)] == ["a"]
-
-
-def test_what_is_there_is_replaced_only_where_that_is_asked_for(tmp_path):
-    path = tmp_path / "r.jsonl"
-    write_rollouts(path, [rollout(id="old")])
-    with pytest.raises(CorrSteerError, match="r.jsonl is already there"):
-        RolloutWriter(path)
-    writer = RolloutWriter(path, replace=True)
-    assert [each.id for each in read_rollouts(path)] == ["old"], "until the first batch"
-    writer.write([rollout(id="new")])
-    assert [each.id for each in read_rollouts(path)] == ["new"]
-
-
-def test_a_writer_takes_only_rollouts_that_are_alike(tmp_path):
-    with RolloutWriter(tmp_path / "r.jsonl") as writer:
-        writer.write([rollout(rewards={"x": 1, "y": 2})])
-        with pytest.raises(RolloutError, match="the same rewards, got x after x, y"):
-            writer.write([rollout(id="b", rewards={"x": 1})])
-        writer.write([rollout(id="b", rewards={"y": 1, "x": 2})])
-    assert [list(each.rewards) for each in read_rollouts(tmp_path / "r.jsonl")] == [["x", "y"]] * 2
-
-
-def test_a_batch_that_the_disk_has_no_room_for_leaves_the_file_as_it_was(tmp_path, monkeypatch):
-    path = tmp_path / "r.jsonl"
-    writer = RolloutWriter(path)
-    writer.write([rollout()])
-    before = path.read_bytes()
-
-    def full(file):
-        raise OSError(errno.ENOSPC, "no space left")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
-        with pytest.raises(CorrSteerError, match="cannot be written .*no space left"):
-            writer.write([rollout(id="b")])
-    assert path.read_bytes() == before
-    writer.write([rollout(id="b")])
-    assert [each.id for each in read_rollouts(path)] == ["a", "b"]
-
-
-def test_a_last_line_that_was_being_written_is_left_out_where_that_is_asked_for(tmp_path):
-    path = tmp_path / "rollouts.jsonl"
-    path.write_text('{"prompt": "1", "completion": "2", "reward": 1}\n{"prompt": "1", "compl', encoding="utf-8")
-    with pytest.raises(RolloutError, match="rollouts.jsonl:2: not JSON"):
-        read_rollouts(path)
-    assert [rollout.completion for rollout in read_rollouts(path, cut_off=True)] == ["2"]

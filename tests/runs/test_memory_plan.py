@@ -13,6 +13,7 @@ from corrsteer.lm.capture import Capture
 from corrsteer.lm.meta_model import cache_bytes, model_without_weights, weight_bytes
 from corrsteer.ops import RunningPool, native_backend
 from corrsteer.ops.moments import Moments
+from corrsteer.runs.batches import BatchReader
 from corrsteer.runs.blocks import BlockCollector
 from corrsteer.runs.memory import plan_memory
 from corrsteer.runs.options import Options
@@ -127,8 +128,8 @@ def test_the_native_backend_holds_what_it_says_it_holds_of_an_encoder(precision)
 @pytest.mark.parametrize("positions", ("generated", "all"))
 @pytest.mark.parametrize("buffer_bytes", (1 << 30, 8192))
 def test_what_a_batch_is_planned_to_take_is_what_it_takes(positions, buffer_bytes, without_weights, monkeypatch):
-    caches, captured, pools = [], [], []
-    empty_cache, leave, new_pool = prefill.empty_cache, Capture.__exit__, RunningPool.__init__
+    caches, captured, pools, pooled = [], [], [], []
+    empty_cache, leave, new_pool, read = prefill.empty_cache, Capture.__exit__, RunningPool.__init__, BatchReader.read
     monkeypatch.setattr(prefill, "empty_cache", lambda *given: caches.append(empty_cache(*given)) or caches[-1])
 
     def exit(capture, *exception):
@@ -140,6 +141,12 @@ def test_what_a_batch_is_planned_to_take_is_what_it_takes(positions, buffer_byte
         new_pool(pool, *given)
         pools.append(pool)
 
+    def batch(reader, which):
+        made = read(reader, which)
+        pooled.append(sum(z.nbytes for by in (made.pooled, made.residuals) for of in by.values() for z in of.values()))
+        return made
+
+    monkeypatch.setattr(BatchReader, "read", batch)
     monkeypatch.setattr(Capture, "__exit__", exit)
     monkeypatch.setattr(RunningPool, "__init__", init)
     chosen = options(positions=positions, buffer_bytes=buffer_bytes)
@@ -147,6 +154,7 @@ def test_what_a_batch_is_planned_to_take_is_what_it_takes(positions, buffer_byte
     planned = plan(without_weights, chosen).process
     held = [sum(r.nbytes for layer in cache.value.layers for r in getattr(layer, "_reserved", ())) for cache in caches]
     assert planned["key-value cache"] == max(held)
+    assert planned["a batch's samples"] == max(pooled)
     flushed = [nbytes for capture, nbytes in captured if capture.flushed]
     assert bool(flushed) == (buffer_bytes < 1 << 30) == ("pooled parts of a batch" in planned)
     most = max(nbytes for _, nbytes in captured)
