@@ -180,6 +180,7 @@ class Journal:
         if processes.rank() == 0:
             write()
             self.finish()
+            return
         while not self.finished:
             time.sleep(POLL)
         self.close()
@@ -326,8 +327,8 @@ def check_same(known: Any, asked: Any, what: str) -> None:
     """Raise JobDiffers, which lists each difference, unless a job is the one that was begun."""
     if differ := list(_differences(known, plain(asked))):
         raise JobDiffers(
-            f"{what} differs from what is asked for: {'; '.join(differ)}. Ask for the same to go on, begin anew with "
-            f"force, or give another directory"
+            f"{what} differs from what is asked for: {'; '.join(differ)}. Ask for the same to go on, begin anew "
+            f"(--force), or give another place"
         )
 
 

@@ -14,12 +14,12 @@ from corrsteer import processes
 from corrsteer.arguments import as_path, check_type, whole
 from corrsteer.compatibility import warn_once
 from corrsteer.errors import CorrSteerError
-from corrsteer.files import remove_parts
 from corrsteer.lm import hook_points
 from corrsteer.lm.decoding import Decoding
 from corrsteer.ops import Moments, registry
 from corrsteer.rollouts.journal import Journal
 from corrsteer.rollouts.rollout import Rollout
+from corrsteer.runs import run_files
 from corrsteer.runs.batches import BatchReader
 from corrsteer.runs.begun import begun_as, saved_run
 from corrsteer.runs.blocks import BlockCollector
@@ -31,7 +31,6 @@ from corrsteer.runs.placement import place
 from corrsteer.runs.pooling import RESIDUAL_POOLINGS
 from corrsteer.runs.provenance import provenance
 from corrsteer.runs.run import BEGUN, Run
-from corrsteer.runs.run_files import INDEX
 from corrsteer.runs.samples import generated, given
 from corrsteer.runs.shared_batches import SharedBatches
 from corrsteer.sae.encoder import SparseEncoder
@@ -240,7 +239,7 @@ def collect(
         batches = SharedBatches(reader, blocks, plans, CollectionJournal(journal, devices))
         if processes.among_others() and not batches.help():
             return Run.load(directory)
-        remove_parts(directory / INDEX)
+        run_files.remove_parts(directory)
         _collect(run, batches, progress=progress, finish=finish)
         run.provenance[BEGUN] = journal.begun
         try:

@@ -211,6 +211,14 @@ def _files_of(index: Path) -> set[str]:
         return set()
 
 
+def remove_parts(directory: Path) -> None:
+    """Remove what savers left that died before a file was whole; nobody may be saving there now."""
+    for path in directory.glob(".*.part"):
+        name = path.name[1:].rsplit(".", 2)[0]
+        if name in (INDEX, NEXT) or OWN.fullmatch(name):
+            path.unlink(missing_ok=True)
+
+
 def _remove(directory: Path, names: Iterable[str]) -> None:
     for name in names:
         with contextlib.suppress(OSError):

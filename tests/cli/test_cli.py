@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 
@@ -328,7 +329,9 @@ COLLECT = ("collect", "--config", "{world}/collect.yaml", "--out", "o")
 MISTAKES = {
     "a steering file has no folder": (["select", "{world}/run", "--out", "{world}/none/s"], "there is no folder"),
     "a steering file is a folder": (["select", "{world}/run", "--out", "{world}"], "it is no file; give the path"),
-    "a run is already there": (["collect", "--config", "{world}/collect.yaml", "--out", "{world}/run"], "or --force"),
+    "another run is already there": (
+        ["collect", "--config", "{world}/collect.yaml", "--limit", "9", "--out", "{world}/run"], "begin anew (--force)"
+    ),
     "out cannot be written to": (
         ["collect", "--config", "{world}/collect.yaml", "--out", "{world}/task.jsonl/run"],
         "cannot be written to",
@@ -440,10 +443,10 @@ def test_a_run_that_cannot_be_saved_where_it_should_is_saved_elsewhere_and_the_c
     monkeypatch.setattr(Run, "save", full)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()
-    result = run("collect", "--config", world / "collect.yaml", "--out", tmp_path / "run", "--limit", 20, ok=False)
+    result = run("regrade", world / "run", "--grader", "contains", "--out", tmp_path / "run", ok=False)
     (elsewhere,) = (tmp_path / "scratch").iterdir()
     assert f"No space left on device); the run was saved to {elsewhere} instead" in result.stderr
-    assert result.exit_code == 1 and Run.load(elsewhere).n == 20
+    assert result.exit_code == 1 and Run.load(elsewhere).n == 96
 
 
 def test_a_yes_in_yaml_is_no_number(world, tmp_path):
@@ -523,17 +526,23 @@ def test_where_the_terminal_is_not_utf_8_what_it_lacks_is_written_as_an_escape(w
     assert process.returncode == 1 and error.startswith(b"error: there is no steering file at caf")
 
 
-def test_a_collection_that_must_stop_is_saved_as_far_as_it_came(world, tmp_path, monkeypatch):
+def test_a_collection_that_must_stop_goes_on_or_is_made_a_run_as_far_as_it_came(world, tmp_path, monkeypatch):
     (tmp_path / "moody.py").write_text(
         "calls = []\ndef grade(completion, example):\n"
         "    calls.append(1)\n    return float('nan') if len(calls) == 30 else float(len(calls) % 2)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    result = run(
-        "collect", "--config", world / "collect.yaml", "--grader", "moody:grade", "--batch-size", 8,
-        "--out", tmp_path / "partial", ok=False,
-    )  # fmt: skip
-    assert "; the 24 samples before are in" in result.stderr and "which select takes as it is" in result.stderr
+    command = ["collect", "--config", world / "collect.yaml", "--grader", "moody:grade", "--batch-size", 8,
+               "--out", tmp_path / "partial"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["/bin/corrsteer", *map(str, command)])
+    said = run(*command, ok=False).stderr
+    assert f"what was done is kept in {tmp_path}/partial/collecting. Go on with: corrsteer collect --config" in said
+    shutil.copytree(tmp_path / "partial", tmp_path / "finished")
+    assert json.loads(run(*command[:-1], tmp_path / "finished", "--finish", "--json").stdout)["samples"] == 24
+    assert Run.load(tmp_path / "finished").n == 24 and not (tmp_path / "finished" / "collecting").exists()
+    assert json.loads(run(*command, "--json").stdout)["samples"] == 96
+    again = run(*command)
+    assert "96 samples" in again.stdout, "what is finished is told again"
     selected = json.loads(run("select", tmp_path / "partial", "--out", tmp_path / "s", "--json").stdout)
     assert selected["features"]
 

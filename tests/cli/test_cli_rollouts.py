@@ -57,7 +57,9 @@ def test_rollouts_writes_the_train_parts_completions_with_every_reward(world, mo
     assert {each.id: each.completion for each in rollouts} == alone
 
     before = out.read_bytes()
-    assert "already there" in run(*arguments, ok=False).stderr and out.read_bytes() == before
+    assert json.loads(run(*arguments, "--json").stdout) == result, "what is finished is told again"
+    assert "already there, with others" in run(*arguments, "--max-new-tokens", 2, ok=False).stderr
+    assert out.read_bytes() == before
     text = run(*arguments, "--force", "--reward", "length.n", "--part", "all", "--limit", 5).stdout
     assert "5 rollouts of 5 prompts written to" in text and "mean length.n" in text
     assert list(read_rollouts(out)[0].rewards) == ["length.n", "even", "length.one"]

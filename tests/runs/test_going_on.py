@@ -124,7 +124,7 @@ def test_another_collection_does_not_go_on_with_it_and_every_difference_is_liste
         ((tiny_pipeline.model(seed=5), tokenizer, encoders), {}, ["model.weights was"]),
         (world, {"decoding": Decoding(4, batch_size=6)}, ["decoding.max_new_tokens was 3, is 4"]),
     ):
-        with pytest.raises(JobDiffers, match="Ask for the same to go on, begin anew with force") as caught:
+        with pytest.raises(JobDiffers, match="Ask for the same to go on, begin anew \\(--force\\)") as caught:
             gather(other_world, tmp_path / "run", **settings)
         assert all(word in str(caught.value) for word in words), caught.value
     run, graded = gather(world, tmp_path / "run", anew=True)
