@@ -122,7 +122,7 @@ def test_the_way_from_python_raises_no_warning_and_writes_nothing_but_where_told
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_the_way_by_the_command_line_ends_with_an_evaluation(name, world, elsewhere, tmp_path):
     def cli(*arguments):
-        done = python(elsewhere, "-m", "corrsteer.cli", *arguments, **ENVIRONMENTS[name])
+        done = python(elsewhere, "-m", "corrsteer", *arguments, **ENVIRONMENTS[name])
         assert b"Warning" not in done.stderr and b"Traceback" not in done.stderr, done.stderr.decode()
         return done.stdout.decode()
 

@@ -43,13 +43,8 @@ def collect(
     from corrsteer.runs.journal import FOLDER
     from corrsteer.runs.options import Options
 
-    same = ("pool", "positions", "permutations", "bootstrap", "block_size", "shuffle_seed", "patience",
-            "statistics_bytes", "buffer_bytes", "backend", "keep_activations", "activation_bytes",
-            "within_prompt")  # fmt: skip
-    asked = {name: getattr(settings, name) for name in same} | {
-        "coefficient_pool": settings.coefficient_pool or settings.pool,
-        "scores": tuple(dict.fromkeys(("pearson", *settings.score))),
-    }
+    asked = inputs.statistics_options(settings)
+    asked |= {name: getattr(settings, name) for name in ("shuffle_seed", "patience")}
     Options(**asked, patience_layers=None)  # refuses what it must before a model is loaded
     if settings.keep_bos and settings.positions != "all":
         raise CorrSteerError("keep_bos is of prompts, which positions 'all' reads; give --positions all too")

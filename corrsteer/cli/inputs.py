@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 
 from corrsteer import processes
-from corrsteer.cli.settings import ModelSettings, RolloutsSettings, TaskSettings
+from corrsteer.cli.settings import ModelSettings, RolloutsSettings, StatisticsSettings, TaskSettings
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm.decoding import Decoding
 from corrsteer.lm.hook_points import width
@@ -99,25 +99,30 @@ def _is_release(source: str) -> bool:
     return ":" in source and not Path(source).is_dir()
 
 
-def load_encoders(sources: dict[int, str], model: nn.Module) -> dict[int, SparseEncoder]:
+def load_encoders(sources: dict[int, str], model: nn.Module, device: str = "cpu") -> dict[int, SparseEncoder]:
     """Encoders by layer, from where each lies."""
 
     def load(source: str) -> SparseEncoder:
         if source == "identity":
             return SparseEncoder.identity(width(model))
         if _is_release(source):
-            return SparseEncoder.from_pretrained(*source.split(":", 1))
-        return SparseEncoder.load(source)
+            return SparseEncoder.from_pretrained(*source.split(":", 1), device=device)
+        return SparseEncoder.load(source, device=device)
 
     return {layer: load(source) for layer, source in sources.items()}
+
+
+def check_model(given: ModelSettings) -> None:
+    """Raise for a directory that is not there."""
+    if given.model.startswith((".", "/", "~")) and not Path(given.model).is_dir():
+        raise CorrSteerError(f"there is no model directory {given.model}; was it moved?")
 
 
 def load_model(given: ModelSettings) -> tuple[nn.Module, Any]:
     """A model and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if given.model.startswith((".", "/", "~")) and not Path(given.model).is_dir():
-        raise CorrSteerError(f"there is no model directory {given.model}; was it moved?")
+    check_model(given)
     placement: dict[str, Any] = {}
     if given.device != "auto":
         placement["device_map"] = given.device
@@ -164,6 +169,16 @@ def parse_engine_options(entries: list[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise CorrSteerError(f"engine_option {name} must have a value that is YAML, got {value!r}") from None
     return options
+
+
+def statistics_options(given: StatisticsSettings) -> dict[str, Any]:
+    """What is kept of completions, as `collect` takes it."""
+    same = ("pool", "positions", "permutations", "bootstrap", "block_size", "statistics_bytes", "buffer_bytes",
+            "backend", "keep_activations", "activation_bytes", "within_prompt")  # fmt: skip
+    return {name: getattr(given, name) for name in same} | {
+        "coefficient_pool": given.coefficient_pool or given.pool,
+        "scores": tuple(dict.fromkeys(("pearson", *given.score))),
+    }
 
 
 def decoding(given: ModelSettings) -> Decoding:

@@ -7,11 +7,23 @@ from typing import Annotated
 import typer
 
 from corrsteer.cli.app import Json, command, emit
+from corrsteer.cli.options import Given
+from corrsteer.cli.plan_memory import plan_memory
+from corrsteer.cli.settings import MemorySettings
 from corrsteer.errors import CorrSteerError
+
+FOR_BOTH = ("samples", "memory", "json")
 
 
 @command
 def plan(
+    context: typer.Context,
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory", help="Instead, say what a collection takes, of memory and disk, and whether a machine has it."
+        ),
+    ] = False,
     frequency: Annotated[float, typer.Option(help="Share of samples in which the feature is active.")] = 0.01,
     activations: Annotated[int, typer.Option(help="Samples in which it should be seen active.")] = 10,
     confidence: Annotated[float, typer.Option(help="Of seeing it that often, and of the intervals.")] = 0.95,
@@ -22,12 +34,27 @@ def plan(
     power: Annotated[float, typer.Option(help="Chance with which a true correlation should be found.")] = 0.8,
     correlation: Annotated[float, typer.Option(help="Correlation to be found and known well.")] = 0.1,
     reward_rate: Annotated[float, typer.Option(help="Share of samples that are rewarded.")] = 0.5,
+    *,
+    given: Given[MemorySettings],
     json: Json = False,
 ) -> None:
-    """Say how many samples a run needs, and what it can tell with those it has; no model is run."""
+    """Say how many samples a run needs, and what it can tell with those it has; no model is run.
+
+    With --memory, say what a collection takes of a model and SAEs, whose weights are not read. Its options, from
+    --config on, are those of `corrsteer collect`, and some that tell what it is of and where it runs.
+    """
     from corrsteer.report.tables import table
     from corrsteer.stats import planning
 
+    if memory:
+        own = [name for name in context.params if name not in (*FOR_BOTH, "config", *MemorySettings.model_fields)]
+        asked = [name for name in own if _is_given(context, name)]
+        if asked:
+            raise CorrSteerError(f"{', '.join(map(_flag, asked))} cannot be used with --memory, which plans no samples")
+        plan_memory(given.read(), samples, json)
+        return
+    if given.names:
+        raise CorrSteerError(f"{', '.join(given.names)} can only be used with --memory")
     if not 0 < confidence < 1:
         raise CorrSteerError(f"confidence must be between 0 and 1, got {confidence:g}")
     needed = planning.samples_to_see(activations, frequency, 1 - confidence)
@@ -74,3 +101,12 @@ def plan(
         ],
     }
     emit(result, json, "\n".join(f"{title}\n{table(rows[0], rows[1:])}" for title, rows in blocks.items()))
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -121,19 +121,13 @@ class GenerationSettings(TaskSettings, ModelSettings):
     )
 
 
-class CollectSettings(GenerationSettings):
-    """What `corrsteer collect` needs."""
+class StatisticsSettings(Settings):
+    """Of which SAEs what is kept, and how much memory that may take."""
 
     sae: list[str] = Field(
         min_length=1,
         description="LAYER=SOURCE, once for each layer. SOURCE is a directory written by SAELens, RELEASE:SAE_ID of a "
         "published SAE, or `identity` for the residual dimensions themselves.",
-    )
-    out: Path = Field(description="Directory to write the run to.")
-    rollouts: Path | None = Field(
-        default=None,
-        description="File of completions that exist, to be read instead of generating some. They are graded by "
-        "--grader, or else their rewards are taken.",
     )
     within_prompt: bool = Field(
         default=False,
@@ -156,11 +150,6 @@ class CollectSettings(GenerationSettings):
     positions: Literal["generated", "all"] = Field(
         default="generated", description="generated, or all to read the prompt as well."
     )
-    keep_bos: bool = Field(
-        default=False,
-        description="With --positions all, keep the BOS token and others that the SAEs were trained without.",
-    )
-    hook_offset: int = Field(default=0, description="-1 reads one block early, as the paper's code does.")
     permutations: int = Field(
         default=1000,
         ge=0,
@@ -177,15 +166,6 @@ class CollectSettings(GenerationSettings):
     )
     block_size: int = Field(
         default=512, ge=1, description="Examples among which rewards are permuted; no batch is larger."
-    )
-    shuffle_seed: int = Field(
-        default=0, ge=0, description="Seed of the examples' order, the permutations and the bootstrap."
-    )
-    patience: int | None = Field(
-        default=None,
-        ge=1,
-        description="Stop when for so many blocks more samples have changed no layer's best feature; layer 0, which "
-        "select leaves out, is not waited for.",
     )
     statistics_bytes: int = Field(
         default=16 << 30, ge=1, description="The most memory that statistics may take, in bytes."
@@ -209,6 +189,56 @@ class CollectSettings(GenerationSettings):
     def _scores(cls, value: Any) -> Any:
         """In YAML a single name will do."""
         return [value] if isinstance(value, str) else value
+
+
+class CollectSettings(GenerationSettings, StatisticsSettings):
+    """What `corrsteer collect` needs."""
+
+    out: Path = Field(description="Directory to write the run to.")
+    rollouts: Path | None = Field(
+        default=None,
+        description="File of completions that exist, to be read instead of generating some. They are graded by "
+        "--grader, or else their rewards are taken.",
+    )
+    keep_bos: bool = Field(
+        default=False,
+        description="With --positions all, keep the BOS token and others that the SAEs were trained without.",
+    )
+    hook_offset: int = Field(default=0, description="-1 reads one block early, as the paper's code does.")
+    shuffle_seed: int = Field(
+        default=0, ge=0, description="Seed of the examples' order, the permutations and the bootstrap."
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Stop when for so many blocks more samples have changed no layer's best feature; layer 0, which "
+        "select leaves out, is not waited for.",
+    )
+
+
+class MemorySettings(ModelSettings, StatisticsSettings):
+    """What `corrsteer plan --memory` needs, besides the number of samples."""
+
+    prompt_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Memory: tokens of the longest prompt; by default 512, or what the model's context has room for.",
+    )
+    reward_count: int = Field(default=1, ge=1, description="Memory: rewards that graders give a completion.")
+    density: float = Field(
+        default=0.02,
+        ge=0,
+        le=1,
+        description="Memory: share of an SAE's features that are active in a sample, once its tokens are pooled; an "
+        "assumption, which a run's `Moments.frequency().mean()` replaces.",
+    )
+    processes: int = Field(default=1, ge=1, description="Memory: processes that share the collection.")
+    devices: int | None = Field(
+        default=None, ge=1, description="Memory: GPUs of the machine; by default those there are, and 1 on a CPU."
+    )
+    device_bytes: int | None = Field(
+        default=None, ge=1, description="Memory: of each of these, or of the machine on a CPU; by default what it has."
+    )
 
 
 class RolloutsSettings(GenerationSettings):
@@ -341,7 +371,7 @@ def _yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CorrSteerError(f"config {path} must be a mapping of settings, got {type(values).__name__}")
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
-    kinds = (CollectSettings, SelectSettings, RolloutsSettings, RegradeSettings)
+    kinds = (CollectSettings, SelectSettings, RolloutsSettings, RegradeSettings, MemorySettings)
     known = {name: field for kind in kinds for name, field in kind.model_fields.items()}
     for name in values:
         if name not in known:

@@ -257,15 +257,9 @@ class Capture:
 
     def _allocate(self, h: Tensor, steps: int) -> None:
         rows, d = len(h), h.shape[2]
-        step_bytes = rows * d * h.element_size() * len(self.points)
-        self._capacity = min(steps, self.buffer_bytes // step_bytes)
-        if self._capacity < 1 or (self._capacity < steps and self.sink is None):
-            needed = step_bytes if self.sink else steps * step_bytes
-            raise CorrSteerError(
-                f"buffer_bytes must be at least {needed} for {rows} rows, {len(self.points)} hook points and "
-                f"{steps} steps, got {self.buffer_bytes}; raise it or lower the batch size"
-                + ("" if self.sink else ", or give a sink")
-            )
+        self._capacity = buffered_steps(
+            steps, rows, d, h.dtype, len(self.points), self.buffer_bytes, flushes=self.sink is not None
+        )
         self._allocated = True
         self._kept = torch.zeros(rows, self._capacity, dtype=torch.bool, device=h.device)
         self._alive = torch.ones(rows, dtype=torch.bool, device=h.device)
@@ -280,6 +274,26 @@ class Capture:
             self._to_sink(key, *self.packed(key))
         self._filled = 0
         self.flushed = True
+
+
+def buffered_steps(
+    steps: int, rows: int, d: int, dtype: torch.dtype, points: int, buffer_bytes: int, *, flushes: bool = True
+) -> int:
+    """How many steps the buffers have room for, `[rows, that many, d]` of a dtype at each of so many hook points.
+
+    Raises
+    ------
+    CorrSteerError : where that is not one; or not all of them, unless the capture `flushes`.
+    """
+    step_bytes = rows * d * dtype.itemsize * points
+    capacity = min(steps, buffer_bytes // step_bytes)
+    if capacity < 1 or (capacity < steps and not flushes):
+        needed = step_bytes if flushes else steps * step_bytes
+        raise CorrSteerError(
+            f"buffer_bytes must be at least {needed} for {rows} rows, {points} hook points and {steps} steps, got "
+            f"{buffer_bytes}; raise it or lower the batch size" + ("" if flushes else ", or give a sink")
+        )
+    return capacity
 
 
 def _cu_seqlens(kept: Tensor) -> Tensor:

@@ -95,6 +95,11 @@ class Moments:
         return self.z_mean.device
 
     @property
+    def nbytes(self) -> int:
+        """Memory of the state."""
+        return sum(tensor.nbytes for tensor in self.state())
+
+    @property
     def n(self) -> int:
         """Samples seen."""
         return int(self.count)

@@ -21,6 +21,7 @@ from corrsteer.ops import extensions
 from corrsteer.ops.calls import Call, Verdict
 from corrsteer.ops.moments import Moments
 from corrsteer.sae.encoder import SparseEncoder, required
+from corrsteer.types import Device
 
 _native, MISSING = extensions.load("_native")
 
@@ -92,12 +93,21 @@ def packed_weight(encoder: SparseEncoder, isa: str) -> Tensor:
         _packed.pop(key, None)
         # bf16x2: hi + lo is exact in float32, where it costs no more than two products of bfloat16
         weight = required(encoder.weight) if encoder.weight_low is None else encoder.full_weight()
-        dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-        size = _native.packed_size(isa, encoder.d_sae, encoder.d_in, _name(dtype))
-        packed = torch.empty(size, dtype=dtype, device="cpu")
+        packed = _room_to_pack(encoder, isa, "cpu")
         _native.pack(isa, _array(weight), _array(packed), torch.get_num_threads())
         _packed[key] = _Packed(storages, versions, packed)
         return packed
+
+
+def held_bytes(encoder: SparseEncoder) -> int:
+    """What is held of an encoder between calls, beside itself: its packed weight."""
+    return _room_to_pack(encoder, instruction_set(), "meta").nbytes
+
+
+def _room_to_pack(encoder: SparseEncoder, isa: str, device: Device) -> Tensor:
+    plain = encoder.weight_low is None and required(encoder.weight).dtype == torch.bfloat16
+    dtype = torch.bfloat16 if plain else torch.float32
+    return torch.empty(_native.packed_size(isa, encoder.d_sae, encoder.d_in, _name(dtype)), dtype=dtype, device=device)
 
 
 def _version(weight: Tensor) -> float:

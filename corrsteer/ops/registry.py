@@ -17,6 +17,7 @@ from corrsteer.arguments import check_type
 from corrsteer.errors import BackendUnavailable
 from corrsteer.ops import cuda_backend, native_backend, reference, triton_backend
 from corrsteer.ops.calls import OPERATIONS, Call, Verdict
+from corrsteer.sae.encoder import SparseEncoder
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -25,11 +26,15 @@ ENVIRONMENT = "CORRSTEER_BACKEND"
 
 @dataclass(frozen=True)
 class Backend:
-    """Functions with the signatures of `corrsteer.ops.reference`, and a verifier of calls to them."""
+    """Functions with the signatures of `corrsteer.ops.reference`, and a verifier of calls to them.
+
+    `held_bytes` is what it holds of an encoder between calls, beside the encoder itself.
+    """
 
     name: str
     operations: Mapping[str, Callable[..., Any]]
     verify: Callable[[Call], Verdict]
+    held_bytes: Callable[[SparseEncoder], int] = lambda encoder: 0
 
 
 _registry: dict[str, Backend] = {}
@@ -118,5 +123,6 @@ register(
         verify=lambda call: Verdict(True),
     )
 )
-for _name, _module in (("native", native_backend), ("triton", triton_backend), ("cuda", cuda_backend)):
+register(Backend("native", native_backend.OPERATIONS, native_backend.verify, native_backend.held_bytes))
+for _name, _module in (("triton", triton_backend), ("cuda", cuda_backend)):
     register(Backend(_name, _module.OPERATIONS, _module.verify))

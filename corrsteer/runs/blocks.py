@@ -24,7 +24,7 @@ from corrsteer.runs.batches import Batch, Pooled
 from corrsteer.runs.journal import CollectionJournal, Residuals
 from corrsteer.runs.keeper import Keeper
 from corrsteer.runs.options import Options
-from corrsteer.runs.pooling import RESIDUAL_POOLINGS
+from corrsteer.runs.pooling import empty_rows
 from corrsteer.runs.run import Run
 from corrsteer.runs.samples import Samples
 from corrsteer.sae.encoder import SparseEncoder
@@ -164,16 +164,10 @@ class BlockCollector:
 
     def _rows_of(self, n: int) -> _Rows:
         """Room for n samples."""
-
-        def rows(layer: int, pools: Sequence[str], width: int) -> dict[str, Tensor]:
-            device = self._device(layer)
-            return {pool: torch.empty(n, width, dtype=torch.float32, device=device) for pool in pools}
-
-        return _Rows(
-            {layer: rows(layer, self.options.pools, e.d_sae) for layer, e in self.encoders.items()},
-            {layer: rows(layer, RESIDUAL_POOLINGS, e.d_in) for layer, e in self.encoders.items()},
-            [None] * n,
-        )
+        made = {layer: empty_rows(n, e, self.options.pools, self._device(layer)) for layer, e in self.encoders.items()}
+        pooled = {layer: rows for layer, (rows, _) in made.items()}
+        residuals = {layer: rows for layer, (_, rows) in made.items()}
+        return _Rows(pooled, residuals, [None] * n)
 
     def _sums(self, rows: _Rows) -> Residuals | None:
         """Moments of a block's residuals; None where rows are missing."""

@@ -11,7 +11,7 @@ from corrsteer.errors import CorrSteerError
 from corrsteer.runs.activations import Activations, Block
 from corrsteer.runs.batches import Pooled
 from corrsteer.runs.options import Options
-from corrsteer.runs.pooling import RESIDUAL_POOLINGS
+from corrsteer.runs.pooling import row_bytes
 from corrsteer.runs.run import Run
 from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.stats.evidence import Evidence
@@ -48,10 +48,7 @@ class Keeper:
     ):
         self._run, self._encoders, self._devices = run, encoders, devices
         self._options = options
-        self._held = sum(
-            4 * block * (encoder.d_sae * len(options.pools) + encoder.d_in * len(RESIDUAL_POOLINGS))
-            for encoder in encoders.values()
-        )
+        self._held = row_bytes(block, encoders.values(), options.pools)
         self._block = block
         if options.keeps(encoders) and not streams:
             run.activations = Activations([], options.permutations, options.bootstrap)

@@ -10,10 +10,26 @@ from torch import Tensor
 from corrsteer import ops
 from corrsteer.ops import RunningPool
 from corrsteer.sae.encoder import SparseEncoder
+from corrsteer.types import Device
 
 LAST_PROMPT = "last_prompt"
 POOLINGS = ("max", "mean", LAST_PROMPT)  # of activations
 RESIDUAL_POOLINGS = ("mean", LAST_PROMPT)  # of the residuals themselves
+
+
+def empty_rows(
+    n: int, encoder: SparseEncoder, pools: Collection[str], device: Device
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Room for pooled activations `[n, d_sae]` and pooled residuals `[n, d_in]` of n samples, float32, by pooling."""
+    activations = {pool: torch.empty(n, encoder.d_sae, dtype=torch.float32, device=device) for pool in pools}
+    residuals = {pool: torch.empty(n, encoder.d_in, dtype=torch.float32, device=device) for pool in RESIDUAL_POOLINGS}
+    return activations, residuals
+
+
+def row_bytes(n: int, encoders: Collection[SparseEncoder], pools: Collection[str]) -> int:
+    """Memory of these, of all encoders."""
+    made = [rows for encoder in encoders for rows in empty_rows(n, encoder, pools, "meta")]
+    return sum(rows.nbytes for by_pool in made for rows in by_pool.values())
 
 
 class BatchPool:

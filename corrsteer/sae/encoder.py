@@ -198,7 +198,8 @@ class SparseEncoder:
     def load(cls, directory: PathLike, *, dtype: torch.dtype | None = None, device: Device = "cpu") -> SparseEncoder:
         """The encoder in a directory that SAELens wrote (`cfg.json`, `sae_weights.safetensors`).
 
-        SAELens itself is not imported, and the decoder stays on disk.
+        SAELens itself is not imported, and the decoder stays on disk. On the device `meta`, which holds no values, of
+        the weights too only shapes are read.
 
         Raises
         ------
@@ -207,7 +208,7 @@ class SparseEncoder:
         config = sources.read_config(directory)
         origin = str(Path(directory) / sources.CONFIG)
         _activation(config, origin)  # first, as an architecture that cannot be used has other parameters
-        parameters = {name: p.to(device) for name, p in sources.read(directory, config).items()}
+        parameters = sources.read(directory, config, device)
         decoder = sources.decoder_on_disk(directory, divide_by_norm=_rescales(config))
         return _fold(config, parameters, decoder, dtype or sources.dtype_of(config, directory), device, origin)
 
@@ -219,9 +220,12 @@ class SparseEncoder:
         `layer_20/width_16k/canonical`.
 
         SAELens loads it, so every published format it knows works. Its decoder is dropped again, and read once more
-        from the local cache when features have been selected.
+        from the local cache when features have been selected. On the device `meta` no weight is fetched, but the
+        configuration alone.
         """
-        sae = sources.load_pretrained(release, sae_id)  # in float32, as bias and threshold stay
+        meta = torch.device(device).type == "meta"
+        read = sources.pretrained_without_values if meta else sources.load_pretrained
+        sae = read(release, sae_id)  # in float32, as bias and threshold stay
         decoder = sources.decoder_in_release(release, sae_id, divide_by_norm=_rescales(sae.cfg.to_dict()))
         return replace(cls.from_sae_lens(sae, dtype=dtype, device=device), decoder=decoder)
 
@@ -240,6 +244,11 @@ class SparseEncoder:
     def device(self) -> torch.device | None:
         """Where the weight is; None for `identity`, which has none."""
         return None if self.weight is None else self.weight.device
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its tensors."""
+        return sum(getattr(self, name).nbytes for name in TENSORS if getattr(self, name) is not None)
 
     def decoder_rows(self, features: Sequence[int]) -> Tensor:
         """Decoder directions `[len(features), d_out]`, float32 on the CPU.
@@ -397,7 +406,8 @@ def _fold(
     form: dict[str, Any] = {"weight": weight, "bias": bias}
     if activation == "jumprelu":
         form["threshold"] = vector("threshold")
-        if undefined := form["threshold"].isnan().nonzero().flatten().tolist():
+        undefined = [] if W_enc.is_meta else form["threshold"].isnan().nonzero().flatten().tolist()
+        if undefined:
             raise CorrSteerError(
                 f"threshold of {origin} must not be NaN, got NaN for {len(undefined)} features, {undefined[0]} among "
                 f"them; the SAE is damaged, fetch it again"

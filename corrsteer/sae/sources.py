@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,7 @@ from torch import Tensor
 from corrsteer.compatibility import warn_once
 from corrsteer.errors import CorrSteerError
 from corrsteer.sae.releases import check_names
-from corrsteer.types import PathLike
+from corrsteer.types import Device, PathLike
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -61,8 +63,11 @@ class Decoder:
         return rows / rows.norm(dim=-1, keepdim=True) if self.source["divide_by_norm"] else rows
 
 
-def read(directory: PathLike, config: dict[str, Any]) -> dict[str, Tensor]:
-    """Encoder parameters of an SAE directory; `W_dec` only where the encoder needs its norms."""
+def read(directory: PathLike, config: dict[str, Any], device: Device = "cpu") -> dict[str, Tensor]:
+    """Encoder parameters of an SAE directory; `W_dec` only where the encoder needs its norms.
+
+    On the meta device, which holds no values, only the file's header is read.
+    """
     directory = Path(directory)
     gated = config["architecture"] == "gated"
     needed = {"W_enc"} | ({"b_gate", "b_mag", "r_mag"} if gated else {"b_enc"})
@@ -78,7 +83,16 @@ def read(directory: PathLike, config: dict[str, Any]) -> dict[str, Tensor]:
             raise CorrSteerError(
                 f"{directory / WEIGHTS} lacks {', '.join(missing)}, which a {config['architecture']} SAE has"
             )
-        return {name: file.get_tensor(name) for name in needed}
+        if torch.device(device).type == "meta":
+            return {name: _without_values(file.get_slice(name)) for name in needed}
+        return {name: file.get_tensor(name).to(device) for name in needed}
+
+
+def _without_values(part: Any) -> Tensor:
+    """What a slice of a safetensors file is of, on the meta device."""
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    dtype = dtypes.get(part.get_dtype(), torch.float32)  # others are converted when an encoder is made of them
+    return torch.empty(part.get_shape(), dtype=dtype, device="meta")
 
 
 def dtype_of(config: dict[str, Any], directory: PathLike) -> torch.dtype:
@@ -172,11 +186,28 @@ def open_decoder(source: dict[str, Any]) -> Decoder:
 
 def load_pretrained(release: str, sae_id: str) -> SAE[Any]:
     """SAELens' own loader, on the CPU and in float32, with its complaints about names and downloads as ours."""
+    with _ours(release, sae_id):
+        from sae_lens import SAE
+
+        return SAE.from_pretrained(release, sae_id, device="cpu", dtype="float32")
+
+
+def pretrained_without_values(release: str, sae_id: str) -> SAE[Any]:
+    """The same on the meta device, which holds no values: only the SAE's configuration is fetched."""
+    with _ours(release, sae_id):
+        from sae_lens import SAE
+        from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_huggingface
+
+        config = load_sae_config_from_huggingface(release, sae_id)
+        return SAE.from_dict(config | {"device": "meta", "dtype": "float32"})
+
+
+@contextlib.contextmanager
+def _ours(release: str, sae_id: str) -> Iterator[None]:
+    """SAELens' complaints about names and downloads as ours."""
     warn_once()
     check_names(release, sae_id)
-    from sae_lens import SAE
-
     try:
-        return SAE.from_pretrained(release, sae_id, device="cpu", dtype="float32")
+        yield
     except (ValueError, OSError) as error:  # Hugging Face's own errors are OSErrors, of several lines
         raise CorrSteerError(f"release {release!r}, sae_id {sae_id!r}: {' '.join(str(error).split())}") from None

@@ -504,7 +504,7 @@ def test_a_yaml_file_may_have_a_byte_order_mark_but_must_be_utf_8(world, tmp_pat
 def cli(*arguments, **environment):
     """Start the command as a shell would, with pipes."""
     return subprocess.Popen(
-        [sys.executable, "-m", "corrsteer.cli", *map(str, arguments)],
+        [sys.executable, "-m", "corrsteer", *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | environment,
     )  # fmt: skip
 
@@ -549,5 +549,5 @@ def test_a_collection_that_must_stop_goes_on_or_is_made_a_run_as_far_as_it_came(
 
 @pytest.mark.parametrize("arguments", (["--help"], ["doctor"]))
 def test_the_installed_command_runs(arguments):
-    done = subprocess.run([sys.executable, "-m", "corrsteer.cli", *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "corrsteer", *arguments], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout and "Traceback" not in done.stderr

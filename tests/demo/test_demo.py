@@ -21,7 +21,7 @@ MEGABYTE = 10**6
 def run_demo(folder, *arguments, **environment):
     """What `corrsteer demo --json` prints, run from another directory without a network."""
     done = subprocess.run(
-        [sys.executable, "-m", "corrsteer.cli", "demo", "--json", *arguments],
+        [sys.executable, "-m", "corrsteer", "demo", "--json", *arguments],
         capture_output=True,
         text=True,
         cwd=folder,

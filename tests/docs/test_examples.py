@@ -119,14 +119,15 @@ def test_numbers_may_differ_by_rounding_and_words_may_not():
 
 
 def commands(path):
-    """Every `corrsteer` command in a document's shell blocks, as (line, words)."""
+    """Every `corrsteer` command in a document's shell blocks, by whatever launcher, as (line, words)."""
     for block in blocks(path):
         if block.language == "sh":
             lines = block.text.replace("\\\n", " " * 2).splitlines()
             for at, line in enumerate(lines):
                 words = shlex.split(line, comments=True)
-                if words and words[0].split("/")[-1] == "corrsteer":
-                    yield block.line + at, words[1:]
+                launched = words[words.index("-m") + 1 :] if words and "-m" in words else words
+                if launched and launched[0].split("/")[-1] == "corrsteer":
+                    yield block.line + at, launched[1:]
 
 
 SHELL = [pytest.param(words, id=f"{named(path)}:{line}") for path in documents() for line, words in commands(path)]

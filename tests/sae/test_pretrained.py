@@ -167,3 +167,21 @@ def test_without_sae_lens_a_published_sae_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sae_lens", None)
     with pytest.raises(CorrSteerError, match="pip install sae-lens"):
         SparseEncoder.from_pretrained(*GEMMA_SCOPE)
+
+
+@pytest.mark.parametrize("name", (LLAMA_SCOPE, OWN_REPOSITORY))
+def test_a_published_sae_without_values_is_told_by_its_configuration_alone(name, tmp_path):
+    loaded = SparseEncoder.from_pretrained(*name, dtype=torch.bfloat16)
+    for weights in tmp_path.rglob("*.safetensors"):
+        weights.unlink()
+    planned = SparseEncoder.from_pretrained(*name, dtype=torch.bfloat16, device="meta")
+    assert planned.weight.is_meta and planned.bias.is_meta
+    assert planned.nbytes == loaded.nbytes and planned.decoder.source == loaded.decoder.source
+    assert planned.describe() == loaded.describe()
+
+
+def test_gemma_scope_without_values_needs_no_network(monkeypatch):
+    monkeypatch.setattr("sae_lens.loading.pretrained_sae_loaders.hf_hub_download", lambda *a, **k: pytest.fail("asked"))
+    planned = SparseEncoder.from_pretrained(*GEMMA_SCOPE, device="meta")
+    assert planned.describe() == "jumprelu 2304x16384 in fp32 at blocks.20.hook_resid_post"
+    assert planned.nbytes == 4 * (2304 * 16384 + 2 * 16384)

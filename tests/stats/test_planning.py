@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from corrsteer import CorrSteerError, planning
 from corrsteer.cli import app
+from corrsteer.cli.settings import MemorySettings
 
 GRID = list(itertools.product((1, 2, 10, 100), (0.001, 0.01, 0.1, 0.5, 0.9), (0.5, 0.1, 0.05, 1e-3, 1e-9)))
 
@@ -234,7 +235,7 @@ def test_plan_reads_well_and_explains_every_option():
     text = plan().stdout
     assert "samples needed" in text and "1568" in text and "0.065" in text and max(map(len, text.splitlines())) <= 100
     lines = [line for line in plan("--help").output.splitlines() if line.strip().startswith("--")]
-    assert len(lines) == 12 and all(len(line.split()) > 2 for line in lines)
+    assert len(lines) == 14 + len(MemorySettings.model_fields) and all(len(line.split()) > 2 for line in lines)
 
 
 def test_plan_says_where_a_rare_feature_cannot_correlate_so_much():

@@ -240,7 +240,7 @@ def test_what_is_selected_from_vllms_rollouts_steers_transformers(collected, mod
 
 def cli(*arguments):
     """What the command line says, as JSON."""
-    command = [sys.executable, "-m", "corrsteer.cli", *map(str, arguments), "--json"]
+    command = [sys.executable, "-m", "corrsteer", *map(str, arguments), "--json"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stdout + result.stderr
     return json.loads(result.stdout)
