@@ -13,6 +13,7 @@ from corrsteer import processes
 from corrsteer.cli.app import Force, Json, command, emit
 from corrsteer.cli.options import Given
 from corrsteer.cli.settings import EvaluateSettings
+from corrsteer.errors import CorrSteerError
 
 if TYPE_CHECKING:
     from corrsteer.rollouts.journal import Journal
@@ -59,6 +60,8 @@ def evaluate(
     from corrsteer.runs.run_files import INDEX
     from corrsteer.steering.steering import Steering as Steering_
 
+    if out is None and processes.among_others():
+        raise CorrSteerError("out must be given with several processes, which share the work beside it; give --out")
     if out is not None:
         inputs.check_file(out)
     loaded = {str(path): Steering_.load(path) for path in steering}

@@ -27,7 +27,7 @@ def world(tmp_path_factory):
     for job, left in (("collect", "run"), ("search", "s.safetensors"), ("evaluate", None), ("rollouts", None)):
         folder = home / "one" / job
         folder.mkdir(parents=True)
-        done = start([sys.executable, "-m", "corrsteer.cli"], made, job, folder)
+        done = start([sys.executable, "-m", "corrsteer"], made, job, folder)
         assert done.wait(LIMIT) == 0, (folder / "log").read_text()
         if left:
             (folder / left).rename(home / left)
@@ -45,7 +45,7 @@ def start(launcher, world, job, folder, *more):
 
 
 def spread(n, *more):
-    return [*LAUNCHER, "--nproc-per-node", str(n), *more, "-m", "corrsteer.cli"]
+    return [*LAUNCHER, "--nproc-per-node", str(n), *more, "-m", "corrsteer"]
 
 
 def same(world, job, folder):
@@ -100,7 +100,7 @@ def test_a_launcher_that_is_stopped_is_gone_on_with_by_one_process_alone(world, 
     wait_for_units(tmp_path, 2)
     os.killpg(launcher.pid, signal.SIGTERM)
     launcher.wait(LIMIT)
-    done = start([sys.executable, "-m", "corrsteer.cli"], world, "collect", tmp_path)
+    done = start([sys.executable, "-m", "corrsteer"], world, "collect", tmp_path)
     assert done.wait(LIMIT) == 0, (tmp_path / "log").read_text()
     same(world, "collect", tmp_path)
 
