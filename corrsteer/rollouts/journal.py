@@ -178,12 +178,12 @@ class Journal:
         self.close()
 
     def settle(self, write: Callable[[], object]) -> None:
-        """Have the first process put the result where it belongs, and the others wait for it."""
-        if processes.rank() == 0:
-            write()
-            self.finish()
-            return
+        """Have one process put the result where it belongs, and the others wait for it."""
         while not self.finished:
+            if self.collects():
+                write()
+                self.finish()
+                return
             time.sleep(POLL)
         self.close()
 
