@@ -32,8 +32,8 @@ from corrsteer.version import __version__
 log: logging.Logger = logging.getLogger(__name__)
 
 FORMAT = "corrsteer.journal/1"
-MANIFEST, LOCKS, FINISHED = "manifest.json", "lock", "finished"
-MEMBER, OPENING, COLLECTING = 0, 1, 2  # bytes of the lock file; units have others
+MANIFEST, LOCKS = "manifest.json", "lock"
+MEMBER, OPENING, COLLECTING, FINISHED = 0, 1, 2, 3  # bytes of the lock file; units have others
 FIRST_UNIT, UNITS = 16, 1 << 40
 POLL = 0.2  # seconds between looks at what others do
 PATIENCE = 60.0  # seconds for which one of several processes waits to be let in
@@ -159,14 +159,18 @@ class Journal:
 
     @property
     def finished(self) -> bool:
-        """Whether the job is done, and its result where it belongs."""
-        return (self.folder / FINISHED).exists() or not self.folder.exists()
+        """Whether another process has done the job, and its result is where it belongs."""
+        if not self.folder.exists():
+            return True
+        if not self._locks.take(FINISHED, shared=True):
+            return True
+        self._locks.release(FINISHED)
+        return False
 
     def finish(self) -> None:
         """Remove the folder, the result being where it belongs, once no other process reads in it."""
-        with contextlib.suppress(OSError):
-            (self.folder / FINISHED).touch()
-        while processes.among_others() and not self._locks.take(MEMBER):
+        # A lock says so, as a disk may have no room for a file.
+        while processes.among_others() and not (self._locks.take(FINISHED) and self._locks.take(MEMBER)):
             time.sleep(POLL)
         self._remove()
         self.close()
