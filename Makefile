@@ -2,6 +2,7 @@
 #   make demo   the main job on the model that ships with the package
 #   make test   the test suite
 #   make test-crash   commands that are killed, whose writes fail, and that are spread over processes
+#   make fuzz   inputs with something wrong: each is taken, or refused by name
 #   make test-vllm  rollouts by vLLM, in an environment of its own
 #   make bench  the microbenchmarks
 #   make docs   the documentation, served on this machine
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 QUIET := --quiet --disable-pip-version-check
 
-.PHONY: demo test test-crash test-sanitize test-vllm bench docs clean
+.PHONY: demo fuzz test test-crash test-sanitize test-vllm bench docs clean
 
 demo: $(STAMP)
 	$(BIN)/corrsteer demo
@@ -44,6 +45,11 @@ test-sanitize: $(STAMP)
 CRASHES ?= 100
 test-crash: $(STAMP)
 	OMP_NUM_THREADS=1 CORRSTEER_CRASHES=$(CRASHES) $(BIN)/python -m pytest -s tests/crash tests/spread
+
+# Seeds are printed, and what was found comes with the command that repeats it.
+FUZZ ?= 6000
+fuzz: $(STAMP)
+	cd tests && PYTHONPATH=.:.. ../$(BIN)/python -m fuzz --inputs $(FUZZ) $(if $(SEED),--seed $(SEED))
 
 # In an environment of its own, as vLLM takes other releases of transformers than the other tests. Run it by hand: to
 # install vLLM and to load models takes too long for every change.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from corrsteer.errors import BackendUnavailable
+from corrsteer.errors import BackendUnavailable, CorrSteerError
 from corrsteer.ops import extensions
 from corrsteer.ops.calls import Call, Verdict
 from corrsteer.ops.moments import Moments
@@ -121,16 +121,20 @@ def _encoder(encoder: SparseEncoder) -> tuple[Any, Tensor]:
     packed = packed_weight(encoder, isa)
     vectors = ("bias", "threshold", "magnitude_scale", "magnitude_bias")
     given = {name: getattr(encoder, name) for name in vectors}
-    return _native.Encoder(
-        instruction_set=isa,
-        d_in=encoder.d_in,
-        d_sae=encoder.d_sae,
-        activation=encoder.activation,
-        input_norm=encoder.input_norm,
-        k=encoder.k,
-        weight=_array(packed),
-        **{name: _array(vector) for name, vector in given.items() if vector is not None},
-    ), packed
+    try:
+        made = _native.Encoder(
+            instruction_set=isa,
+            d_in=encoder.d_in,
+            d_sae=encoder.d_sae,
+            activation=encoder.activation,
+            input_norm=encoder.input_norm,
+            k=encoder.k,
+            weight=_array(packed),
+            **{name: _array(vector) for name, vector in given.items() if vector is not None},
+        )
+    except ValueError as error:  # such as a threshold that is NaN
+        raise CorrSteerError(str(error)) from None
+    return made, packed
 
 
 # Tensors by address. Whoever makes one of these keeps the tensor until the call is over.

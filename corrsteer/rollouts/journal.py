@@ -24,7 +24,7 @@ from typing import Any
 from corrsteer import processes
 from corrsteer.arguments import as_path
 from corrsteer.errors import CorrSteerError
-from corrsteer.files import plain, to_json, write_utf8
+from corrsteer.files import from_json, plain, to_json, write_utf8
 from corrsteer.locks import ByteLocks, NoLocks
 from corrsteer.types import PathLike
 from corrsteer.version import __version__
@@ -103,7 +103,7 @@ class Journal:
         CorrSteerError : for one that is damaged.
         """
         try:
-            return [json.loads(line) for line in self.path(name).read_bytes().split(b"\n") if line]
+            return [from_json(line) for line in self.path(name).read_bytes().split(b"\n") if line]
         except (OSError, ValueError) as error:
             path = self.path(name)
             raise CorrSteerError(f"{path} is damaged ({error}); remove it, so that it is made again") from None
@@ -321,7 +321,7 @@ def begun_in(folder: Path) -> bool:
 def manifest(folder: Path) -> dict[str, Any] | None:
     """What was begun in a folder; None where nothing was, or nothing of it is left."""
     try:
-        found = json.loads((folder / MANIFEST).read_bytes())
+        found = from_json((folder / MANIFEST).read_bytes())
         return {"format": found["format"], "begun": dict(found["begun"]), "versions": dict(found["versions"])}
     except FileNotFoundError:
         return None
@@ -361,6 +361,6 @@ def _versions() -> dict[str, str]:
 def _owner(folder: Path) -> str:
     """Who began it, as far as that is known."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        by = json.loads((folder / MANIFEST).read_bytes())["by"]
+        by = from_json((folder / MANIFEST).read_bytes())["by"]
         return f" (begun by process {by['process']} on {by['host']})"
     return ""

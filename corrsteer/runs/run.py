@@ -389,6 +389,9 @@ class Run:
 
     def _check(self) -> None:
         """Raise where a description does not fit its parts."""
+        for layer, pools in self.evidence.items():
+            if set(pools) != set(self.moments.get(layer, ())):
+                raise ValueError(f"evidence of layer {layer} is of other poolings than its moments")
         for name in ("pool", "coefficient_pool"):
             if not all(getattr(self, name) in pools for pools in self.moments.values()):
                 raise ValueError(f"{name} {getattr(self, name)!r} is none that it holds")

@@ -24,6 +24,7 @@ from corrsteer.errors import CorrSteerError
 from corrsteer.files import plain
 from corrsteer.sae import sources
 from corrsteer.sae.sources import Decoder
+from corrsteer.tensors import check_tensor
 from corrsteer.types import Device, PathLike
 
 if TYPE_CHECKING:
@@ -160,13 +161,18 @@ class SparseEncoder:
             part = getattr(self, name)
             if part is None:
                 continue
-            check_type(name, part, Tensor, "a tensor", "use torch.as_tensor")
+            check_tensor(name, part)
             shape = (self.d_sae, self.d_in) if name in ("weight", "weight_low") else (self.d_sae,)
             if part.shape != shape or part.dtype not in DTYPES:
                 raise CorrSteerError(
                     f"{name} must be {list(shape)} float32, bfloat16 or float16 for d_sae={self.d_sae} and "
                     f"d_in={self.d_in}, got {list(part.shape)} {part.dtype}"
                 )
+        if self.activation == "identity" and self.d_sae != self.d_in:
+            raise CorrSteerError(
+                f"d_sae must be d_in={self.d_in} for activation 'identity', got {self.d_sae}; make one with "
+                f"SparseEncoder.identity"
+            )
         if self.k > self.d_sae:
             raise CorrSteerError(f"k must lie in 1..d_sae={self.d_sae}, got {self.k}")
 

@@ -9,7 +9,6 @@ hook point, in float32.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from corrsteer.arguments import as_path, check_type, number, wholes
 from corrsteer.compatibility import warn_once
 from corrsteer.errors import CorrSteerError
-from corrsteer.files import to_json, write_tensors
+from corrsteer.files import from_json, to_json, write_tensors
 from corrsteer.lm import hook_points
 from corrsteer.lm.hook_points import HookPoint
 from corrsteer.lm.token_positions import check_positions
@@ -233,7 +232,7 @@ class Steering:
                     f"{path} is not a steering file of this version: its format must be {FORMAT!r}, got {found!r}; "
                     f"select again"
                 )
-            described = json.loads(metadata["steering"])
+            described = from_json(metadata["steering"])
             arguments = (
                 [Feature.from_dict(f) for f in described["features"]],
                 directions,

@@ -611,3 +611,8 @@ def test_an_sae_in_memory_whose_k_is_out_of_range_is_refused():
     sae.cfg.k = D_SAE + 1
     with pytest.raises(CorrSteerError, match=f"k of the SAE given must lie in 1..d_sae={D_SAE}, got {D_SAE + 1}"):
         SparseEncoder.from_sae_lens(sae)
+
+
+def test_the_features_of_an_identity_are_the_dimensions_themselves():
+    with pytest.raises(CorrSteerError, match="d_sae must be d_in=4 for activation 'identity', got 5"):
+        SparseEncoder(4, 5, "identity")
