@@ -355,6 +355,15 @@ def stored_rows(study: Path) -> str:
     return _jobs(study, "bench.stored_rows", stored_rows.lines, tables)
 
 
+def formats(study: Path) -> str:
+    """The formats that SAEs are read in, and how near their encoders come to their libraries' own."""
+    from bench import formats
+
+    result = json.loads(study.read_text(encoding="utf-8"))
+    versions = ", ".join(f"{name} {result['packages'][name]}" for name in formats.PACKAGES)
+    return "\n\n".join([*_markdown(formats.DOCUMENTED, formats.format_rows(result)), f"Compared with {versions}."])
+
+
 def pipeline(studies: Path) -> str:
     """Whole jobs against the published way of working, of each device that has measured them; or how to measure it."""
     from bench import pipeline
@@ -390,6 +399,7 @@ DOCUMENTS: dict[str, tuple[tuple[str, Callable[[Path], str], str], ...]] = {
         ("stored_rows", stored_rows, "studies/stored_rows.json"),
         ("benchmarks", lambda folder: section(load(folder)), "."),
     ),
+    "docs/supported.md": (("formats", formats, "studies/formats.json"),),
     "docs/statistics.md": (
         ("clusters", clusters, "studies/calibration.json"),
         ("calibration", calibration, "studies/calibration.json"),

@@ -39,7 +39,7 @@ def verify(call: Call) -> Verdict:
     if call.dtype not in DTYPES or call.precision == "fp64":
         return Verdict(False, "its kernels compute in float32", "use float32, bfloat16 or float16")
     if call.activation is not None and call.activation not in ENCODED:
-        return Verdict(False, f"{call.activation} has no product to fuse", "use the reference backend for it")
+        return Verdict(False, f"its kernels do not compute {call.activation}", "use the reference backend for it")
     return Verdict(True)
 
 

@@ -13,23 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from corrsteer.arguments import check_type, shown, whole, wholes
+from corrsteer.arguments import as_path, check_type, shown, whole, wholes
 from corrsteer.errors import CorrSteerError
 from corrsteer.files import plain
-from corrsteer.sae import sources
+from corrsteer.sae import formats, sources
 from corrsteer.sae.sources import Decoder
 from corrsteer.types import Device, PathLike
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
-ACTIVATIONS = ("relu", "jumprelu", "gated", "topk", "abstopk", "identity")
+ACTIVATIONS = ("relu", "jumprelu", "gated", "topk", "abstopk", "groupmax", "identity")
+WITH_K = ("topk", "abstopk", "groupmax")  # that keep k features of a token
 SIGNED = ("abstopk", "identity")  # that can be negative
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PRECISIONS = {
@@ -47,11 +47,13 @@ NEEDED = {
     "gated": ("weight", "bias", "magnitude_scale", "magnitude_bias"),
     "topk": ("weight", "bias"),
     "abstopk": ("weight", "bias"),
+    "groupmax": ("weight", "bias"),
 }
 NORMS = ("none", "layer_norm", "constant_norm_rescale")
 FOLD_ROWS = 8192  # features folded at a time, so that folding needs little memory beside the weight
 
-# SAELens architecture -> our activation. A skip transcoder's skip path is not part of its encoder.
+# Architecture -> our activation: SAELens', and those that only sparsify has. A skip transcoder's skip path is not part
+# of its encoder.
 ARCHITECTURES = {
     "standard": "relu",
     "jumprelu": "jumprelu",
@@ -62,7 +64,11 @@ ARCHITECTURES = {
     "skip_transcoder": "relu",
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
+    "groupmax": "groupmax",
+    "topk_transcoder": "topk",
+    "groupmax_transcoder": "groupmax",
 }
+DTYPE_NAMES = {name: dtype for dtype in DTYPES for name in (str(dtype), str(dtype).removeprefix("torch."))}
 INPUT_NORMS = {
     "none": "none",
     "layer_norm": "layer_norm",
@@ -84,8 +90,8 @@ class SparseEncoder:
     Attributes
     ----------
     d_in, d_sae : width of the residual stream and number of features.
-    activation : `relu`, `jumprelu`, `gated`, `topk`, `abstopk` or `identity`; `corrsteer.ops.reference.encode` defines
-        them.
+    activation : `relu`, `jumprelu`, `gated`, `topk`, `abstopk`, `groupmax` or `identity`;
+        `corrsteer.ops.reference.encode` defines them.
     weight : `[d_sae, d_in]`, float32, bfloat16 or float16, contiguous; None for `identity`.
     weight_low : `[d_sae, d_in]` bfloat16, what `weight` lacks; for the precision `bf16x2` only.
     weight_sum : `[d_sae]` float32, the weight's row sums, for layer_norm only: W (x - mean x) = W x - mean x · sums.
@@ -94,7 +100,7 @@ class SparseEncoder:
     bias : `[d_sae]` float32; the gate's bias where gated.
     threshold : `[d_sae]` float32, jumprelu only.
     magnitude_scale, magnitude_bias : `[d_sae]` float32, gated only: the magnitude is relu(scale · W x + bias).
-    k : features kept per token, topk and abstopk only.
+    k : features kept per token, topk and abstopk only; for groupmax the number of groups, which divides `d_sae`.
     input_norm : `none`, `layer_norm` or `constant_norm_rescale`, as SAELens defines them.
     precision : one of `PRECISIONS`; by default the weight's own.
     hook_name : where the SAE was trained, `blocks.20.hook_resid_post` or `model.layers.20`; None if it does not say.
@@ -149,7 +155,7 @@ class SparseEncoder:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in known:
                 raise CorrSteerError(f"{name} must be one of {', '.join(known)}, got {shown(value)}")
-        for name, least in (("d_in", 1), ("d_sae", 1), ("k", int("topk" in self.activation))):
+        for name, least in (("d_in", 1), ("d_sae", 1), ("k", int(self.activation in WITH_K))):
             object.__setattr__(self, name, whole(name, getattr(self, name), least))
         missing = [name for name in NEEDED.get(self.activation, ()) if getattr(self, name) is None]
         if missing:
@@ -169,6 +175,8 @@ class SparseEncoder:
                 )
         if self.k > self.d_sae:
             raise CorrSteerError(f"k must lie in 1..d_sae={self.d_sae}, got {self.k}")
+        if self.activation == "groupmax" and self.d_sae % self.k:
+            raise CorrSteerError(f"k must divide d_sae={self.d_sae} for groupmax, got {self.k}")
 
     @classmethod
     def from_sae_lens(
@@ -195,21 +203,30 @@ class SparseEncoder:
             return _fold(config, parameters, decoder, dtype or sae.dtype, device, "the SAE given")
 
     @classmethod
-    def load(cls, directory: PathLike, *, dtype: torch.dtype | None = None, device: Device = "cpu") -> SparseEncoder:
-        """The encoder in a directory that SAELens wrote (`cfg.json`, `sae_weights.safetensors`).
+    def load(cls, path: PathLike, *, dtype: torch.dtype | None = None, device: Device = "cpu") -> SparseEncoder:
+        """The encoder of an SAE that lies on the disk, in any of the formats that `corrsteer.sae.formats` knows.
 
-        SAELens itself is not imported, and the decoder stays on disk.
+        Which one is told by the files that are there. No library that wrote them is imported, nothing is unpickled, and
+        the decoder stays on disk.
+
+        Parameters
+        ----------
+        path : a directory, or for Qwen Scope a file.
+        dtype : of the weight; by default the file's own, and float32 for Llama Scope, whose weights are scaled.
 
         Raises
         ------
-        CorrSteerError : if the directory is not such a one, is damaged, or its architecture is not per token.
+        CorrSteerError : if there is no SAE of a known format, it is damaged, holds more than tensors, does not say
+            what it was trained on, or is not a function of one token.
         """
-        config = sources.read_config(directory)
-        origin = str(Path(directory) / sources.CONFIG)
+        path = as_path("path", path)
+        found = formats.recognise(path)
+        config, origin = found.config(path), str(found.origin(path))
         _activation(config, origin)  # first, as an architecture that cannot be used has other parameters
-        parameters = {name: p.to(device) for name, p in sources.read(directory, config).items()}
-        decoder = sources.decoder_on_disk(directory, divide_by_norm=_rescales(config))
-        return _fold(config, parameters, decoder, dtype or sources.dtype_of(config, directory), device, origin)
+        parameters = {name: p.to(device) for name, p in found.parameters(path, config).items()}
+        decoder = sources.decoder_on_disk(path, divide_by_norm=_rescales(config), format=found.name)
+        dtype = dtype or _dtype_of(config, parameters, origin)
+        return _fold(config, parameters, decoder, dtype, device, origin)
 
     @classmethod
     def from_pretrained(
@@ -334,6 +351,14 @@ def required(part: Tensor | None) -> Tensor:
     return part
 
 
+def _dtype_of(config: dict[str, Any], parameters: dict[str, Tensor], origin: str) -> torch.dtype:
+    """The dtype that an SAE's configuration names, or else that of its weight."""
+    named = config.get("dtype")
+    if named is not None and named not in DTYPE_NAMES:
+        raise CorrSteerError(f"dtype in {origin} must be one of {', '.join(DTYPE_NAMES)}, got {named!r}")
+    return parameters["W_enc"].dtype if named is None else DTYPE_NAMES[named]
+
+
 def _check_dtype(dtype: torch.dtype) -> None:
     if dtype not in DTYPES:
         raise CorrSteerError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
@@ -405,7 +430,7 @@ def _fold(
     if activation == "gated":
         form["magnitude_scale"] = vector("r_mag").exp()
         form["magnitude_bias"] = (vector("b_mag").double() - form["magnitude_scale"].double() * shift).to(wide)
-    if "topk" in activation:
+    if activation in WITH_K:
         k = int(config.get("k") or 0)
         if not 0 < k <= d_sae:
             raise CorrSteerError(f"k of {origin} must lie in 1..d_sae={d_sae}, got {k}; its configuration is damaged")
