@@ -256,8 +256,9 @@ class Capture:
         return kept
 
     def _allocate(self, h: Tensor, steps: int) -> None:
-        rows, d = len(h), h.shape[2]
-        step_bytes = rows * d * h.element_size() * len(self.points)
+        rows = len(h)
+        widths = sum(hook_points.width(self.model, point) for point in self.points.values())
+        step_bytes = rows * widths * h.element_size()
         self._capacity = min(steps, self.buffer_bytes // step_bytes)
         if self._capacity < 1 or (self._capacity < steps and self.sink is None):
             needed = step_bytes if self.sink else steps * step_bytes

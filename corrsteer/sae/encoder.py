@@ -334,6 +334,17 @@ def _reads_centred(metadata: dict[str, Any]) -> bool:
     return bool(options.get("center_writing_weights")) and layer_normed and any(point in hook for point in WRITTEN)
 
 
+def _hook_name(metadata: dict[str, Any]) -> str | None:
+    """Where an SAE says that it was trained.
+
+    TransformerLens' `hook_mlp_in` comes before a norm. SAELens means the MLP's own input by it, and says so by a path.
+    """
+    names = [metadata.get("hook_name"), metadata.get("hf_hook_name")]
+    if str(names[0]).endswith(".hook_mlp_in"):
+        names.reverse()
+    return names[0] or names[1]
+
+
 def _precision_of(dtype: torch.dtype) -> str:
     return next(name for name, d in PRECISIONS.items() if d == dtype and name != "bf16x2")
 
@@ -441,7 +452,7 @@ def _fold(
         d_sae=d_sae,
         activation=activation,
         input_norm=input_norm,
-        hook_name=metadata.get("hook_name") or metadata.get("hf_hook_name"),
+        hook_name=_hook_name(metadata),
         decoder=decoder,
         metadata=metadata,
         **form,
