@@ -40,7 +40,9 @@ PRECISIONS = {
     "fp16": torch.float16,
     "fp64": torch.float64,  # the truth that errors are measured from; the reference backend alone computes in it
 }
-TENSORS = ("weight", "weight_low", "weight_sum", "bias", "threshold", "magnitude_scale", "magnitude_bias")
+TENSORS = (
+    "weight", "weight_low", "packed_weight", "weight_sum", "bias", "threshold", "magnitude_scale", "magnitude_bias"
+)  # fmt: skip
 NEEDED = {
     "relu": ("weight", "bias"),
     "jumprelu": ("weight", "bias", "threshold"),
@@ -94,6 +96,8 @@ class SparseEncoder:
         `corrsteer.ops.reference.encode` defines them.
     weight : `[d_sae, d_in]`, float32, bfloat16 or float16, contiguous; None for `identity`.
     weight_low : `[d_sae, d_in]` bfloat16, what `weight` lacks; for the precision `bf16x2` only.
+    packed_weight : `[panels, d_in / k, rows, k]` float32 or bfloat16, padded with 0: the weight in panels of rows with
+        k numbers of each side by side, which a CPU's kernels read; of an encoder that holds no other, see `ops.pack`.
     weight_sum : `[d_sae]` float32, the weight's row sums, for layer_norm only: W (x - mean x) = W x - mean x · sums.
         Centring W itself would be cheaper, but rounding would leave rows that do not quite sum to 0, times mean x.
         Kernels subtract what is large of mean x before the product.
@@ -113,6 +117,7 @@ class SparseEncoder:
     activation: str
     weight: Tensor | None = None
     weight_low: Tensor | None = None
+    packed_weight: Tensor | None = None
     weight_sum: Tensor | None = None
     bias: Tensor | None = None
     threshold: Tensor | None = None
@@ -129,25 +134,30 @@ class SparseEncoder:
         # Now, as it goes into every file that is made with the encoder.
         object.__setattr__(self, "metadata", plain(self.metadata))
         self._check()
-        if self.weight is None:
+        if self.weight is not None:
+            self._check_precision(self.weight)
+        elif self.packed_weight is None:
             return
-        own = "bf16x2" if self.weight_low is not None else _precision_of(self.weight.dtype)
-        if not self.precision:
-            object.__setattr__(self, "precision", own)
-        if PRECISIONS.get(self.precision) != self.weight.dtype or (self.precision == "bf16x2") != (own == "bf16x2"):
-            raise CorrSteerError(
-                f"precision must be one of {', '.join(PRECISIONS)} and fit the weight, which is {own}, "
-                f"got {self.precision!r}; use encoder.to(precision={self.precision!r})"
-            )
         for name in TENSORS:  # views would be read wrongly by kernels, which take pointers
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, getattr(self, name).contiguous())
-        if self.weight.dtype != torch.float64:
+        if self.precision != "fp64":
             for name in TENSORS[TENSORS.index("weight_sum") :]:  # vectors, of whatever dtype they were given
                 if getattr(self, name) is not None:
                     object.__setattr__(self, name, getattr(self, name).float())
         if self.input_norm == "layer_norm" and self.weight_sum is None:
-            object.__setattr__(self, "weight_sum", _row_sums(self.weight, self.weight_low))
+            object.__setattr__(self, "weight_sum", _row_sums(required(self.weight), self.weight_low))
+
+    def _check_precision(self, weight: Tensor) -> None:
+        """Raise for a precision that is not the weight's; the weight's own where none was given."""
+        own = "bf16x2" if self.weight_low is not None else _precision_of(weight.dtype)
+        if not self.precision:
+            object.__setattr__(self, "precision", own)
+        if PRECISIONS.get(self.precision) != weight.dtype or (self.precision == "bf16x2") != (own == "bf16x2"):
+            raise CorrSteerError(
+                f"precision must be one of {', '.join(PRECISIONS)} and fit the weight, which is {own}, "
+                f"got {self.precision!r}; use encoder.to(precision={self.precision!r})"
+            )
 
     def _check(self) -> None:
         """Raise for parts that do not fit each other; kernels, which take pointers, would read past their ends."""
@@ -157,7 +167,9 @@ class SparseEncoder:
                 raise CorrSteerError(f"{name} must be one of {', '.join(known)}, got {shown(value)}")
         for name, least in (("d_in", 1), ("d_sae", 1), ("k", int(self.activation in WITH_K))):
             object.__setattr__(self, name, whole(name, getattr(self, name), least))
-        missing = [name for name in NEEDED.get(self.activation, ()) if getattr(self, name) is None]
+        instead = () if self.packed_weight is None else ("weight",)
+        needed = (name for name in NEEDED.get(self.activation, ()) if name not in instead)
+        missing = [name for name in needed if getattr(self, name) is None]
         if missing:
             raise CorrSteerError(f"{', '.join(missing)} must be given for activation {self.activation!r}, got None")
         fix = "make one with corrsteer.sae.sources.decoder_in_memory"
@@ -167,6 +179,9 @@ class SparseEncoder:
             if part is None:
                 continue
             check_type(name, part, Tensor, "a tensor", "use torch.as_tensor")
+            if name == "packed_weight":
+                self._check_packed(part)
+                continue
             shape = (self.d_sae, self.d_in) if name in ("weight", "weight_low") else (self.d_sae,)
             if part.shape != shape or part.dtype not in DTYPES:
                 raise CorrSteerError(
@@ -177,6 +192,15 @@ class SparseEncoder:
             raise CorrSteerError(f"k must lie in 1..d_sae={self.d_sae}, got {self.k}")
         if self.activation == "groupmax" and self.d_sae % self.k:
             raise CorrSteerError(f"k must divide d_sae={self.d_sae} for groupmax, got {self.k}")
+
+    def _check_packed(self, packed: Tensor) -> None:
+        panels, depth, rows, side = packed.shape if packed.dim() == 4 else (0, 0, 0, 0)
+        fits = (panels - 1) * rows < self.d_sae <= panels * rows and self.d_in <= depth * side < self.d_in + side
+        if not fits or packed.device.type != "cpu" or self.weight is not None or self.precision not in PRECISIONS:
+            raise CorrSteerError(
+                f"packed_weight must be the only weight, on the CPU, of a known precision and for d_sae={self.d_sae} "
+                f"and d_in={self.d_in}, got {list(packed.shape)} on {packed.device} in {self.precision!r}; use ops.pack"
+            )
 
     @classmethod
     def from_sae_lens(
@@ -256,7 +280,8 @@ class SparseEncoder:
     @property
     def device(self) -> torch.device | None:
         """Where the weight is; None for `identity`, which has none."""
-        return None if self.weight is None else self.weight.device
+        held = self.weight if self.packed_weight is None else self.packed_weight
+        return None if held is None else held.device
 
     def decoder_rows(self, features: Sequence[int]) -> Tensor:
         """Decoder directions `[len(features), d_out]`, float32 on the CPU.
@@ -272,8 +297,23 @@ class SparseEncoder:
 
     def full_weight(self) -> Tensor:
         """The weight `[d_sae, d_in]` in `compute_dtype`, both its parts together for bf16x2."""
+        if self.packed_weight is not None:
+            rows = self.packed_weight.float().transpose(1, 2).flatten(2).flatten(0, 1)
+            return rows[: self.d_sae, : self.d_in].contiguous()
         weight = required(self.weight).to(self.compute_dtype)
         return weight if self.weight_low is None else weight + self.weight_low
+
+    def unpacked(self) -> SparseEncoder:
+        """The same with its weight `[d_sae, d_in]`, of an encoder that `ops.pack` made; of another, itself.
+
+        The weight is what it was, to the bit; of bf16x2, both its parts together are.
+        """
+        if self.packed_weight is None:
+            return self
+        whole = self.full_weight()
+        weight = whole.to(PRECISIONS[self.precision])
+        low = (whole - weight).to(torch.bfloat16) if self.precision == "bf16x2" else None
+        return replace(self, packed_weight=None, weight=weight, weight_low=low)
 
     def to(
         self, device: Device | None = None, dtype: torch.dtype | None = None, *, precision: str | None = None
@@ -291,6 +331,10 @@ class SparseEncoder:
         ):
             words = f"{', '.join(PRECISIONS)} and fit dtype"
             raise CorrSteerError(f"precision must be one of {words}, got {shown(precision)}")
+        if self.packed_weight is not None and (
+            (device is not None and torch.device(device).type != "cpu") or precision not in (None, self.precision)
+        ):
+            return self.unpacked().to(device, precision=precision)
         moved = {name: getattr(self, name).to(device) for name in TENSORS if getattr(self, name) is not None}
         if precision is not None and "weight" in moved:
             whole = replace(self, **moved).full_weight() if self.precision == "bf16x2" else moved["weight"]
