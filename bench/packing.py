@@ -29,9 +29,9 @@ MIB = 1 << 20
 
 def make(precision: str, d_in: int, d_sae: int, packs: bool) -> SparseEncoder:
     """A jumprelu encoder with random weights."""
-    weight = torch.empty(d_sae, d_in, dtype=PRECISIONS[precision], device="cpu")
-    for rows in weight.split(1024):
-        rows.copy_(torch.randn(rows.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"))
+    weight, generator = torch.empty(d_sae, d_in, dtype=PRECISIONS[precision], device="cpu"), torch.Generator()
+    for some in weight.split(1024):
+        some.copy_(torch.randn(some.shape, generator=generator, dtype=torch.float32, device="cpu"))
     vectors = {name: torch.zeros(d_sae, dtype=torch.float32, device="cpu") for name in ("bias", "threshold")}
     encoder = SparseEncoder(d_in, d_sae, "jumprelu", weight=weight, **vectors)
     return pack(encoder) if packs else encoder

@@ -364,6 +364,13 @@ def formats(study: Path) -> str:
     return "\n\n".join([*_markdown(formats.DOCUMENTED, formats.format_rows(result)), f"Compared with {versions}."])
 
 
+def packing(study: Path) -> str:
+    """What encoders hold in memory, as they are and packed."""
+    from bench import packing
+
+    return _jobs(study, "bench.packing", lambda _: [], ((packing.HEADER, packing.rows),))
+
+
 def pipeline(studies: Path) -> str:
     """Whole jobs against the published way of working, of each device that has measured them; or how to measure it."""
     from bench import pipeline
@@ -397,6 +404,7 @@ DOCUMENTS: dict[str, tuple[tuple[str, Callable[[Path], str], str], ...]] = {
         ("collection", collection, "studies/collection.json"),
         ("hooks", hooks, "studies/hooks.json"),
         ("stored_rows", stored_rows, "studies/stored_rows.json"),
+        ("packing", packing, "studies/packing.json"),
         ("benchmarks", lambda folder: section(load(folder)), "."),
     ),
     "docs/supported.md": (("formats", formats, "studies/formats.json"),),
