@@ -389,7 +389,7 @@ def _jobs(study: Path, command: str, lines: Callable[[Any], list[str]], tables: 
         return f"Not measured yet: `python -m {command}`, on a machine that does nothing else."
     result = json.loads(study.read_text(encoding="utf-8"))
     found = [line for header, rows in tables for line in _markdown(header, rows(result))]
-    return "\n\n".join([_title(result), "\n".join(f"- {line}" for line in lines(result)), *found])
+    return "\n\n".join(filter(None, [_title(result), "\n".join(f"- {line}" for line in lines(result)), *found]))
 
 
 # document -> its blocks: name, what makes it, and of which file or folder under bench/results

@@ -319,6 +319,9 @@ def test_the_command_line_takes_every_format_and_tells_a_wrong_layer_before_a_mo
     inputs.check_saes({int(named): path})
     encoders = inputs.load_encoders({int(named): path}, None)
     assert encoders[int(named)].d_sae == D_SAE
+    recorded = {"saes": {named: {"source": json.loads(json.dumps(encoders[int(named)].decoder.source))}}}
+    again = inputs.recorded_encoders(recorded, None)[int(named)]
+    assert torch.equal(again.weight, encoders[int(named)].weight) and again.metadata == encoders[int(named)].metadata
     if HOOKS[key][0].startswith("blocks"):
         with pytest.raises(CorrSteerError, match=f"trained at blocks.{named}.*; give it as {named}={path}"):
             inputs.check_saes({99: path})
