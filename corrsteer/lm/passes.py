@@ -119,6 +119,7 @@ class Passes:
         owner, local = threading.get_ident(), self._local
         d = hook_points.width(model, point)
         of_stream = d == self._d
+        what = "the model's residual stream" if point.kind in hook_points.KINDS else str(point)
 
         def at(h: Tensor) -> Tensor | None:
             passes = local.passes
@@ -135,7 +136,7 @@ class Passes:
                 return None
             reading = running.reading
             if h.shape != (reading.shape if of_stream else (*reading.shape[:2], d)):
-                reading.refuse(h, point, d)
+                reading.refuse(h, d, what)
             return function(h, reading)
 
         return at
