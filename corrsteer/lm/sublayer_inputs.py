@@ -94,8 +94,10 @@ def _watched(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, _Ran]]:
 def _inputs(layer: nn.Module, attention: nn.Module, mlp: nn.Module, ran: dict[nn.Module, _Ran]) -> Inputs:
     mlp_core, attention_core = (_before_norm(layer, part, ran) for part in (mlp, attention))
     norm, eps = None, None
+    if mlp_core is not None and (_matrices(mlp_core) < 2 or ran[mlp_core].read.shape != ran[mlp_core].out.shape):
+        mlp_core = None  # the last linear layer of an MLP that is no module of its own
     if mlp_core is not None:
-        norms = [m for m, one in ran.items() if not _has_matrix(m) and sublayers.equal(one.out, ran[mlp_core].read)]
+        norms = [m for m, one in ran.items() if not _matrices(m) and sublayers.equal(one.out, ran[mlp_core].read)]
         norm = norms[0] if norms else None
         eps = None if norm is None else _rms_eps(norm, ran[norm])
     projection = None if attention_core is None else _projection(attention_core, ran)
@@ -103,17 +105,17 @@ def _inputs(layer: nn.Module, attention: nn.Module, mlp: nn.Module, ran: dict[nn
     return Inputs(mlp_core, norm, eps, projection, width)
 
 
-def _has_matrix(module: nn.Module) -> bool:
-    return any(parameter.dim() >= 2 for parameter in module.parameters())
+def _matrices(module: nn.Module) -> int:
+    return sum(parameter.dim() >= 2 for parameter in module.parameters())
 
 
 def _before_norm(layer: nn.Module, part: nn.Module, ran: dict[nn.Module, _Ran]) -> nn.Module | None:
     """The part itself or, where it is a norm, the outermost module whose output it normalises; None without one."""
     if part not in ran:
         return None
-    if _has_matrix(part):
+    if _matrices(part):
         return part
-    inside = (module for module in layer.modules() if module is not layer and module in ran and _has_matrix(module))
+    inside = (module for module in layer.modules() if module is not layer and module in ran and _matrices(module))
     return next((module for module in inside if sublayers.equal(ran[module].out, ran[part].read)), None)
 
 
@@ -122,7 +124,7 @@ def _projection(attention: nn.Module, ran: dict[nn.Module, _Ran]) -> nn.Module |
     ends = [
         module
         for module in attention.modules()
-        if module is not attention and module in ran and _has_matrix(module)
+        if module is not attention and module in ran and _matrices(module)
         if sublayers.equal(ran[module].out, ran[attention].out)
     ]
     return ends[-1] if ends and ran[ends[-1]].read.dim() == 3 else None
