@@ -16,7 +16,8 @@ from torch import nn
 from corrsteer.cli.settings import ModelSettings, RolloutsSettings, TaskSettings
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm.decoding import Decoding
-from corrsteer.lm.hook_points import width
+from corrsteer.lm.hook_points import input_device, width
+from corrsteer.ops import pack, registry
 from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.sae.formats import recognise
 from corrsteer.sae.releases import check_names
@@ -116,6 +117,21 @@ def load_encoders(sources: dict[int, str], model: nn.Module) -> dict[int, Sparse
         return SparseEncoder.load(source)
 
     return {layer: load(source) for layer, source in sources.items()}
+
+
+def pack_where_read(
+    encoders: dict[int, SparseEncoder], model: nn.Module, backend: str | None
+) -> dict[int, SparseEncoder]:
+    """Encoders that hold one copy of their weight, the packed one, where the native backend is what reads it."""
+    device = input_device(model)
+    if device.type != "cpu":
+        return encoders
+
+    def packed(encoder: SparseEncoder) -> SparseEncoder:
+        call = registry.Call("encode_pool", device, torch.float32, encoder.activation, encoder.precision)
+        return pack(encoder) if registry.choose(call, backend).name == "native" else encoder
+
+    return {layer: packed(encoder) for layer, encoder in encoders.items()}
 
 
 def load_model(given: ModelSettings) -> tuple[nn.Module, Any]:

@@ -120,11 +120,14 @@ def _before_norm(layer: nn.Module, part: nn.Module, ran: dict[nn.Module, _Ran]) 
 
 
 def _projection(attention: nn.Module, ran: dict[nn.Module, _Ran]) -> nn.Module | None:
-    """The innermost module with weights that puts out what attention does."""
+    """The innermost module with weights that puts out what attention does.
+
+    Where a linear layer's output is what the layer adds, as in BLOOM, that is attention's.
+    """
     ends = [
         module
         for module in attention.modules()
-        if module is not attention and module in ran and _matrices(module)
+        if (module is not attention or isinstance(attention, nn.Linear)) and module in ran and _matrices(module)
         if sublayers.equal(ran[module].out, ran[attention].out)
     ]
     return ends[-1] if ends and ran[ends[-1]].read.dim() == 3 else None

@@ -1,5 +1,6 @@
 """Places inside a decoder layer: what attention's last linear layer reads, and what the MLP reads."""
 
+import architectures
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, INSIDE, PLACES, batch_of, build, generate, inside, prompts_of, tiny
@@ -109,6 +110,32 @@ def test_parts_that_were_replaced_are_found_anew():
     model(**batch)
     handle.remove()
     assert torch.equal(seen[0], read_by(part(model, "llama", "z"), model, batch))
+
+
+@pytest.mark.parametrize(
+    "architecture, projection, mlp",
+    [
+        ("bloom", "self_attention.dense", None),  # whose parts add the residual themselves
+        ("gpt_neo", "attn.attention.out_proj", "mlp"),  # an attention in another
+        ("xglm", "self_attn.out_proj", None),  # whose MLP is no module of its own
+        ("mixtral", "self_attn.o_proj", "mlp"),
+        ("falcon", "self_attention.dense", "mlp"),  # attention and MLP beside each other, after one norm
+        ("deepseek_v3", "self_attn.o_proj", "mlp"),  # heads of another width than the stream's
+    ],
+)
+def test_places_are_found_whatever_modules_lie_in_one_another(architecture, projection, mlp):
+    model, batch = architectures.build(architecture), batch_of(prompts_of([3, 6]))
+    layer = hook_points.decoder_layers(model)[1][LAYER]
+    assert hook_points.projection(model, HookPoint(LAYER, "z")) is layer.get_submodule(projection)
+    seen = []
+    if mlp is None:
+        with pytest.raises(CorrSteerError, match="no part of it is an MLP that adds to the residual stream"):
+            hook_points.attach(model, HookPoint(LAYER, "mlp_in"), print)
+        return
+    handle = hook_points.attach(model, HookPoint(LAYER, "mlp_in"), lambda h: seen.append(h.clone()))
+    model(**batch)
+    handle.remove()
+    torch.testing.assert_close(seen, [read_by(layer.get_submodule(mlp), model, batch)])
 
 
 def test_what_only_reads_leaves_the_model_as_it_is():

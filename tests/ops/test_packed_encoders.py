@@ -11,6 +11,7 @@ from places import NATIVE, everywhere
 from problems import cu, make_encoder
 
 from corrsteer import BackendUnavailable, CorrSteerError, SparseEncoder, collect, pack
+from corrsteer.cli import inputs
 from corrsteer.lm.decoding import Decoding
 from corrsteer.ops import Moments, encode, encode_pool, encode_update
 from corrsteer.ops import native_backend as native
@@ -123,6 +124,15 @@ def test_a_packed_weight_that_does_not_fit_is_refused():
                 **{"d_in": packed.d_in, "d_sae": packed.d_sae, "activation": "relu", "precision": "fp32"} | wrong,
                 packed_weight=packed.packed_weight, bias=torch.zeros(wrong.get("d_sae", packed.d_sae)),
             )  # fmt: skip
+
+
+def test_the_command_line_packs_what_the_native_backend_reads():
+    encoders = {1: make_encoder("jumprelu"), 2: SparseEncoder.identity(5)}
+    model = tiny_pipeline.model()
+    packed = inputs.pack_where_read(encoders, model, None)
+    assert packed[1].packed_weight is not None and packed[2] is encoders[2]
+    assert inputs.pack_where_read(encoders, model, "reference") == encoders
+    assert inputs.pack_where_read(encoders, model.to("meta"), None) == encoders
 
 
 def test_a_collection_with_packed_encoders_is_that_of_the_encoders_themselves():
