@@ -144,7 +144,7 @@ class Pass:
         return self._selected[key]
 
     def refuse(self, h: Tensor, d: int, what: str) -> None:
-        """Raise for what is not of the shape of a residual stream of the tokens read, or of what is elsewhere, `d` wide."""
+        """Raise for what is not `[rows, steps, d]`, as the residual stream of the tokens read is, or another place."""
         raise CorrSteerError(
             f"{what} must be [{self.rows}, {self.steps}, {d}], as {self.rows} rows of {self.steps} tokens are read and "
             f"its width is {d}, got {list(h.shape)}: a stream of several lanes, of other positions than tokens or in "

@@ -157,6 +157,25 @@ def test_features_are_those_of_sae_lens(tmp_path, key):
     assert found["ours"] < 1.1 * found["own"]
 
 
+@pytest.mark.parametrize(
+    "key, hook_name",
+    [
+        (("gemma_scope", "transcoder"), "blocks.0.ln2.hook_normalized"),
+        # SAELens calls it blocks.13.hook_mlp_in, which for TransformerLens comes before the norm
+        (("gemma_scope_2", "skip transcoder"), "model.layers.13.pre_feedforward_layernorm.output"),
+    ],
+    ids=str,
+)
+def test_a_transcoder_by_its_release_reads_and_writes_where_its_files_say(tmp_path, key, hook_name):
+    pytest.importorskip("sae_lens", reason="what loads releases is SAELens")
+    PUBLISHED[key].write(tmp_path / PUBLISHED[key].path)
+    release = {"gemma_scope": ("gemma-scope-2b-pt-transcoders", "layer_0/width_16k/average_l0_76"),
+               "gemma_scope_2": ("gemma-scope-2-1b-pt-transcoders", "transcoder/layer_13_width_16k_l0_big_affine")}
+    with written.hub(tmp_path / "hub"):
+        encoder = SparseEncoder.from_pretrained(*release[key[0]])
+    assert (encoder.hook_name, encoder.metadata["hook_name_out"]) == (hook_name, HOOKS[key][1])
+
+
 def test_a_weight_is_in_the_dtype_of_its_file_unless_it_is_scaled(lies):
     path = lies(("sparsify", "topk"))
     tensors = {"encoder.weight": W["W_enc"].T, "encoder.bias": W["b_enc"], "W_dec": W["W_dec"], "b_dec": W["b_dec"]}
