@@ -302,6 +302,16 @@ def test_a_file_that_does_not_say_what_it_was_trained_on_is_refused_where_its_pa
         SparseEncoder.load(moved)
 
 
+def test_a_scaling_factor_of_gemma_scope_is_refused_unless_it_does_nothing(lies):
+    path = lies(GEMMA)
+    arrays = dict(np.load(path / "params.npz"))
+    np.savez(path / "params.npz", scaling_factor=np.ones(D_SAE, np.float32), **arrays)
+    assert SparseEncoder.load(path).d_sae == D_SAE
+    np.savez(path / "params.npz", scaling_factor=np.full(D_SAE, 2, np.float32), **arrays)
+    with pytest.raises(CorrSteerError, match="params.npz holds a scaling_factor other than 1"):
+        SparseEncoder.load(path)
+
+
 def test_an_sae_of_the_embeddings_is_refused(tmp_path):
     path = tmp_path / "gemma-scope-2b-pt-res" / "embedding" / "width_4k"
     written.write_gemma_scope(path)

@@ -32,8 +32,9 @@ def config(path: Path) -> dict[str, Any]:
             f"{path / WEIGHTS} does not say where it was trained, and nor does its path; keep it in folders that are "
             f"named as published, such as gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71"
         )
-    if factor := Npz(path / WEIGHTS).names() & {"scaling_factor"}:
-        raise CorrSteerError(f"{path / WEIGHTS} holds a {factor.pop()}, which its encode takes no account of")
+    store = Npz(path / WEIGHTS)
+    if "scaling_factor" in store.names() and not bool((store.read("scaling_factor") == 1).all()):
+        raise CorrSteerError(f"{path / WEIGHTS} holds a scaling_factor other than 1, which is not known how to apply")
     metadata = {"hook_name": f"blocks.{layer}.{HOOKS[site]}", "model_name": f"gemma-2-{model.removesuffix('-pt')}"}
     if site == "transcoders":
         metadata["hook_name_out"] = f"blocks.{layer}.hook_mlp_out"
