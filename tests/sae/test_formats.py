@@ -184,6 +184,20 @@ def test_a_weight_is_in_the_dtype_of_its_file_unless_it_is_scaled(lies):
     assert SparseEncoder.load(lies(("llama_scope", "SAE"))).weight.dtype == torch.float32
 
 
+def test_a_transcoder_of_llama_scope_reads_by_one_scale_and_writes_by_another(lies):
+    path = lies(LLAMA)
+    plain = SparseEncoder.load(path)
+    norms = {"in": D_IN**0.5 / LLAMA_SCALE, "out": 3.390625}
+    places = {"hook_point_in": "blocks.8.ln2.hook_normalized", "hook_point_out": "blocks.8.hook_mlp_out"}
+    change("hyperparams.json", **places, dataset_average_activation_norm=norms, act_fn="jumprelu")(path)
+    encoder = SparseEncoder.load(path)
+    assert encoder.metadata["architecture"] == "jumprelu_transcoder"
+    assert (encoder.hook_name, encoder.metadata["hook_name_out"]) == tuple(places.values())
+    assert torch.equal(encode(tokens(), encoder), encode(tokens(), plain))
+    rows = W["W_dec"].bfloat16().double()[[3, 9]] * 3.390625 / D_IN**0.5
+    torch.testing.assert_close(encoder.decoder_rows([3, 9]), rows.float())
+
+
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_rows_of_numpys_archive_are_read_however_it_is_packed(tmp_path, order, compressed):
@@ -270,6 +284,8 @@ GEMMA, GEMMA_2, LLAMA = ("gemma_scope", "SAE"), ("gemma_scope_2", "SAE"), ("llam
         (GEMMA_2, change("config.json", hf_hook_point_in=None), "config.json has no hf_hook_point_in"),
         (LLAMA, change("hyperparams.json", dataset_average_activation_norm=None), "has no dataset_average_activation"),
         (LLAMA, change("hyperparams.json", jump_relu_threshold="0.2"), "jump_relu_threshold of .* got '0.2'"),
+        (LLAMA, change("hyperparams.json", dataset_average_activation_norm={"in": 0}), "must be above 0, got 0"),
+        (LLAMA, change("hyperparams.json", act_fn="topk"), "act_fn of .* must be 'jumprelu', got 'topk'"),
         (("qwen_scope", "topk"), cut(""), "layer1.sae.pt is damaged"),
         (SPARSIFY, change("cfg.json", activation="relu"), "activation of .*cfg.json must be topk or groupmax"),
         (SPARSIFY, change("cfg.json", signed=True), "signed activations"),
