@@ -19,6 +19,7 @@ from corrsteer.types import PathLike
 if TYPE_CHECKING:
     from sae_lens import SAE
 
+
 @dataclass(frozen=True, eq=False)
 class Decoder:
     """Decoder rows by feature index. It is data alone, so that it can be copied and sent to other processes.

@@ -13,10 +13,8 @@ from corrsteer.sae.formats.format import Format, Stored, read_json, read_paramet
 from corrsteer.sae.formats.stores import Safetensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-LAYOUT = {
-    name: Stored(name)
-    for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold", "b_gate", "b_mag", "r_mag")
-}  # fmt: skip
+NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold", "b_gate", "b_mag", "r_mag")
+LAYOUT = {name: Stored(name) for name in NAMES}
 
 
 
