@@ -50,7 +50,6 @@ PLACES = {
 }  # fmt: skip
 
 
-
 def _trainer(path: Path) -> dict[str, Any]:
     origin = path / CONFIG
     found = entry(read_json(origin), "trainer", origin)

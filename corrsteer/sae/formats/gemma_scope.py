@@ -23,7 +23,6 @@ LOWER = {"W_enc": Stored("w_enc"), "W_dec": Stored("w_dec")}  # as some of the f
 HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z", "transcoders": "ln2.hook_normalized"}
 
 
-
 def config(path: Path) -> dict[str, Any]:
     model, site = _last(r"gemma-scope-((?:\d+\w+)-(?:pt|it))-(res|mlp|att|transcoders)(?![a-z])", path) or ("", "")
     (layer,) = _last(r"layer_(\d+)", path) or ("",)

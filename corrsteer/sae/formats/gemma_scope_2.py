@@ -24,7 +24,6 @@ PLACES = {
 }
 
 
-
 def config(path: Path) -> dict[str, Any]:
     origin = path / CONFIG
     found = read_json(origin)

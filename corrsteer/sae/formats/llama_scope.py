@@ -34,7 +34,6 @@ def _weights(path: Path) -> Path:
     return path / "checkpoints" / WEIGHTS
 
 
-
 def config(path: Path) -> dict[str, Any]:
     origin = path / CONFIG
     found = read_json(origin)

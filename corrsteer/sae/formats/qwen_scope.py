@@ -26,8 +26,6 @@ LAYOUT = {
 }
 
 
-
-
 def _file(path: Path) -> Path:
     files = sorted(path.glob(PATTERN)) if path.is_dir() else [path]
     if len(files) != 1:

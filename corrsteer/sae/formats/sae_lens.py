@@ -17,7 +17,6 @@ NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold", "b_gate", "b_mag", "r_
 LAYOUT = {name: Stored(name) for name in NAMES}
 
 
-
 def config(path: Path) -> dict[str, Any]:
     found = read_json(path / CONFIG)
     if "sae_lens_version" not in (found.get("metadata") or {}):

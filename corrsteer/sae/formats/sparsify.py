@@ -32,7 +32,6 @@ ARCHITECTURES = {
 }
 
 
-
 def config(path: Path) -> dict[str, Any]:
     origin = path / CONFIG
     found = read_json(origin)
