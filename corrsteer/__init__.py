@@ -18,6 +18,7 @@ _HOME = {
     "encode": "ops",
     "encode_pool": "ops",
     "encode_update": "ops",
+    "pack": "ops",
     "steer_add": "ops",
     "update_moments": "ops",
     "update_sums": "ops",
@@ -81,6 +82,7 @@ __all__ = [
     "evaluate",
     "generate_rollouts",
     "inference",
+    "pack",
     "planning",
     "read_rollouts",
     "regrade",
@@ -107,7 +109,7 @@ if TYPE_CHECKING:
     from corrsteer.lm.decoding import Decoding
     from corrsteer.lm.hook_points import HookPoint
     from corrsteer.lm.teacher_forcing import TeacherForcing
-    from corrsteer.ops import Moments, encode, encode_pool, encode_update, steer_add, update_moments, update_sums
+    from corrsteer.ops import Moments, encode, encode_pool, encode_update, pack, steer_add, update_moments, update_sums
     from corrsteer.rollouts.generate import generate_rollouts
     from corrsteer.rollouts.rollout import Rollout
     from corrsteer.rollouts.rollout_file import read_rollouts, write_rollouts

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from corrsteer.arguments import check_type, shown
 from corrsteer.errors import CorrSteerError
-from corrsteer.ops import registry
+from corrsteer.ops import native_backend, registry
 from corrsteer.ops.calls import Call
 from corrsteer.ops.flat import flatten_encoder
 from corrsteer.ops.moments import Moments
@@ -25,8 +25,33 @@ from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.tensors import check_holds, check_tensor
 
 POOLS = {"mean": ("mean",), "max": ("max",), "both": ("mean", "max")}
+READ_PACKED = ("native", "reference")  # backends that read an encoder whose weight is packed
 LARGEST_REWARD = 1e150  # the square of a larger one, and so its variance, may be no float64
 X_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@torch.no_grad()
+def pack(encoder: SparseEncoder) -> SparseEncoder:
+    """The encoder with its weight as the `native` backend reads it, and no other copy.
+
+    That backend packs the weight of every encoder that it is given, and keeps both. Where the encoder that was given is
+    let go, one of them is left. Results are equal to the bit. `encoder.unpacked()` gives the weight back; so does
+    `encoder.to` of another device or precision. The `reference` backend unpacks it at every call.
+
+    Parameters
+    ----------
+    encoder : on the CPU. It is left as it is; the identity, which has no weight, is given back.
+
+    Raises
+    ------
+    CorrSteerError : where the native backend cannot run this encoder.
+    """
+    check_encoder(encoder)
+    if encoder.device is None or encoder.packed_weight is not None:
+        return encoder
+    call = Call("encode", encoder.device, torch.float32, encoder.activation, encoder.precision)
+    registry.choose(call, "native")
+    return native_backend.pack(encoder)
 
 
 @torch.no_grad()
@@ -248,7 +273,10 @@ def steer_add(
 def _chosen(operation: str, on: Tensor, name: str | None, encoder: SparseEncoder | None = None) -> Callable[..., Any]:
     encoding = () if encoder is None else (encoder.activation, encoder.precision)
     call = Call(operation, on.device, on.dtype, *encoding)
-    return registry.choose(call, name).operations[operation]
+    backend = registry.choose(call, name)
+    if encoder is not None and encoder.packed_weight is not None and backend.name not in READ_PACKED:
+        raise CorrSteerError(f"encoder is packed, which backend {backend.name!r} cannot read; use encoder.unpacked()")
+    return backend.operations[operation]
 
 
 # An operation may be called at every step of a decoder: a check of a type is one isinstance, a tenth of a microsecond.

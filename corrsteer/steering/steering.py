@@ -257,12 +257,15 @@ class Steering:
 
     def _fitting(self, model: nn.Module) -> dict[HookPoint, Tensor]:
         """Its vectors, which fit the model."""
-        if self.features and self.directions.shape[1] != hook_points.width(model):
-            raise CorrSteerError(
-                f"this steering is for a residual stream of width {self.directions.shape[1]}, "
-                f"but the model's is {hook_points.width(model)}; use it with the model it was made on"
-            )
-        vectors = self.vectors(model)
+        vectors, d = self.vectors(model), self.directions.shape[-1]
+        for point in vectors:
+            hook_points.check_steers(point)
+            if d != hook_points.width(model, point):
+                what = "a residual stream" if point.kind in hook_points.KINDS else str(point)
+                raise CorrSteerError(
+                    f"this steering is for {what} of width {d}, but the model's is {hook_points.width(model, point)}; "
+                    f"use it with the model it was made on"
+                )
         for point in vectors:
             hook_points.check_point(model, point)
         return vectors
@@ -388,5 +391,8 @@ def stack(model: nn.Module, steerings: Sequence[Steering], scales: Sequence[floa
             vectors = dict(zip(vectors, added))
         each.append(vectors)
     points = dict.fromkeys(point for vectors in each for point in vectors)
-    nothing = torch.zeros(hook_points.width(model) if points else 0, dtype=torch.float32, device="cpu")
-    return {point: torch.stack([vectors.get(point, nothing) for vectors in each]) for point in points}
+    tables: dict[HookPoint, Tensor] = {}
+    for point in points:
+        nothing = torch.zeros(hook_points.width(model, point), dtype=torch.float32, device="cpu")
+        tables[point] = torch.stack([vectors.get(point, nothing) for vectors in each])
+    return tables

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from corrsteer import CorrSteerError, SparseEncoder, encode
 from corrsteer.sae import encoder as encoder_module
 from corrsteer.sae import sources
+from corrsteer.sae.formats import stores
 
 SAE = pytest.importorskip("sae_lens", reason="what is compared against is SAELens").SAE
 
@@ -351,8 +352,8 @@ def test_only_the_decoder_rows_asked_for_are_read(tmp_path, monkeypatch, kind):
             rows.extend(range(D_SAE)[index])
             return self.inner[index]
 
-    safe_open = sources.safe_open
-    monkeypatch.setattr(sources, "safe_open", lambda *a, **k: Watched(safe_open(*a, **k)))
+    safe_open = stores.safe_open
+    monkeypatch.setattr(stores, "safe_open", lambda *a, **k: Watched(safe_open(*a, **k)))
     encoder = SparseEncoder.load(tmp_path)
     assert "W_enc" in whole and rows == []
     assert ("W_dec" in whole) == (kind == "topk rescaled")  # whose encoder needs the norms
