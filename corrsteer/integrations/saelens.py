@@ -28,6 +28,7 @@ AnySAE = TypeVar("AnySAE", bound="SAE[Any]")
 ADDED = ("encode", "encode_pooled", "topk_features", *WRITERS)
 # What normalisations leave on the SAE for the `decode` that follows.
 LEFT_FOR_DECODE = ("x_norm_coeff", "ln_mu", "ln_std")
+PART = 512  # tokens encoded at a time where the kernels are not faster
 SAMPLES = 64  # pooled at a time where only the top features are kept
 
 
@@ -47,7 +48,8 @@ def accelerate(sae: SAE[Any], *, explain: bool = False) -> SAE[Any] | paths.Expl
     Changed weights are seen, see `corrsteer.integrations.saelens_encoder.FoldedEncoder`. The folded and the packed
     weight take twice the memory of `W_enc` beside it, from the first call on (float16: three times).
 
-    Two methods are added, which make no dense `[tokens, d_sae]` matrix and have no gradients unless `x` requires them:
+    Two methods are added, which make no dense `[tokens, d_sae]` matrix (unless `x` requires grad or activations are
+    hooked) and have no gradients (unless `x` requires grad):
 
     - `sae.encode_pooled(x, attention_mask=None, pool="mean")`: `[B, d_sae]` float32
     - `sae.topk_features(x, attention_mask=None, k=10, pool="max")`: values and indices, `[B, k]` each
@@ -117,7 +119,7 @@ class _Encode:
 
     def __call__(self, x: Tensor) -> Tensor:
         sae = self.sae
-        if torch.compiler.is_compiling() or self.why_not(x) or paths.slower(sae, x):
+        if torch.compiler.is_compiling() or self.why_not(x) or paths.slower(sae, x.numel() // sae.cfg.d_in):
             return type(sae).encode(sae, x)
         return sae.hook_sae_acts_post(self.core(sae.process_sae_in(x)))
 
@@ -273,8 +275,33 @@ def _pooled(encode: _Encode, tokens: Tensor, lengths: Tensor, pool: str) -> Tens
         wanted = torch.is_grad_enabled() and tokens.requires_grad
         if hooked or wanted or torch.compiler.is_compiling() or encode.why_not(tokens):
             return reference.pool(encode(tokens).float(), cu_seqlens, pool)
+        if not len(tokens) or not paths.slower(sae, len(tokens), "pooled"):
+            return pooled_by_kernels(encode, tokens, cu_seqlens, pool)
         with torch.no_grad():
-            return operations.encode_pool(sae.process_sae_in(tokens), cu_seqlens, encode.folded(sae), pool)
+            return torch.cat([_pooled_densely(encode, part, tokens, pool) for part in _parts(cu_seqlens)])
+
+
+@torch.no_grad()
+def pooled_by_kernels(encode: _Encode, tokens: Tensor, cu_seqlens: Tensor, pool: str) -> Tensor:
+    """`encode_pool` of packed tokens as they come to the SAE."""
+    sae_in = encode.sae.process_sae_in(tokens)
+    pooled = operations.encode_pool(sae_in, cu_seqlens, encode.folded(encode.sae), pool)
+    assert isinstance(pooled, Tensor), "one pooling has one result"
+    return pooled
+
+
+def _pooled_densely(encode: _Encode, part: Tensor, tokens: Tensor, pool: str) -> Tensor:
+    start, end = int(part[0]), int(part[-1])
+    return reference.pool(encode(tokens[start:end]).float(), part - part[0], pool)
+
+
+def _parts(cu_seqlens: Tensor) -> Iterator[Tensor]:
+    """Stretches of samples, of `PART` tokens each or one sample, that never have many dense activations at a time."""
+    ends, first = cu_seqlens.tolist(), 0
+    for at in range(1, len(ends)):
+        if at == len(ends) - 1 or ends[at + 1] - ends[first] > PART:
+            yield cu_seqlens[first : at + 1]
+            first = at
 
 
 @contextlib.contextmanager

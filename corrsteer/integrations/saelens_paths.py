@@ -7,17 +7,32 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.nn.modules import module as torch_modules
 
 from corrsteer.integrations.saelens_encoder import encoder_parameters
+from corrsteer.ops import native_backend
 from corrsteer.sae.encoder import ARCHITECTURES
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
-# Tokens · d_in · d_sae from which on the kernels were faster in every measurement, by activation and dtype; generated:
-# python -m bench.accelerate prints it, bench/results/studies/accelerate.json holds the measurements. None: in none.
-LEAST_WORK: dict[tuple[str, str], int | None] = {}
+# (call, activation, dtype) -> fewest and most tokens at which the kernels were faster in every measurement. `most` is
+# None where the largest number measured is among them; a call that is missing was nowhere faster. Generated:
+# python -m bench.accelerate prints it, bench/results/studies/accelerate.json holds the measurements.
+FASTER: dict[tuple[str, str, str], tuple[int, int | None]] = {
+    ("encode", "relu", "bfloat16"): (1, 8),
+    ("encode", "jumprelu", "float32"): (512, None),
+    ("pooled", "jumprelu", "float32"): (64, None),
+    ("encode", "jumprelu", "bfloat16"): (1, 8),
+    ("encode", "gated", "float32"): (1, None),
+    ("pooled", "gated", "float32"): (64, None),
+    ("encode", "gated", "bfloat16"): (1, 8),
+    ("encode", "topk", "float32"): (8, 8),
+    ("pooled", "topk", "float32"): (512, None),
+    ("encode", "topk", "bfloat16"): (1, 1),
+}
+SMALLEST = 2097152  # d_in · d_sae of the smallest SAE measured
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
@@ -52,7 +67,7 @@ def _activation(sae: SAE[Any], activation: str) -> str:
     from sae_lens.saes.topk_sae import TopK
 
     own = {"topk": TopK, "abstopk": AbsTopK}.get(activation, torch.nn.ReLU)
-    function = sae.activation_fn
+    function: Any = sae.activation_fn
     if type(function) is not own or function._forward_hooks or function._forward_pre_hooks:
         return "its activation function has been replaced or hooked"
     if getattr(function, "use_sparse_activations", False):
@@ -68,7 +83,7 @@ def unwanted(sae: SAE[Any], x: Tensor) -> str:
         return "x is no plain float32, bfloat16 or float16 tensor on the SAE's device"
     if torch.is_autocast_enabled(x.device.type):
         return "autocast decides on the dtype"
-    if torch.jit.is_tracing() or _transformed():
+    if torch._C._is_tracing() or _transformed():
         return "a transform or a tracer watches each operation"
     if any(getattr(torch_modules, hooks) for hooks in GLOBAL_HOOKS):
         return "hooks are on all modules"
@@ -85,24 +100,28 @@ def hooked(sae: SAE[Any], point: str) -> bool:
 
 def _transformed() -> bool:
     return (
-        torch._C._functorch.peek_interpreter_stack() is not None
+        functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.forward_ad._current_level >= 0
     )
 
 
-def slower(sae: SAE[Any], x: Tensor) -> str:
-    """Why SAELens' own `encode` is taken to be as fast; empty if the kernels have been measured to be faster."""
-    if x.device.type != "cpu":
-        return f"no {x.device.type} has been measured"
-    dtype = str(sae.dtype).removeprefix("torch.")
-    activation = ARCHITECTURES[sae.cfg.architecture()]
-    least = LEAST_WORK.get((activation, dtype))
-    if least is None:
-        return f"the kernels were not faster for {activation} in {dtype}, or were not measured"
-    if x.numel() * sae.cfg.d_sae < least:
-        return f"the kernels were not always faster below {-(-least // (sae.cfg.d_in * sae.cfg.d_sae))} tokens of its size"
-    return ""
+def slower(sae: SAE[Any], tokens: int, call: str = "encode") -> str:
+    """Why the kernels are not taken to be faster for this many tokens; `call` is `encode` or `pooled`."""
+    device = sae.W_enc.device.type
+    if device != "cpu":
+        return f"no {device} has been measured"
+    if not native_backend.instruction_set().startswith("avx512"):
+        return "only CPUs with AVX-512 have been measured"
+    if sae.cfg.d_in * sae.cfg.d_sae < SMALLEST:
+        return "no SAE as small as this has been measured"
+    activation, dtype = ARCHITECTURES[sae.cfg.architecture()], str(sae.dtype).removeprefix("torch.")
+    least, most = FASTER.get((call, activation, dtype), (0, 0))
+    if least <= tokens and (most is None or tokens <= most):
+        return ""
+    if most == 0:
+        return f"{activation} in {dtype} was nowhere faster, or was not measured"
+    return f"{activation} in {dtype} was faster {f'from {least} tokens on' if most is None else f'up to {most} tokens'}"
 
 
 @dataclass(frozen=True)
@@ -129,16 +148,14 @@ def explain(sae: SAE[Any]) -> Explanation:
     token = torch.empty(1, sae.cfg.d_in, dtype=sae.dtype, device=sae.W_enc.device)
     always = unsupported(sae)
     now = always or unwanted(sae, token)
-    rows = [row(f"encode, {t} tokens", now or slower(sae, token.expand(t, -1))) for t in (1, 16, 256, 4096)]
-    large = slower(sae, token.expand(4096, -1))
-    usual = now or large
+    rows = [row(f"encode, {t} tokens", now or slower(sae, t)) for t in (1, 16, 256, 4096)]
     rows += [
-        row("forward, HookedSAETransformer", usual, "encode as above; decode and error term are SAELens' own"),
+        row("forward, HookedSAETransformer", now, "by tokens, as encode; decode and error term are SAELens' own"),
         row("backward", "recomputes encode, so that gradients are exactly its own"),
-        row("hooks on hook_sae_input, hook_sae_acts_post", usual, "they are called with what they expect"),
+        row("hooks on hook_sae_input, hook_sae_acts_post", now, "by tokens, as encode; the hooks are called"),
         row("hooks on hook_sae_acts_pre", "the kernels do not write pre-activations"),
         row("run_with_cache of all points", "it hooks hook_sae_acts_pre; names_filter can leave that out"),
         row("torch.compile, autocast, torch.func", "the original is traced, cast or transformed"),
-        row("encode_pooled, topk_features", now, "no dense [tokens, d_sae] matrix"),
+        *(row(f"encode_pooled, topk_features, {t} tokens", now or slower(sae, t, "pooled")) for t in (64, 4096)),
     ]
     return Explanation(f"{type(sae).__name__} {sae.cfg.d_in}x{sae.cfg.d_sae} {sae.dtype}", tuple(rows))
