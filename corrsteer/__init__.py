@@ -44,6 +44,9 @@ _HOME = {
     "SearchOptions": "experiments.search",
     "Trial": "experiments.trials",
     "run_trials": "experiments.trials",
+    "accelerate": "integrations.saelens",
+    "accelerated": "integrations.saelens",
+    "restore": "integrations.saelens",
     "CorrSteerError": "errors",
     "BackendUnavailable": "errors",
     # modules
@@ -70,6 +73,8 @@ __all__ = [
     "TeacherForcing",
     "Trial",
     "__version__",
+    "accelerate",
+    "accelerated",
     "apply_rows",
     "baselines",
     "calibrate_best",
@@ -86,6 +91,7 @@ __all__ = [
     "planning",
     "read_rollouts",
     "regrade",
+    "restore",
     "run_trials",
     "scores",
     "select",
@@ -105,6 +111,7 @@ if TYPE_CHECKING:
     from corrsteer.experiments.search import SearchOptions
     from corrsteer.experiments.selection import select
     from corrsteer.experiments.trials import Trial, run_trials
+    from corrsteer.integrations.saelens import accelerate, accelerated, restore
     from corrsteer.lm.capture import Capture
     from corrsteer.lm.decoding import Decoding
     from corrsteer.lm.hook_points import HookPoint

@@ -211,7 +211,12 @@ class SparseEncoder:
 
     @classmethod
     def from_sae_lens(
-        cls, sae: SAE[Any], *, dtype: torch.dtype | None = None, device: Device | None = None
+        cls,
+        sae: SAE[Any],
+        *,
+        dtype: torch.dtype | None = None,
+        device: Device | None = None,
+        input_handling: bool = True,
     ) -> SparseEncoder:
         """The encoder of a SAELens SAE or transcoder, equal to its `encode`.
 
@@ -220,6 +225,7 @@ class SparseEncoder:
         sae : an `sae_lens.SAE`. It is read, not changed, and kept only as the place decoder rows come from.
         dtype : of the weight; by default the SAE's own.
         device : by default the SAE's own.
+        input_handling : False folds only what comes after the SAE's `process_sae_in`, for tokens that went through it.
 
         Raises
         ------
@@ -228,6 +234,9 @@ class SparseEncoder:
         if not hasattr(sae, "cfg") or not isinstance(sae, torch.nn.Module):
             raise CorrSteerError(f"sae must be an sae_lens.SAE, got {shown(sae)}; for a directory use load")
         config = sae.cfg.to_dict()
+        if not input_handling:
+            config |= {"apply_b_dec_to_input": False, "normalize_activations": "none", "reshape_activations": "none"}
+            config["metadata"] = config["metadata"] | {"model_from_pretrained_kwargs": None}
         with torch.no_grad():
             parameters = {name: p.detach() for name, p in sae.named_parameters()}
             decoder = sources.decoder_in_memory(parameters["W_dec"], divide_by_norm=_rescales(config))
