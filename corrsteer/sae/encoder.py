@@ -22,6 +22,7 @@ from corrsteer.arguments import as_path, check_type, shown, whole, wholes
 from corrsteer.errors import CorrSteerError
 from corrsteer.files import plain
 from corrsteer.sae import formats, sources
+from corrsteer.sae.formats.format import refused
 from corrsteer.sae.formats.stores import without_values
 from corrsteer.sae.sources import Decoder
 from corrsteer.tensors import check_tensor
@@ -190,6 +191,9 @@ class SparseEncoder:
                     f"{name} must be {list(shape)} float32, bfloat16 or float16 for d_sae={self.d_sae} and "
                     f"d_in={self.d_in}, got {list(part.shape)} {part.dtype}"
                 )
+        places = {str(part.device) for part in map(self.__getattribute__, TENSORS) if part is not None}
+        if len(places) > 1:
+            raise CorrSteerError(f"all tensors must be on one device, got {', '.join(sorted(places))}; use .to(device)")
         if self.activation == "identity" and self.d_sae != self.d_in:
             raise CorrSteerError(
                 f"d_sae must be d_in={self.d_in} for activation 'identity', got {self.d_sae}; make one with "
@@ -262,12 +266,15 @@ class SparseEncoder:
         path = as_path("path", path)
         found = formats.recognise(path)
         config, origin = found.config(path), str(found.origin(path))
-        _activation(config, origin)  # first, as an architecture that cannot be used has other parameters
+        with refused(origin):
+            _activation(config, origin)  # first, as an architecture that cannot be used has other parameters
         with without_values(torch.device(device).type == "meta"):
             parameters = {name: p.to(device) for name, p in found.parameters(path, config).items()}
         decoder = sources.decoder_on_disk(path, divide_by_norm=_rescales(config), format=found.name)
-        dtype = dtype or _dtype_of(config, parameters, origin)
-        return _fold(config, parameters, decoder, dtype, device, origin)
+        with refused(origin):
+            dtype = dtype or _dtype_of(config, parameters, origin)
+            return _fold(config, parameters, decoder, dtype, device, origin)
+        raise AssertionError("`refused` lets no error through")
 
     @classmethod
     def from_pretrained(

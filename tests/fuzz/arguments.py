@@ -60,7 +60,7 @@ def offsets(rng, n, total):
     values = [0, *cuts, total]
     if rng.random() < 0.15:
         values[rng.randrange(len(values))] = rng.choice((-1, 2**31 - 1, total + 1, 0))
-    dtype = rng.choice((torch.int64, torch.float32, torch.int16)) if rng.random() < 0.1 else torch.int32
+    dtype = rng.choice((torch.int64, torch.float32, torch.float64)) if rng.random() < 0.1 else torch.int32
     found = torch.tensor(values, dtype=dtype, device="cpu")
     return found[::2] if rng.random() < 0.05 else found
 

@@ -109,6 +109,10 @@ def changed_safetensors(rng, data):
         return changed_bytes(rng, data)
     (size,) = struct.unpack("<Q", data[:8])
     header, rest = json.loads(data[8 : 8 + size]), data[8 + size :]
+    if rng.random() < 0.2:  # numbers alone
+        flipped = bytearray(rest)
+        flipped[rng.randrange(len(rest))] ^= 1 << rng.randrange(8)
+        return data[: 8 + size] + bytes(flipped)
     inner = [key for key, text in header.get("__metadata__", {}).items() if text[:1] in ("{", "[")]
     if inner and rng.random() < 0.6:
         key = rng.choice(inner)

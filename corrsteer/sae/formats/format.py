@@ -6,16 +6,44 @@ That form and those names are SAELens 6's: `W_enc [d_in, d_sae]`, `W_dec [d_sae,
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from corrsteer.errors import CorrSteerError
 from corrsteer.sae.formats.stores import Store
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def refused(path: object) -> Iterator[None]:
+    """Have whatever goes wrong with a file's contents be said of the file: whoever wrote it, they may be anything."""
+    try:
+        yield
+    except (CorrSteerError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise CorrSteerError(
+            f"{path} is damaged, or holds what SAEs of its format do not ({reason}); fetch or save it again"
+        ) from error
+
+
+def _refusing(read: Callable[..., T]) -> Callable[..., T]:
+    @functools.wraps(read)
+    def guarded(path: Path, *arguments: Any) -> T:
+        with refused(path):
+            return read(path, *arguments)
+
+    return guarded
 
 
 class Stored(NamedTuple):
@@ -51,6 +79,10 @@ class Format:
     parameters: Callable[[Path, dict[str, Any]], dict[str, Tensor]]
     decoder_rows: Callable[[Path, Sequence[int]], Tensor]
     is_file: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("config", "parameters", "decoder_rows"):
+            object.__setattr__(self, name, _refusing(getattr(self, name)))
 
     def recognises(self, path: Path) -> bool:
         """Whether an SAE of this format lies at a path."""
@@ -92,7 +124,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())  # in UTF-8, whatever the locale
     except OSError:
         raise CorrSteerError(f"{path.parent} is not an SAE directory: it has no {path.name}") from None
-    except ValueError as error:  # neither JSON nor even text
+    except (ValueError, RecursionError) as error:  # neither JSON nor even text, or nested too deeply
         raise CorrSteerError(f"{path} is not JSON ({error}); fetch or save the SAE again") from None
     if not isinstance(found, dict):
         raise CorrSteerError(f"{path} must hold a JSON object, got {type(found).__name__}; fetch or save the SAE again")
