@@ -111,7 +111,8 @@ def _in_one_line(error: BaseException, kept: Path | None) -> str:
     if isinstance(error, KeyboardInterrupt):
         what = str(error) or "interrupted"
     if kept is not None:
-        again = "the same command" if processes.among_others() else shlex.join([_program(), *sys.argv[1:]])
+        given = [argument for argument in sys.argv[1:] if argument != "--force"]  # which would throw it away
+        again = "the same command" if processes.among_others() else shlex.join([_program(), *given])
         what = f"{what}; what was done is kept in {kept}. Go on with: {again}"
     return " ".join(what.split())
 

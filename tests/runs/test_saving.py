@@ -276,3 +276,17 @@ def test_a_run_that_is_saved_again_where_it_is_goes_on_from_its_new_files(tmp_pa
         loaded.save(tmp_path)
         assert [one.completion for one in loaded.rollouts] == [one.completion for one in old.rollouts]
         assert loaded.statistics(permutations=0).n == old.n
+
+
+def test_an_interrupt_once_the_new_run_has_taken_its_place_leaves_it_there(directory, new, monkeypatch):
+    replace = os.replace
+
+    def interrupted(source, target):
+        replace(source, target)
+        if Path(target).name == "run.json":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        new.save(directory)
+    assert same(Run.load(directory), new) and untouched(directory)
