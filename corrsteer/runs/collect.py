@@ -245,6 +245,8 @@ def collect(
             return Run.load(directory)
         run_files.remove_parts(directory)
         _collect(run, batches, progress=progress, finish=finish)
+        if finish and run.n < len(samples):
+            run.notes.append(f"finished after {run.n} of {len(samples)} samples, as was asked for")
         run.provenance[BEGUN] = journal.begun
         try:
             run.save(directory)

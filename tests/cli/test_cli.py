@@ -534,11 +534,14 @@ def test_a_collection_that_must_stop_goes_on_or_is_made_a_run_as_far_as_it_came(
     monkeypatch.syspath_prepend(tmp_path)
     command = ["collect", "--config", world / "collect.yaml", "--grader", "moody:grade", "--batch-size", 8,
                "--out", tmp_path / "partial"]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["/bin/corrsteer", *map(str, command)])
-    said = run(*command, ok=False).stderr
+    monkeypatch.setattr(sys, "argv", ["/bin/corrsteer", *map(str, command), "--force"])
+    said = run(*command, "--force", ok=False).stderr
     assert f"what was done is kept in {tmp_path}/partial/collecting. Go on with: corrsteer collect --config" in said
+    assert "--force" not in said, "which would throw it away"
     shutil.copytree(tmp_path / "partial", tmp_path / "finished")
     assert json.loads(run(*command[:-1], tmp_path / "finished", "--finish", "--json").stdout)["samples"] == 24
+    again = run(*command[:-1], tmp_path / "finished")
+    assert "note: finished after 24 of 96 samples, as was asked for" in again.stdout
     assert Run.load(tmp_path / "finished").n == 24 and not (tmp_path / "finished" / "collecting").exists()
     assert json.loads(run(*command, "--json").stdout)["samples"] == 96
     again = run(*command)
