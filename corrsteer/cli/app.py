@@ -9,6 +9,7 @@ import logging
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,8 +77,10 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             raise
         except (Exception, KeyboardInterrupt) as error:
             kept = getattr(error, "unfinished", None)
-            if _show_traceback or not (kept or isinstance(error, CorrSteerError | OSError | KeyboardInterrupt)):
+            if not (kept or isinstance(error, CorrSteerError | OSError | KeyboardInterrupt)):
                 raise
+            if _show_traceback:
+                traceback.print_exception(error)
             typer.echo(f"error: {_in_one_line(error, kept)}", err=True)
             raise typer.Exit(_status(error)) from None
 
@@ -141,12 +144,13 @@ def take_every_character() -> None:
 
 def say(text: str) -> None:
     """Tell people something along the way."""
-    typer.echo(text, err=True)
+    if processes.rank() == 0:  # the first of several speaks for all
+        typer.echo(text, err=True)
 
 
 def emit(result: dict[str, Any], as_json: bool, text: str, notes: Iterable[str] = ()) -> None:
     """Print a command's result, as JSON or as text with its notes."""
-    if processes.rank() != 0:  # the first of several speaks for all
+    if processes.rank() != 0:
         return
     lines = [text, *(f"note: {note}" for note in notes)]
     typer.echo(to_json(result, indent=2) if as_json else "\n".join(lines))

@@ -86,7 +86,12 @@ def evaluations(
             journal.leave()
             return known
         if known is not None and not journal.resumed:
-            check_same(known.get(BEGUN), begun, f"the result that is there in {out}")
+            if not isinstance(known.get(BEGUN), dict):
+                raise CorrSteerError(
+                    f"out {out} is already there, and no evaluation that says what it is of; give another path, or "
+                    f"--force to replace it"
+                )
+            check_same(known[BEGUN], begun, f"the result that is there in {out}")
         made = {"format": EVALUATIONS, BEGUN: journal.begun, **make(journal), "notes": journal.notes}
 
         def write() -> None:
