@@ -99,10 +99,10 @@ def evaluate(
         return
     tasks = {"task": task} | ({} if validation is None else {"validation": validation})
     of_run = None if baselines is None else kept.digest_of(baselines / INDEX)
-    begun = kept.begun_as(
+    job = kept.job(
         "evaluate", model, tasks, decoding, compared, baselines=of_run, category_field=task.category_field
     )
-    _show(kept.evaluations(out, begun, force, made), loaded, json)
+    _show(kept.evaluations(out, job, force, made), loaded, json)
 
 
 def _show(found: dict[str, Any], loaded: Iterable[str], json: bool) -> None:

@@ -18,7 +18,7 @@ from corrsteer.compatibility import warn_once
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm.decoding import Decoding
 from corrsteer.lm.engine import engine_of
-from corrsteer.lm.identity import described
+from corrsteer.lm.identity import computed_on, described
 from corrsteer.rollouts.asked import Asked
 from corrsteer.rollouts.journal import Journal, begun_in, beside
 from corrsteer.rollouts.rollout import Rollout, RolloutError
@@ -76,7 +76,7 @@ def generate_rollouts(
     if path is None:
         made = (_make(asked, batch) for batch in batches)
     else:
-        made = _kept(asked, batches, path, described(model), replace_out)
+        made = _kept(asked, batches, path, model, replace_out)
     return _shown(made, asked, progress)
 
 
@@ -90,16 +90,17 @@ def _make(asked: Asked, batch: list[int]) -> list[Rollout]:
 
 
 def _kept(
-    asked: Asked, batches: Sequence[list[int]], path: Path, model: dict[str, Any], anew: bool
+    asked: Asked, batches: Sequence[list[int]], path: Path, model: Any, anew: bool
 ) -> Iterator[list[Rollout]]:
     """The same of all batches, in a journal until they are in the file."""
     begun = {
-        "model": model | {"name": asked.engine.model_name, "engine": asked.engine.engine},
+        "model": described(model) | {"name": asked.engine.model_name, "engine": asked.engine.engine},
         "task": asdict(asked.task.identity),
         "decoding": asdict(asked.engine.decoding),
         "samples_per_prompt": asked.k,
     }
-    with Journal(beside(path), begun, anew=anew) as journal:
+    made_with = computed_on(model) | {"graders of source": asked.task.grading.source}
+    with Journal(beside(path), begun, made_with=made_with, anew=anew) as journal:
         if path.exists() and not (anew or journal.resumed):  # other processes have finished meanwhile
             known = _those_there(path, asked)
             journal.leave()

@@ -52,6 +52,7 @@ class Journal:
     ----------
     folder : which is made where it is not there, and removed by `finish`.
     begun : what the job is, as JSON can hold it: whatever its result depends on.
+    made_with : what it may go on without, but is noted where it changes, as are the versions of libraries.
     anew : whether what was begun there is thrown away.
 
     Attributes
@@ -66,9 +67,17 @@ class Journal:
     CorrSteerError : where another process has it, and where it cannot be written.
     """
 
-    def __init__(self, folder: PathLike, begun: Mapping[str, Any], *, anew: bool = False):
+    def __init__(
+        self,
+        folder: PathLike,
+        begun: Mapping[str, Any],
+        *,
+        made_with: Mapping[str, Any] | None = None,
+        anew: bool = False,
+    ):
         self.folder: Path = as_path("folder", folder)
         self.begun: dict[str, Any] = plain(begun)
+        self._made_with: dict[str, Any] = _versions() | plain(made_with or {})
         self.notes: list[str] = []
         self.processes: int = processes.world_size()
         self.calls: int = 0  # of what is done by the same calls in the same order, see `run_trials`
@@ -273,8 +282,10 @@ class Journal:
             if known is None or anew:
                 self._clear()
                 owner = {"host": platform.node(), "process": os.getpid()}
-                described = {"format": FORMAT, "begun": self.begun, "versions": _versions(), "by": owner}
-                described["processes"] = self.processes
+                described = {
+                    "format": FORMAT, "begun": self.begun, "made_with": self._made_with, "by": owner,
+                    "processes": self.processes,
+                }  # fmt: skip
                 write_utf8(self.folder / MANIFEST, to_json(described, indent=1))
                 sync_folder(self.folder.parent)  # which the folder may be new in
                 return
@@ -286,9 +297,9 @@ class Journal:
             check_same(known["begun"], self.begun, f"what was begun in {self.folder}")
             self.processes = known["processes"]
             self.notes += [
-                f"begun with {name} {known['versions'].get(name)} and gone on with {version}"
-                for name, version in _versions().items()
-                if known["versions"].get(name) != version
+                f"begun with {name} {known['made_with'].get(name)} and gone on with {now}"
+                for name, now in self._made_with.items()
+                if known["made_with"].get(name) != now
             ]
         finally:
             if processes.among_others():
@@ -341,7 +352,7 @@ def manifest(folder: Path) -> dict[str, Any] | None:
     try:
         found = from_json((folder / MANIFEST).read_bytes())
         return {
-            "format": found["format"], "begun": dict(found["begun"]), "versions": dict(found["versions"]),
+            "format": found["format"], "begun": dict(found["begun"]), "made_with": dict(found["made_with"]),
             "processes": int(found["processes"]),
         }  # fmt: skip
     except FileNotFoundError:

@@ -475,7 +475,7 @@ def test_what_an_interrupt_ends_exits_as_shells_expect(monkeypatch, shown):
     assert ("Traceback" in result.stderr) == bool(shown)
 
 
-def test_an_evaluation_that_is_there_is_told_again_only_where_it_is_the_one_that_is_asked_for(world, collected, tmp_path):
+def test_an_evaluation_that_is_there_is_told_again_where_it_is_the_one_that_is_asked_for(world, collected, tmp_path):
     run("select", world / "run", "--out", tmp_path / "s.safetensors")
     command = ("evaluate", "--steering", tmp_path / "s.safetensors", "--out", tmp_path / "e.json")
     run(*command)

@@ -93,7 +93,7 @@ def test_what_was_being_removed_is_gone_on_removing(folder, monkeypatch):
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("text", ["{", '{"format": 1}', "[]", '{"format": "x", "begun": 1, "versions": {}}', "\x00"])
+@pytest.mark.parametrize("text", ["{", '{"format": 1}', "[]", '{"format": "x", "begun": 1, "made_with": {}}', "\x00"])
 def test_a_damaged_manifest_is_said_to_be(folder, text):
     with Journal(folder, JOB) as journal:
         journal.write("a", "1\n")
@@ -124,6 +124,13 @@ def test_another_version_is_noted(folder, monkeypatch):
     with Journal(folder, JOB) as journal:
         (note,) = journal.notes
     assert note.startswith("begun with torch ") and note.endswith("and gone on with 99.0")
+
+
+def test_what_it_is_made_with_may_change_and_is_noted(folder):
+    with Journal(folder, JOB, made_with={"device": "cpu", "threads": 1}) as journal:
+        journal.write("a", "1\n")
+    with Journal(folder, JOB, made_with={"device": "NVIDIA H100", "threads": 1}) as journal:
+        assert journal.notes == ["begun with device cpu and gone on with NVIDIA H100"]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])

@@ -247,3 +247,25 @@ def test_a_run_that_was_finished_early_says_so(world, tmp_path):
     again, graded = gather(world, tmp_path / "run")
     assert graded == 0 and again.n == run.n < 40
     assert f"finished after {run.n} of 40 samples, as was asked for" in again.notes
+
+
+def test_a_grader_that_was_changed_is_noted(world, tmp_path):
+    def grade(completion, example):
+        return tiny_pipeline.digits_up(completion, example)
+
+    first = tiny_pipeline.task(40, grade)
+
+    def grade(completion, example):
+        return float(len(completion) % 2)
+
+    second = tiny_pipeline.task(40, grade)
+    assert first.grader_name == second.grader_name and first.grading.source != second.grading.source
+    settings = {"decoding": GREEDY, "permutations": 19, "block_size": 16, "directory": tmp_path, "progress": False}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(CollectionJournal, "write_block", lambda *_: 1 / 0)
+        with pytest.raises(CollectionStopped):
+            collect(*world, first, **settings)
+    run = collect(*world, second, **settings)
+    (note,) = (note for note in run.notes if "gone on with" in note)
+    assert note.startswith("begun with graders of source")
+    assert tiny_pipeline.task(2, "exact").grading.source and tiny_pipeline.task(2, max).grading.source is None
