@@ -3,6 +3,7 @@
 #   make test   the test suite
 #   make test-crash   commands that are killed, whose writes fail, and that are spread over processes
 #   make fuzz   inputs with something wrong: each is taken, or refused by name
+#   make test-neighbours   SAE formats against the libraries that write them
 #   make test-vllm  rollouts by vLLM, in an environment of its own
 #   make bench  the microbenchmarks
 #   make docs   the documentation, served on this machine
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 QUIET := --quiet --disable-pip-version-check
 
-.PHONY: demo fuzz test test-crash test-sanitize test-vllm bench docs clean
+.PHONY: demo fuzz test test-crash test-neighbours test-sanitize test-vllm bench docs clean
 
 demo: $(STAMP)
 	$(BIN)/corrsteer demo
@@ -50,6 +51,17 @@ test-crash: $(STAMP)
 FUZZ ?= 6000
 fuzz: $(STAMP)
 	cd tests && PYTHONPATH=.:.. ../$(BIN)/python -m fuzz --inputs $(FUZZ) $(if $(SEED),--seed $(SEED))
+
+# Beside the packages of the other tests, in a folder of their own, as no user of corrsteer needs them.
+NEIGHBOURS := build/neighbours
+test-neighbours: $(NEIGHBOURS)/.installed
+	PYTHONPATH=$(NEIGHBOURS) $(BIN)/python -m pytest tests/neighbours
+
+$(NEIGHBOURS)/.installed: $(STAMP) $(wildcard tests/neighbours/requirements*.txt)
+	rm -rf $(NEIGHBOURS)
+	$(BIN)/python -m pip install $(QUIET) --no-deps --target $(NEIGHBOURS) \
+		$(addprefix --requirement ,$(wildcard tests/neighbours/requirements*.txt))
+	touch $@
 
 # In an environment of its own, as vLLM takes other releases of transformers than the other tests. Run it by hand: to
 # install vLLM and to load models takes too long for every change.
