@@ -6,10 +6,10 @@ import torch
 from corrsteer import Evidence, Moments, Run, Steering, update_moments
 from corrsteer.experiments.evaluation import CategoryEvaluation, Evaluation
 from corrsteer.lm.hook_points import HookPoint
+from corrsteer.ops.rows import SparseRows
 from corrsteer.report.page.found import Compared, Material
 from corrsteer.rollouts.rollout import Rollout
 from corrsteer.runs.activations import Activations, Block
-from corrsteer.ops.rows import SparseRows
 from corrsteer.stats.stability import Leader, Snapshot
 from corrsteer.steering.features import Feature
 
@@ -41,7 +41,9 @@ def run(layers=2, d_sae=64, n=200, permutations=39, seed=0, label=str, kept=True
     ]  # fmt: skip
     activations = Activations([Block.of_rows(0, list(range(n)), rows)], permutations) if kept else None
     snapshots = [
-        Snapshot(count, {layer: (Leader(3, 0.5 + 0.01 * layer, 0.4, 0.6), Leader(5, 0.1, None, None)) for layer in moments})
+        Snapshot(
+            count, {layer: (Leader(3, 0.5 + 0.01 * layer, 0.4, 0.6), Leader(5, 0.1, None, None)) for layer in moments}
+        )
         for count in (n // 2, n)
     ]
     return Run(
@@ -64,7 +66,8 @@ def evaluation(label=str, n=40, shift=0.3):
     kinds += [("none", 1.0, 1.0)] * (n - len(kinds))
     examples = [
         {"prompt": label(f"question {at}"), "answer": label("12"), "category": label("hard"),
-         "before": label(f"one {at}"), "after": label(f"two {at}"), "reward_before": a, "reward_after": b, "change": kind}
+         "before": label(f"one {at}"), "after": label(f"two {at}"), "reward_before": a, "reward_after": b,
+         "change": kind}
         for at, (kind, a, b) in enumerate(kinds)
     ]  # fmt: skip
     category = CategoryEvaluation(n, 0.4, (0.3, 0.5), 0.4 + shift, (0.5, 0.8), shift, (0.1, 0.5))
@@ -87,7 +90,8 @@ def steering(label=str):
               "over_budget": 0, "unsteered": 0.4, "leader": 0.6}  # fmt: skip
     named = {"layer": 1, "index": 3, "coefficient": 2.0}
     record = {
-        "options": {}, "candidates": 3, "samples": 32, "unsteered": 0.4, "trials": 9, "in_full": 320, "completions": 150,
+        "options": {}, "candidates": 3, "samples": 32, "unsteered": 0.4, "trials": 9, "in_full": 320,
+        "completions": 150,
         "grid": {"scales": [0.5, 1.0, 2.0], "completions": 500},
         "rounds": [round_, round_ | {"samples": 32, "running": 1, "worse_than_leader": 6, "leader": 0.7}],
         "finalists": [{"feature": named, "positions": label("generated"), "curve": curve}],

@@ -12,7 +12,9 @@ from corrsteer.cli.app import Json, command, emit
 
 @command
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Directories that `corrsteer collect` wrote; several side by side.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Directories that `corrsteer collect` wrote; several side by side.")
+    ],
     out: Annotated[Path, typer.Option(help="HTML file to write.")],
     steering: Annotated[
         list[Path] | None, typer.Option(help="Steering file; give it again for more. Those in the runs are found.")

@@ -17,9 +17,9 @@ AT_A_TIME = 4096  # features whose permutations are looked at together
 def largest_by_chance(run: Run) -> tuple[float, str]:
     """The |r| that the largest of all features reaches with a chance of 5 %, and how that is known.
 
-    From permutations, it is that quantile of the largest |r| of each, over all layers. Without them, or with too few for
-    the quantile, that of as many independent normal correlations (Šidák 1967), which overstates it where features go
-    together and understates it where rewards or activations have few values that matter.
+    From permutations, it is that quantile of the largest |r| of each, over all layers. Without them, or with too few
+    for the quantile, that of as many independent normal correlations (Šidák 1967), which is too large where features go
+    together, and too small where activations are rare and large.
     """
     if run.testable() and run.permutations >= math.ceil(1 / CHANCE) - 1:
         largest = torch.zeros(run.permutations, dtype=torch.float64, device="cpu")

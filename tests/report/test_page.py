@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 import report_material
 import torch
+import typer
 from typer.testing import CliRunner
 
 from corrsteer.cli import app
@@ -47,8 +48,8 @@ def test_the_sentence_says_what_was_steered_what_that_did_and_whether_chance_exp
     sentence, sections = contents(report_material.material())
     assert sentence == (
         "Steering by search along layer 1 feature 3, at scale 1, raised the mean reward of 40 samples from 0.400 to "
-        "0.700, a difference of +0.300 (95 % interval +0.100 to +0.500); chance alone does not explain that (p = 0.006, "
-        "adjusted to all 2 that were compared)."
+        "0.700, a difference of +0.300 (95 % interval +0.100 to +0.500); chance alone does not explain that (p = "
+        "0.006, adjusted to all 2 that were compared)."
     )
     assert [section.id for section in sections] == IDS
 
@@ -66,7 +67,8 @@ def test_what_the_inputs_do_not_hold_is_left_out_with_the_command_that_gives_it(
     material = Material({"run": run})
     expected = {
         "scores": "corrsteer evaluate", "changes": "corrsteer evaluate", "side-effects": "corrsteer evaluate",
-        "top-features": "--keep-activations always", "progress": "corrsteer collect", "distributions": "corrsteer collect",
+        "top-features": "--keep-activations always", "progress": "corrsteer collect",
+        "distributions": "corrsteer collect",
         "search": "--strategy search", "provenance": "corrsteer select",
     }  # fmt: skip
     for name, command in expected.items():
@@ -171,7 +173,9 @@ def test_half_of_a_surrogate_pair_in_a_path_becomes_a_question_mark(tmp_path):
 def test_the_policy_of_a_page_allows_its_two_scripts_by_their_hash_and_nothing_from_anywhere():
     (policy,) = (a["content"] for tag, a in parsed(page(report_material.material())) if "http-equiv" in a)
     assert policy.startswith("default-src 'none'; script-src 'sha256-") and policy.count("sha256-") == 2
-    assert "unsafe-eval" not in policy and "http" not in policy and "'unsafe-inline'" not in policy.split("style-src")[0]
+    assert (
+        "unsafe-eval" not in policy and "http" not in policy and "'unsafe-inline'" not in policy.split("style-src")[0]
+    )
 
 
 def test_steerings_and_evaluations_in_a_runs_directory_are_found_and_other_files_passed_over(tmp_path, monkeypatch):
@@ -208,3 +212,16 @@ def test_the_command_writes_a_page_and_says_of_what(monkeypatch, tmp_path):
     said = json.loads(result.stdout)
     assert result.exit_code == 0 and said["runs"] == [str(tmp_path / "run")] and said["steerings"] == []
     assert (tmp_path / "r.html").stat().st_size == said["bytes"] < 10e6
+
+
+def test_every_command_that_a_page_names_exists_with_its_options():
+    commands = typer.main.get_command(app).commands
+    run = report_material.run(kept=False)
+    run.snapshots, run.rollouts = [], []
+    of_both = [contents(Material({"run": run}))[1], contents(report_material.material())[1]]
+    named = {m.command for sections in of_both for section in sections for m in everything(section.blocks, Missing)}
+    assert len(named) > 5
+    for command in named:
+        program, name, *words = command.split()
+        options = {option for p in commands[name].params for option in p.opts}
+        assert program == "corrsteer" and {word for word in words if word.startswith("--")} <= options, command

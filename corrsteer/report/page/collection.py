@@ -36,6 +36,7 @@ from corrsteer.stats.stability import settled_at
 BARS = 30  # of a histogram
 COLOURS = ("--c1", "--c2", "--c3", "--c4", "--c5")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")  # so that lines differ by more than colour
+PLAN = "corrsteer plan --memory"
 COLLECT = "corrsteer collect ... --out RUN"
 
 
@@ -81,8 +82,14 @@ def progress(material: Material) -> Section:
         said = f"The highest r of each layer after {len(run.snapshots)} counts of samples up to {run.snapshots[-1].n}."
         if front is not None:
             best = last[front][0]
-            said += f" At the end layer {front} leads with feature {best.feature}, r {best.r:+.3f}, since {settled[front]}."
-        axes = {"xaxis": {"title": {"text": "samples"}}, "yaxis": {"title": {"text": "highest r of a layer"}}, "height": 380}
+            said += (
+                f" At the end layer {front} leads with feature {best.feature}, r {best.r:+.3f}, since {settled[front]}."
+            )
+        axes = {
+            "xaxis": {"title": {"text": "samples"}},
+            "yaxis": {"title": {"text": "highest r of a layer"}},
+            "height": 380,
+        }
         blocks.append(Plot(f"Highest r over samples, {name}", said, [Variant("all", traces, axes)], table))
     return Section("progress", "Progress over samples", blocks)
 
@@ -123,7 +130,9 @@ def cost(material: Material) -> Section:
     if speeds:
         header = ("steering", "evaluation", "tokens/s unsteered", "tokens/s steered")
         blocks.append(Table("Speed of the evaluations", header, speeds))
-    blocks.append(Missing("Runs hold no times of their stages.", "corrsteer plan --memory ... for what a collection takes"))
+    blocks.append(
+        Missing("Runs hold no times of their stages. What a collection takes of memory can be planned.", PLAN)
+    )
     return Section("cost", "Time and memory", blocks)
 
 
@@ -133,13 +142,13 @@ def provenance(material: Material) -> Section:
     for name, run in material.runs.items():
         described = run.provenance
         versions = ", ".join(f"{package} {version}" for package, version in described.get("versions", {}).items())
-        task = described.get("task", {})
+        task = {"name": "unknown", "part": "unknown", "grader": "unknown"} | described.get("task", {})
         samples = described.get("samples", {})
         hashes = blake2b(str(samples.get("prompt_hashes", "")).encode(), digest_size=16).hexdigest()
         facts = {
             "model": f"{described.get('model', 'unknown')} in {described.get('model_dtype', 'an unknown dtype')}",
             "engine": ", ".join(map(str, described.get("engine", []))) or "unknown",
-            "task": f"{task.get('name', 'unknown')}, part {task.get('part', 'unknown')}, grader {task.get('grader', 'unknown')}",
+            "task": f"{task['name']}, part {task['part']}, grader {task['grader']}",
             "samples": f"{run.n}; hash of their prompts {hashes}" if samples else str(run.n),
             "pooling": f"{run.pool} for r, {run.coefficient_pool} for coefficients",
             "positions": described.get("positions", "unknown"),
@@ -241,8 +250,7 @@ def _histogram(title: str, what: str, values: Any) -> Plot:
     layout = {"height": 300, "xaxis": axis, "yaxis": {"title": {"text": "samples"}}, "bargap": 0.08}
     said = f"{len(values)} samples."
     if len(values):
-        said += (
-            f" Mean {values.mean():.4g}, least {values.min():g}, median {float(np.median(values)):g}, most {values.max():g}."
-        )
+        median = float(np.median(values))
+        said += f" Mean {values.mean():.4g}, least {values.min():g}, median {median:g}, most {values.max():g}."
     table = Table(title, (what, "samples"), [[Cell(label), number(n, "d")] for label, n in zip(labels, heights)])
     return Plot(title, said, [Variant("all", [trace], layout)], table)

@@ -1,10 +1,10 @@
 """`page`: the whole page as one HTML document that asks for nothing from anywhere.
 
-The plotting library is plotly.js, as the Python package `plotly` carries it. Its traces cover all of the page's pictures,
-it draws them as SVG without evaluating code that it makes, so that the page's Content-Security-Policy allows exactly two
-scripts, each by its hash, and the package is one wheel without binaries of its own. Vega-Lite is smaller (0.9 MB, where
-plotly.js is 4.8 MB) and marks its SVG for screen readers, but compiles expressions by `Function`, which such a policy
-forbids. Neither can be read by ear to the point, so every plot has its statement in words, and its numbers as a table.
+The plotting library is plotly.js, as the Python package `plotly` carries it. Its traces cover all of the page's
+pictures. It draws them as SVG without compiling code, so that the page's Content-Security-Policy can allow exactly two
+scripts, each by its hash. Vega-Lite is smaller and marks its SVG for screen readers, but compiles expressions by
+`Function`, which such a policy forbids. A picture cannot be read by ear in either, so every plot has its statement in
+words, and its numbers as a table.
 """
 
 from __future__ import annotations

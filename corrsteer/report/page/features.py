@@ -92,7 +92,9 @@ def top_features(material: Material) -> Section:
         best = [feature for layer in sorted(run.points) for feature in ranking.top(layer, "both", TOP)]
         blocks.append(_feature_table(name, run, best, chosen))
         if run.activations is None or not run.rollouts:
-            blocks.append(Missing("The run holds no activations of its samples, so completions cannot be shown.", COLLECT))
+            blocks.append(
+                Missing("The run holds no activations of its samples, so completions cannot be shown.", COLLECT)
+            )
             continue
         strongest = sorted(best, key=lambda feature: -abs(feature.ranked_by))
         places = dict.fromkeys([*chosen, *(place for f in strongest if (place := place_of(f)) is not None)])
@@ -152,15 +154,20 @@ def _density(name: str, run: Run, surveyed: Surveyed, chosen: dict[Place, list[s
         variants.append(Variant(label, traces, _axes(surveyed.bound, x, high)))
     never = sum(int((of_layer == 0).sum()) for of_layer in frequency.values())
     said = (
-        f"{surveyed.n_features} features of {len(layers)} layer(s) and {run.n} samples, as density; {never} that are never "
-        f"active are left out. |r| up to {surveyed.bound:.3f} is what chance gives the largest of them, by {surveyed.how} "
-        f"(the band). {len(surveyed.survivors)} features have more than chance explains."
+        f"{surveyed.n_features} features of {len(layers)} layer(s) and {run.n} samples, as density; {never} that are "
+        f"never active are left out. |r| up to {surveyed.bound:.3f} is what chance gives the largest of them, by "
+        f"{surveyed.how} (the band). {len(surveyed.survivors)} features have more than chance explains."
     )
     table = Table(
-        f"The {min(len(surveyed.survivors), POINTS)} features of the highest |r| among those that chance does not explain",
+        f"The {min(len(surveyed.survivors), POINTS)} features of the highest |r| that chance does not explain",
         ("feature", "layer", "r", "active in"),
         [
-            [Cell(f"{layer}/{at}", href=link(run, layer, at)), number(layer, "d"), number(value, "+.3f"), number(f, ".1%")]
+            [
+                Cell(f"{layer}/{at}", href=link(run, layer, at)),
+                number(layer, "d"),
+                number(value, "+.3f"),
+                number(f, ".1%"),
+            ]
             for layer, at, value, f in surveyed.survivors[:POINTS]
         ],
     )
@@ -226,9 +233,9 @@ def _feature_table(name: str, run: Run, features: list[Feature], chosen: dict[Pl
         assert s is not None and place is not None, "a run's features have both"
         by_chance = "yes" if feature.by_chance else "–" if feature.p_adjusted is None else "no"
         rows.append([
-            Cell(f"{place[0]}/{place[1]}", href=link(run, *place)), number(place[0], "d"), number(s.correlation, "+.3f"),
-            interval((s.low, s.high), "+.3f"), number(s.p_adjusted, ".4f"), words(by_chance),
-            number(feature.coefficient, "+.3f"), number(s.frequency, ".1%"), number(s.frequency_positive, ".1%"),
+            Cell(f"{place[0]}/{place[1]}", href=link(run, *place)), number(place[0], "d"),
+            number(s.correlation, "+.3f"), interval((s.low, s.high), "+.3f"), number(s.p_adjusted, ".4f"),
+            words(by_chance), number(feature.coefficient, "+.3f"), number(s.frequency, ".1%"), number(s.frequency_positive, ".1%"),
             number(s.frequency_negative, ".1%"), words("yes" if place in chosen else "no"),
         ])  # fmt: skip
     return Table(

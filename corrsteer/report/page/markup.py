@@ -11,7 +11,6 @@ from corrsteer.files import to_json
 from corrsteer.report.page.blocks import (
     Block,
     Cell,
-    Fold,
     Missing,
     Notes,
     Paragraph,
@@ -49,7 +48,8 @@ class Markup:
         """A section with its heading."""
         body = self.blocks(section.blocks)
         title = escaped(section.title)
-        return f'<section id="{section.id}" aria-labelledby="{section.id}-h"><h2 id="{section.id}-h">{title}</h2>{body}</section>'
+        at = section.id
+        return f'<section id="{at}" aria-labelledby="{at}-h"><h2 id="{at}-h">{title}</h2>{body}</section>'
 
     def blocks(self, blocks: Sequence[Block]) -> str:
         """Blocks, one after the other."""
@@ -60,9 +60,8 @@ class Markup:
         if isinstance(block, Paragraph):
             return f'<p dir="auto">{escaped(block.text)}</p>'
         if isinstance(block, Missing):
-            return (
-                f'<p class="missing">{escaped(block.what)} This gives it: <code dir="ltr">{escaped(block.command)}</code></p>'
-            )
+            command = f'<code dir="ltr">{escaped(block.command)}</code>'
+            return f'<p class="missing">{escaped(block.what)} This gives it: {command}</p>'
         if isinstance(block, Notes):
             items = "".join(f'<li dir="auto">{escaped(note)}</li>' for note in block.notes)
             return f"<ul>{items}</ul>"
@@ -72,13 +71,13 @@ class Markup:
             return self.plot(block)
         if isinstance(block, Sample):
             texts = "".join(f"<dt>{escaped(name)}</dt><dd>{_text(parts)}</dd>" for name, parts in block.texts)
-            return f'<article class="sample"><p class="heading" dir="auto">{escaped(block.heading)}</p><dl>{texts}</dl></article>'
+            heading = f'<p class="heading" dir="auto">{escaped(block.heading)}</p>'
+            return f'<article class="sample">{heading}<dl>{texts}</dl></article>'
         if isinstance(block, Source):
             return f'<pre tabindex="0" dir="ltr">{escaped(block.text)}</pre>'
         opened = " open" if block.opened else ""
-        return (
-            f'<details{opened}><summary dir="auto">{escaped(block.title)}</summary>{self.blocks(block.blocks)}</details>'
-        )
+        title = f'<summary dir="auto">{escaped(block.title)}</summary>'
+        return f"<details{opened}>{title}{self.blocks(block.blocks)}</details>"
 
     def table(self, table: Table) -> str:
         """A table that can be sorted by its header, and filtered where it is long."""

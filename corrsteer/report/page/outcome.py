@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from corrsteer.experiments.evaluation import Evaluation
+from corrsteer.experiments.evaluation import Evaluation, Interval
 from corrsteer.report.page.blocks import (
     Block,
     Cell,
     Fold,
     Missing,
-    Paragraph,
     Part,
     Plot,
     Sample,
@@ -28,7 +27,7 @@ from corrsteer.report.page.blocks import (
     words,
 )
 from corrsteer.report.page.found import Compared, Material
-from corrsteer.steering.features import CHANCE, Feature
+from corrsteer.steering.features import CHANCE
 
 EXAMPLES = 5  # of each kind of change that are shown
 EVALUATE = "corrsteer evaluate --steering steering.safetensors --out RUN/evaluation.json"
@@ -38,6 +37,8 @@ KINDS = {
     "changed_equal": "Another completion of the same reward",
     "none": "The same completion",
 }
+Row = tuple[str, str, float, Interval, Evaluation | None]  # name, kind, mean reward and its interval
+
 FLOWS = ("right_to_right", "right_to_wrong", "wrong_to_right", "wrong_to_wrong")
 
 
@@ -98,7 +99,7 @@ def scores(material: Material) -> Section:
     blocks: list[Block] = []
     for path, compared in material.compared.items():
         first = next(iter(compared.evaluations.values()))
-        rows = [("unsteered", "no steering", first.unsteered, first.unsteered_interval, None)]
+        rows: list[Row] = [("unsteered", "no steering", first.unsteered, first.unsteered_interval, None)]
         for name, e in compared.evaluations.items():
             kind = "baseline" if name in compared.baselines else "steering"
             rows.append((named_shortly(name), kind, e.steered, e.steered_interval, e))
@@ -121,7 +122,9 @@ def scores(material: Material) -> Section:
         traces = [
             _dots([row for row in rows if row[1] == kind], kind, colour, symbol)
             for kind, colour, symbol in (
-                ("no steering", "--muted", "line-ns-open"), ("steering", "--c1", "circle"), ("baseline", "--c2", "square")
+                ("no steering", "--muted", "line-ns-open"),
+                ("steering", "--c1", "circle"),
+                ("baseline", "--c2", "square"),
             )
             if any(row[1] == kind for row in rows)
         ]  # fmt: skip
@@ -154,7 +157,9 @@ def transitions(material: Material) -> Section:
             first = main is not None and e is main.evaluation
             if name in compared.baselines:
                 continue
-            blocks.append(Fold(f"{named_shortly(name)}: {e.improved} rose, {e.worsened} fell", _changes(name, e), first))
+            blocks.append(
+                Fold(f"{named_shortly(name)}: {e.improved} rose, {e.worsened} fell", _changes(name, e), first)
+            )
     blocks.sort(key=lambda block: isinstance(block, Fold) and not block.opened)
     return Section("changes", "What changed", blocks or [Missing("No evaluation was given.", EVALUATE)])
 
@@ -166,7 +171,8 @@ def side_effects(material: Material) -> Section:
         blocks.append(
             Table(
                 f"Side effects ({named_shortly(path)}); the ratio is the share of changed rewards that fell",
-                ("", "fell", "rose", "side-effect ratio", "changed, equal reward", "tokens/s unsteered", "tokens/s steered"),
+                ("", "fell", "rose", "side-effect ratio", "changed, equal reward", "tokens/s unsteered",
+                 "tokens/s steered"),
                 [
                     [
                         words(named_shortly(name)), number(e.worsened, "d"), number(e.improved, "d"),
@@ -217,17 +223,15 @@ def named_shortly(path: str) -> str:
     return Path(path).stem if path.endswith((".safetensors", ".json")) else path
 
 
-def feature_names(features: list[Feature]) -> str:
-    """Features in a line."""
-    return ", ".join(feature.name for feature in features)
-
-
 def _continues(text: str) -> bool:
     """Whether a text begins within a character: with a mark that combines, or what joins two."""
-    return bool(text) and (unicodedata.combining(text[0]) != 0 or text[0] in "\u200d\ufe0f" or "\U0001f3fb" <= text[0] <= "\U0001f3ff")
+    if not text:
+        return False
+    toned = "\U0001f3fb" <= text[0] <= "\U0001f3ff"  # an emoji's colour of skin
+    return toned or text[0] in "\u200d\ufe0f" or unicodedata.combining(text[0]) != 0
 
 
-def _dots(rows: list[Any], kind: str, colour: str, symbol: str) -> dict[str, Any]:
+def _dots(rows: list[Row], kind: str, colour: str, symbol: str) -> dict[str, Any]:
     lengths = [(0.0, 0.0) if ends is None else (value - ends[0], ends[1] - value) for *_, value, ends, _ in rows]
     return {
         "type": "scatter", "mode": "markers", "name": kind,

@@ -23,7 +23,8 @@ from corrsteer.report.page.outcome import named_shortly
 SEARCH = "corrsteer select RUN --strategy search --out RUN/searched.safetensors"
 FINALISTS = 8  # whose curves are drawn
 FATES = (("running", "--c1", "still in"), ("worse_than_leader", "--c2", "worse than the leader"),
-         ("worse_than_unsteered", "--c4", "worse than no steering"), ("over_budget", "--faint", "over budget"))  # fmt: skip
+         ("worse_than_unsteered", "--c4", "worse than no steering"),
+         ("over_budget", "--faint", "over budget"))  # fmt: skip
 
 
 def race(material: Material) -> Section:
@@ -35,7 +36,10 @@ def race(material: Material) -> Section:
             blocks += _search(name, searched)
         calibrated = steering.provenance.get("calibration")
         if calibrated:
-            curve = [{"scale": p["scale"], "score": p["score"], "n": calibrated["validation"]["n"]} for p in calibrated["curve"]]
+            curve = [
+                {"scale": p["scale"], "score": p["score"], "n": calibrated["validation"]["n"]}
+                for p in calibrated["curve"]
+            ]
             title = f"Scales of {name}, calibrated on validation samples"
             blocks.append(_curves(title, [(name, curve)], curve[0]["score"]))
     return Section("search", "The search", blocks or [Missing("No steering here was searched.", SEARCH)])
@@ -120,7 +124,10 @@ def _curves(title: str, curves: list[tuple[str, list[dict[str, Any]]]], unsteere
     }  # fmt: skip
     points = [(label, point) for label, curve in curves for point in curve]
     label, best = max(points, key=lambda one: one[1]["score"])
-    said = f"The highest score is {best['score']:.3f}, of {label} at scale {best['scale']:g}; unsteered it is {unsteered:.3f}."
+    said = (
+        f"The highest score is {best['score']:.3f}, of {label} at scale {best['scale']:g}; unsteered it is "
+        f"{unsteered:.3f}."
+    )
     rows = [
         [words(of), number(point["scale"], "g"), number(point["score"]), number(point["n"], "d"),
          words(f"left for {point['left']}" if point.get("left") else "–")]
