@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from corrsteer.cli.app import Json, command, emit
+
+if TYPE_CHECKING:
+    from corrsteer.runs.peaks import Extreme
+    from corrsteer.runs.run import Run
 
 
 @command
@@ -23,6 +29,12 @@ def report(
         list[Path] | None,
         typer.Option(help="File of `corrsteer evaluate --out`; give it again for more. Those in the runs are found."),
     ] = None,
+    tokens: Annotated[
+        bool,
+        typer.Option(
+            "--tokens", help="Colour the tokens of completions by a feature's activation; this loads each run's model."
+        ),
+    ] = False,
     title: Annotated[str, typer.Option(help="Of the page.")] = "corrsteer report",
     json: Json = False,
 ) -> None:
@@ -36,7 +48,29 @@ def report(
 
     inputs.check_file(out)
     material = find(runs, steering or (), evaluation or ())
-    write(out, material, title)
+    write(out, replace(material, read_again=_reader() if tokens else None), title)
     found = {"runs": list(material.runs), "steerings": list(material.steerings), "evaluations": list(material.compared)}
     told = ", ".join(f"{len(names)} {kind if len(names) != 1 else kind[:-1]}" for kind, names in found.items())
     emit({"out": str(out), "bytes": out.stat().st_size, **found}, json, f"{out}: {told}")
+
+
+def _reader() -> Callable[[Run, int, int, list[Extreme]], list[Extreme]]:
+    """Reads completions again by the model and the SAEs that a run records; the last ones are kept."""
+    from corrsteer.cli import inputs
+    from corrsteer.runs.peaks import with_peaks
+
+    models: dict[Any, Any] = {}
+    encoders: dict[Any, Any] = {}
+
+    def read(run: Run, layer: int, feature: int, found: list[Extreme]) -> list[Extreme]:
+        settings = inputs.recorded_model(run.provenance)
+        if settings.model_dump_json() not in models:
+            models.clear()
+            models[settings.model_dump_json()] = inputs.load_model(settings)
+        model, tokenizer = models[settings.model_dump_json()]
+        if (id(run), layer) not in encoders:
+            encoders.clear()
+            encoders[id(run), layer] = inputs.recorded_encoders(run.provenance, model, [layer])[layer]
+        return with_peaks(run, model, tokenizer, encoders[id(run), layer], layer, feature, found)
+
+    return read

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shlex
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -16,11 +18,13 @@ from corrsteer.errors import CorrSteerError
 from corrsteer.files import to_json
 from corrsteer.report.chance import largest_by_chance
 from corrsteer.report.page import features
-from corrsteer.report.page.blocks import Fold, Missing, Plot, Table
+from corrsteer.report.page.blocks import Fold, Missing, Plot, Sample, Table
+from corrsteer.report.page.collection import collect_command, select_command
 from corrsteer.report.page.document import contents, page
 from corrsteer.report.page.found import Compared, Material, find
-from corrsteer.report.page.markup import embedded
+from corrsteer.report.page.markup import Markup, embedded
 from corrsteer.report.page.outcome import difference_of
+from corrsteer.runs.peaks import Extreme
 
 IDS = ["scores", "changes", "side-effects", "runs", "features", "top-features", "progress", "search", "distributions",
        "cost", "provenance", "notes"]  # fmt: skip
@@ -225,3 +229,41 @@ def test_every_command_that_a_page_names_exists_with_its_options():
         program, name, *words = command.split()
         options = {option for p in commands[name].params for option in p.opts}
         assert program == "corrsteer" and {word for word in words if word.startswith("--")} <= options, command
+
+
+def test_the_commands_that_made_a_run_and_a_steering_can_be_given_again():
+    settings = {"model": "m m", "grader": ["exact", "number"], "within_prompt": False, "chat": True, "system": None}
+    saes = {"1": {"source": {"kind": "directory", "directory": "sae"}},
+            "2": {"source": {"kind": "release", "release": "r", "sae_id": "a/b"}}}  # fmt: skip
+    collected = collect_command({"settings": settings, "saes": saes})
+    assert collected == (
+        "corrsteer collect --out RUN --sae 1=sae --sae 2=r:a/b --model 'm m' --grader exact --grader number --chat"
+    )
+    selected = select_command("s.safetensors", {"strategy": "all", "score": "pearson", "alpha": None, "top_k": 10})
+    assert selected == ("corrsteer select RUN --out s.safetensors --strategy all --score pearson --top-k 10")
+    commands = typer.main.get_command(app).commands
+    for line in (collected, selected):
+        _, name, *words = shlex.split(line)
+        commands[name].make_context(name, words)  # which reads and checks all options, and runs nothing
+
+
+def test_tokens_are_coloured_by_their_share_of_the_largest_activation_which_is_marked():
+    one = Extreme(0, 2.0, None, tokens=(("1", None), ("+", 0.5), ("<b>", 2.0), ("=", 0.0), ("x", -1.0)))
+    parts = features.coloured(one)
+    assert [(p.text, p.marked, p.strength) for p in parts] == [
+        ("1", False, 0.0), ("+", False, 0.25), ("<b>", True, 1.0), ("=", False, 0.0), ("x", False, 0.0)
+    ]  # fmt: skip
+    shown = Markup().block(Sample("heading", [("As read", parts)]))
+    assert '<span class="token" style="--share: 1.00"><mark>&lt;b&gt;</mark></span>' in shown
+
+
+def test_with_a_model_completions_are_read_again():
+    material, asked = report_material.material(), []
+
+    def read(run, layer, index, found):
+        asked.append((layer, index))
+        return [replace(one, tokens=(("read again", 1.0),)) for one in found]
+
+    of_page = page(replace(material, read_again=read))
+    assert (1, 3) in asked and "read again" in of_page and "--tokens" not in of_page
+    assert "report RUN --tokens" in page(material)

@@ -71,10 +71,11 @@ class Notes:
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a text, which is marked where it differs from another text."""
+    """A piece of a text: marked where it differs from another text or a feature peaks; coloured by a share of 1."""
 
     text: str
     marked: bool = False
+    strength: float = 0.0
 
 
 @dataclass(frozen=True)

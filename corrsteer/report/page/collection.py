@@ -159,6 +159,8 @@ def provenance(material: Material) -> Section:
         }
         rows = [[words(fact), words(value)] for fact, value in facts.items()]
         blocks.append(Table(f"How {name} came about", ("", "what it was"), rows))
+        if described.get("settings", {}).get("model") is not None:
+            blocks += [Paragraph(f"{name} was collected by:"), Source(collect_command(described))]
         saes = described.get("saes", {})
         rows = [
             [Cell(layer, float(layer)), words(run.points.get(int(layer), "")), words(of_layer.get("encoder", "")),
@@ -173,7 +175,7 @@ def provenance(material: Material) -> Section:
         title = f"All that {named_shortly(name)} records, digest {steering.digest}"
         blocks.append(Fold(title, [Source(to_json(without_hashes(steering.provenance), indent=1))]))
         if chosen:
-            blocks.append(Paragraph(f"{named_shortly(name)} was selected by: {select_command(name, chosen)}"))
+            blocks += [Paragraph(f"{named_shortly(name)} was selected by:"), Source(select_command(name, chosen))]
     if not material.steerings:
         blocks.append(Missing("No steering was given.", "corrsteer select RUN --out RUN/steering.safetensors"))
     return Section("provenance", "Provenance", blocks)
@@ -186,6 +188,23 @@ def notes(material: Material) -> Section:
         if found:
             blocks += [Paragraph(f"{named_shortly(name)}:"), Notes(list(dict.fromkeys(found)))]
     return Section("notes", "Warnings and notes", blocks or [Paragraph("There are none.")])
+
+
+def collect_command(described: dict[str, Any]) -> str:
+    """The command that collects the same, of a run that the command line collected."""
+    arguments = ["corrsteer", "collect", "--out", "RUN"]
+    for layer, of_layer in described.get("saes", {}).items():
+        source = of_layer.get("source", {})
+        named = source.get("directory") or f"{source.get('release')}:{source.get('sae_id')}"
+        arguments += ["--sae", f"{layer}={named}"]
+    for name, value in described["settings"].items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            arguments.append(flag)
+        elif value is not None and value is not False:
+            for one in value if isinstance(value, list) else [value]:
+                arguments += [flag, str(one)]
+    return shlex.join(arguments)
 
 
 def select_command(out: str, chosen: dict[str, Any]) -> str:

@@ -40,6 +40,7 @@ TOP = 5  # features of each layer
 WITH_COMPLETIONS = 12  # features whose completions are shown
 COMPLETIONS = 3  # at each end
 NEURONPEDIA = re.compile(r"[\w.-]+/[\w.-]+")
+TOKENS = "corrsteer report RUN --tokens --out report.html"
 COLLECT = "corrsteer collect ... --keep-activations always --out RUN"
 
 Place = tuple[int, int]  # layer and number of a feature
@@ -99,10 +100,9 @@ def top_features(material: Material) -> Section:
         strongest = sorted(best, key=lambda feature: -abs(feature.ranked_by))
         places = dict.fromkeys([*chosen, *(place for f in strongest if (place := place_of(f)) is not None)])
         shown = [place for place in places if place[0] in run.points][:WITH_COMPLETIONS]
-        blocks += [_completions(run, *place, opened=at == 0) for at, place in enumerate(shown)]
-    blocks.append(
-        Missing("Which token a feature peaks at needs the model.", "corrsteer show RUN --feature LAYER/FEATURE")
-    )
+        blocks += [_completions(material, run, *place, opened=at == 0) for at, place in enumerate(shown)]
+    if material.read_again is None:
+        blocks.append(Missing("The tokens at which features are active are not shown.", TOKENS))
     return Section("top-features", "Top features", blocks)
 
 
@@ -235,8 +235,9 @@ def _feature_table(name: str, run: Run, features: list[Feature], chosen: dict[Pl
         rows.append([
             Cell(f"{place[0]}/{place[1]}", href=link(run, *place)), number(place[0], "d"),
             number(s.correlation, "+.3f"), interval((s.low, s.high), "+.3f"), number(s.p_adjusted, ".4f"),
-            words(by_chance), number(feature.coefficient, "+.3f"), number(s.frequency, ".1%"), number(s.frequency_positive, ".1%"),
-            number(s.frequency_negative, ".1%"), words("yes" if place in chosen else "no"),
+            words(by_chance), number(feature.coefficient, "+.3f"), number(s.frequency, ".1%"),
+            number(s.frequency_positive, ".1%"), number(s.frequency_negative, ".1%"),
+            words("yes" if place in chosen else "no"),
         ])  # fmt: skip
     return Table(
         f"The {TOP} features of the highest |r| of each layer, {name}",
@@ -246,10 +247,12 @@ def _feature_table(name: str, run: Run, features: list[Feature], chosen: dict[Pl
     )  # fmt: skip
 
 
-def _completions(run: Run, layer: int, index: int, opened: bool) -> Block:
+def _completions(material: Material, run: Run, layer: int, index: int, opened: bool) -> Block:
     title = f"Layer {layer} feature {index}: completions in which it is most and least active"
     try:
         highest, lowest = extremes(run, layer, index, COMPLETIONS)
+        if material.read_again is not None:
+            highest, lowest = (material.read_again(run, layer, index, ends) for ends in (highest, lowest))
     except CorrSteerError as error:  # such as a steering along a feature of another SAE
         return Fold(title, [Paragraph(f"They cannot be shown: {error}.")])
     blocks: list[Block] = [Paragraph("Most active in"), *_samples(highest)]
@@ -259,8 +262,20 @@ def _completions(run: Run, layer: int, index: int, opened: bool) -> Block:
 def _samples(found: Sequence[Extreme]) -> Iterator[Sample]:
     for one in found:
         rewards = ", ".join(f"{name} {value:g}" for name, value in one.rollout.rewards.items())
+        completion = one.rollout.completion
         texts = [
             ("Prompt", [Part(one.rollout.prompt_text or "(known as tokens alone)")]),
-            ("Completion", [Part(one.rollout.completion if one.rollout.completion is not None else "(tokens alone)")]),
+            ("Completion", [Part("(known as tokens alone)" if completion is None else completion)]),
         ]
+        if one.tokens:
+            texts = [("As read", coloured(one))]
         yield Sample(f"activation {one.activation:.4g}, {rewards}, sample {one.rollout.id}", texts)
+
+
+def coloured(one: Extreme) -> list[Part]:
+    """The tokens of a sample by the feature's activation, the largest of which are marked."""
+    most = max((value for _, value in one.tokens if value is not None), default=0.0)
+    return [
+        Part(text, 0 < most == value, 0.0 if value is None or most <= 0 else max(value, 0.0) / most)
+        for text, value in one.tokens
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from corrsteer.arguments import as_path
 from corrsteer.errors import CorrSteerError
 from corrsteer.experiments.evaluation import Evaluation
+from corrsteer.runs.peaks import Extreme
 from corrsteer.runs.run import Run
 from corrsteer.runs.run_files import INDEX
 from corrsteer.steering.steering import Steering
@@ -37,11 +38,18 @@ class Compared:
 
 @dataclass(frozen=True)
 class Material:
-    """What a page is about, each by its name: a path, or what else its owner calls it."""
+    """What a page is about, each by its name: a path, or what else its owner calls it.
+
+    Attributes
+    ----------
+    read_again : gives completions of a run, in which a feature of a layer is most or least active, with its activation
+        at each token, as `with_peaks` does; None where no model is there to read them.
+    """
 
     runs: Mapping[str, Run]
     steerings: Mapping[str, Steering] = field(default_factory=dict)
     compared: Mapping[str, Compared] = field(default_factory=dict)
+    read_again: Callable[[Run, int, int, list[Extreme]], list[Extreme]] | None = None
 
     def steering_of(self, compared: Compared, name: str) -> Steering | None:
         """The steering of an evaluation: by its digest, or by its file's name."""

@@ -129,9 +129,14 @@ def _cell(cell: Cell, kind: str, at: int) -> str:
     return f'<th scope="row"{kind}{sort}>{text}</th>' if at == 0 else f"<td{kind}{sort}>{text}</td>"
 
 
+def _part(part: Part) -> str:
+    text = f"<mark>{escaped(part.text)}</mark>" if part.marked else escaped(part.text)
+    return f'<span class="token" style="--share: {part.strength:.2f}">{text}</span>' if part.strength > 0 else text
+
+
 def _text(parts: Sequence[Part]) -> str:
     whole = "".join(part.text for part in parts)
-    body = "".join(f"<mark>{escaped(p.text)}</mark>" if p.marked else escaped(p.text) for p in parts if p.text)
+    body = "".join(_part(part) for part in parts if part.text)
     if len(whole) <= FOLDED:
         return f'<span class="text" dir="auto">{body or "(empty)"}</span>'
     begins = escaped(whole[: FOLDED // 2])
