@@ -13,6 +13,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from corrsteer import Moments
 from corrsteer.cli import app
 from corrsteer.errors import CorrSteerError
 from corrsteer.files import to_json
@@ -267,3 +268,21 @@ def test_with_a_model_completions_are_read_again():
     of_page = page(replace(material, read_again=read))
     assert (1, 3) in asked and "read again" in of_page and "--tokens" not in of_page
     assert "report RUN --tokens" in page(material)
+
+
+def test_a_run_that_was_stopped_before_its_first_sample_has_a_page():
+    run = report_material.run(kept=False)
+    run.moments, run.evidence, run.snapshots = {1: {"max": Moments(64)}}, {}, []
+    run.points = {1: run.points[1]}
+    run.rewards, run.rollouts = torch.full_like(run.rewards, torch.nan), [None] * len(run.rewards)
+    sentence, sections = contents(Material({"run": run}))
+    assert sentence.startswith("Of 64 features, 0 correlate with the reward of 0 samples")
+    shown = re.sub("<script>.*?</script>", "", page(Material({"run": run})), flags=re.DOTALL)
+    assert not re.search(r"\bnan\b", shown)
+
+
+def test_several_runs_stand_side_by_side():
+    runs = {"one": report_material.run(), "two": report_material.run(seed=1, layers=3)}
+    (table,) = of_section(Material(runs), "runs", Table)
+    assert [(row[0].text, row[5].text) for row in table.rows] == [("one", "128"), ("two", "192")]
+    assert len(of_section(Material(runs), "features", Plot)) == len(of_section(Material(runs), "progress", Plot)) == 2

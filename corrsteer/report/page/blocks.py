@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,7 +122,7 @@ def words(text: object) -> Cell:
 
 def number(value: float | None, form: str = ".3f") -> Cell:
     """A cell of a number; a dash where there is none."""
-    return Cell("–") if value is None else Cell(format(value, form), float(value))
+    return Cell("–") if value is None or math.isnan(value) else Cell(format(value, form), float(value))
 
 
 def interval(ends: Sequence[float | None] | None, form: str = ".3f") -> Cell:
