@@ -21,7 +21,7 @@
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", dragmode: false, hovermode: "closest",
     font: { color: "--text", family: getComputedStyle(document.body).fontFamily, size: narrow ? 12 : 14 },
     hoverlabel: { bgcolor: "--raised", bordercolor: "--rule", font: { color: "--text" } },
-    margin: { l: narrow ? 30 : 60, r: narrow ? 10 : 30, t: 20, b: 50 },
+    margin: { l: narrow ? 30 : 60, r: narrow ? 24 : 30, t: 20, b: 50 },
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
     ...own, xaxis: axis(own.xaxis), yaxis: axis(own.yaxis),
   });
