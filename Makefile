@@ -3,6 +3,7 @@
 #   make test   the test suite
 #   make test-crash   commands that are killed, whose writes fail, and that are spread over processes
 #   make test-report  the report in a browser without a head
+#   make fuzz   inputs with something wrong: each is taken, or refused by name
 #   make test-vllm  rollouts by vLLM, in an environment of its own
 #   make bench  the microbenchmarks
 #   make docs   the documentation, served on this machine
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 QUIET := --quiet --disable-pip-version-check
 
-.PHONY: demo test test-crash test-report test-sanitize test-vllm bench docs clean
+.PHONY: demo fuzz test test-crash test-report test-sanitize test-vllm bench docs clean
 
 demo: $(STAMP)
 	$(BIN)/corrsteer demo
@@ -59,6 +60,11 @@ $(REPORT)/.installed: tests/report/requirements.txt $(STAMP)
 	$(BIN)/python -m pip install $(QUIET) --upgrade --target $(REPORT) --requirement tests/report/requirements.txt
 	cd $(REPORT) && tar -xzf "$$(npm pack --silent axe-core@4.14.1)" --strip-components=1 package/axe.min.js
 	touch $@
+
+# Seeds are printed, and what was found comes with the command that repeats it.
+FUZZ ?= 6000
+fuzz: $(STAMP)
+	cd tests && PYTHONPATH=.:.. ../$(BIN)/python -m fuzz --inputs $(FUZZ) $(if $(SEED),--seed $(SEED))
 
 # In an environment of its own, as vLLM takes other releases of transformers than the other tests. Run it by hand: to
 # install vLLM and to load models takes too long for every change.

@@ -21,9 +21,14 @@ def peak(call: Callable[[], object]) -> int | None:
     except (OSError, AttributeError):
         call()
         return None
-    before = _bytes("VmRSS")
+    before = now()
     call()
     return max(0, _bytes("VmHWM") - before)
+
+
+def now() -> int:
+    """Bytes that are resident."""
+    return _bytes("VmRSS")
 
 
 def _bytes(name: str) -> int:

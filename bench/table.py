@@ -362,6 +362,22 @@ def stored_rows(study: Path) -> str:
     return _jobs(study, "bench.stored_rows", stored_rows.lines, tables)
 
 
+def formats(study: Path) -> str:
+    """The formats that SAEs are read in, and how near their encoders come to their libraries' own."""
+    from bench import formats
+
+    result = json.loads(study.read_text(encoding="utf-8"))
+    versions = ", ".join(f"{name} {result['packages'][name]}" for name in formats.PACKAGES)
+    return "\n\n".join([*_markdown(formats.DOCUMENTED, formats.format_rows(result)), f"Compared with {versions}."])
+
+
+def packing(study: Path) -> str:
+    """What encoders hold in memory, as they are and packed."""
+    from bench import packing
+
+    return _jobs(study, "bench.packing", lambda _: [], ((packing.HEADER, packing.rows),))
+
+
 def pipeline(studies: Path) -> str:
     """Whole jobs against the published way of working, of each device that has measured them; or how to measure it."""
     from bench import pipeline
@@ -380,7 +396,7 @@ def _jobs(study: Path, command: str, lines: Callable[[Any], list[str]], tables: 
         return f"Not measured yet: `python -m {command}`, on a machine that does nothing else."
     result = json.loads(study.read_text(encoding="utf-8"))
     found = [line for header, rows in tables for line in _markdown(header, rows(result))]
-    return "\n\n".join([_title(result), "\n".join(f"- {line}" for line in lines(result)), *found])
+    return "\n\n".join(filter(None, [_title(result), "\n".join(f"- {line}" for line in lines(result)), *found]))
 
 
 # document -> its blocks: name, what makes it, and of which file or folder under bench/results
@@ -396,8 +412,10 @@ DOCUMENTS: dict[str, tuple[tuple[str, Callable[[Path], str], str], ...]] = {
         ("spread", spread, "studies/spread.json"),
         ("hooks", hooks, "studies/hooks.json"),
         ("stored_rows", stored_rows, "studies/stored_rows.json"),
+        ("packing", packing, "studies/packing.json"),
         ("benchmarks", lambda folder: section(load(folder)), "."),
     ),
+    "docs/supported.md": (("formats", formats, "studies/formats.json"),),
     "docs/statistics.md": (
         ("clusters", clusters, "studies/calibration.json"),
         ("calibration", calibration, "studies/calibration.json"),

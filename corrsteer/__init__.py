@@ -18,6 +18,7 @@ _HOME = {
     "encode": "ops",
     "encode_pool": "ops",
     "encode_update": "ops",
+    "pack": "ops",
     "steer_add": "ops",
     "update_moments": "ops",
     "update_sums": "ops",
@@ -43,6 +44,9 @@ _HOME = {
     "SearchOptions": "experiments.search",
     "Trial": "experiments.trials",
     "run_trials": "experiments.trials",
+    "accelerate": "integrations.saelens",
+    "accelerated": "integrations.saelens",
+    "restore": "integrations.saelens",
     "CorrSteerError": "errors",
     "BackendUnavailable": "errors",
     # modules
@@ -69,6 +73,8 @@ __all__ = [
     "TeacherForcing",
     "Trial",
     "__version__",
+    "accelerate",
+    "accelerated",
     "apply_rows",
     "baselines",
     "calibrate_best",
@@ -81,9 +87,11 @@ __all__ = [
     "evaluate",
     "generate_rollouts",
     "inference",
+    "pack",
     "planning",
     "read_rollouts",
     "regrade",
+    "restore",
     "run_trials",
     "scores",
     "select",
@@ -103,11 +111,12 @@ if TYPE_CHECKING:
     from corrsteer.experiments.search import SearchOptions
     from corrsteer.experiments.selection import select
     from corrsteer.experiments.trials import Trial, run_trials
+    from corrsteer.integrations.saelens import accelerate, accelerated, restore
     from corrsteer.lm.capture import Capture
     from corrsteer.lm.decoding import Decoding
     from corrsteer.lm.hook_points import HookPoint
     from corrsteer.lm.teacher_forcing import TeacherForcing
-    from corrsteer.ops import Moments, encode, encode_pool, encode_update, steer_add, update_moments, update_sums
+    from corrsteer.ops import Moments, encode, encode_pool, encode_update, pack, steer_add, update_moments, update_sums
     from corrsteer.rollouts.generate import generate_rollouts
     from corrsteer.rollouts.rollout import Rollout
     from corrsteer.rollouts.rollout_file import read_rollouts, write_rollouts

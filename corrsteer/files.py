@@ -115,6 +115,19 @@ def to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(plain(value), indent=indent, allow_nan=False)
 
 
+def from_json(text: str | bytes) -> Any:
+    """What JSON holds.
+
+    Raises
+    ------
+    ValueError : for what is no JSON, and for values in values in values that are too deep to read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
+
+
 def plain(value: Any) -> Any:
     """A value in what JSON can hold: numbers and lists of NumPy's and torch's, text for what is none of these.
 

@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
 # A GPU machine may have little more than torch, triton and pytest; these files run there, the others need all of it.
 RUN_ANYWHERE = (
     "ops/test_operations.py", "kernels/test_kernels.py", "ops/test_registry.py",
-    "vllm/test_vllm.py",  # in an environment of its own
+    "vllm/test_vllm.py", "neighbours/test_formats_of_neighbours.py",  # in environments of their own
 )  # fmt: skip
 NEEDED = ("transformers", "sae_lens", "hypothesis", "scipy", "sklearn", "pydantic", "typer", "yaml", "tqdm",
           "pytest_benchmark", "plotly", "peft", "matplotlib", "build", "pybind11", "mkdocs",

@@ -62,6 +62,15 @@ PLACES = {
 }
 
 
+# architecture -> in a layer, the attention's last linear layer, the MLP, and the norm before it
+INSIDE = {
+    **dict.fromkeys(("llama", "qwen3", "mistral"), ("self_attn.o_proj", "mlp", "post_attention_layernorm")),
+    **dict.fromkeys(("gemma2", "gemma3"), ("self_attn.o_proj", "mlp", "pre_feedforward_layernorm")),
+    "gpt_neox": ("attention.dense", "mlp", "post_attention_layernorm"),
+    "gpt2": ("attn.c_proj", "mlp", "ln_2"),
+}
+
+
 def build(architecture, dtype=torch.float32, **more):
     """A new model; the same architecture has the same weights every time."""
     config, model, arguments = MODELS[architecture]
@@ -87,6 +96,12 @@ def place(model, architecture, point):
     if point.kind in ("resid_pre", "resid_post"):
         return layer, point.kind == "resid_pre"
     return getattr(layer, attention if point.kind == "attn_out" else mlp), False
+
+
+def inside(model, architecture, layer, kind):
+    """The module that reads what `z`, `mlp_in` or `mlp_normalized` of a layer is, or is made of."""
+    name = dict(zip(("z", "mlp_in", "mlp_normalized"), INSIDE[architecture]))[kind]
+    return model.get_submodule(f"{PLACES[architecture][0]}.{layer}.{name}")
 
 
 def hook(model, architecture, point, function):

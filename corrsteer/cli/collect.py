@@ -61,6 +61,7 @@ def collect(
     encoders = inputs.load_encoders(sources, model)
     if settings.precision:
         encoders = {layer: encoder.to(precision=settings.precision) for layer, encoder in encoders.items()}
+    encoders = inputs.pack_where_read(encoders, model, settings.backend)
     run = collect_(
         model,
         tokenizer,

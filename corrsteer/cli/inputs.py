@@ -17,10 +17,11 @@ from corrsteer import processes
 from corrsteer.cli.settings import ModelSettings, RolloutsSettings, StatisticsSettings, TaskSettings
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm.decoding import Decoding
-from corrsteer.lm.hook_points import width
+from corrsteer.lm.hook_points import input_device, width
+from corrsteer.ops import pack, registry
 from corrsteer.sae.encoder import SparseEncoder
+from corrsteer.sae.formats import recognise
 from corrsteer.sae.releases import check_names
-from corrsteer.sae.sources import read_config
 from corrsteer.tasks import GraderSpec, Task
 
 
@@ -83,20 +84,27 @@ def parse_saes(entries: list[str]) -> dict[int, str]:
 
 def check_saes(sources: dict[int, str]) -> None:
     """Raise for a source that cannot be one, by what this machine knows."""
-    for source in sources.values():
+    for layer, source in sources.items():
         if _is_release(source):
             check_names(*source.split(":", 1))
         elif source != "identity":
-            if not Path(source).is_dir():
+            path = Path(source)
+            if not path.exists():
                 raise CorrSteerError(
-                    f"sae must come from a directory that SAELens wrote, RELEASE:SAE_ID or identity, got {source!r}; "
-                    f"there is no such directory"
+                    f"sae must come from where an SAE lies, RELEASE:SAE_ID or identity, got {source!r}; there is no "
+                    f"such directory"
                 )
-            read_config(source)
+            hook_name = (recognise(path).config(path).get("metadata") or {}).get("hook_name") or ""
+            named = re.match(r"blocks\.(\d+)\.", hook_name)
+            if named and int(named[1]) != layer:
+                raise CorrSteerError(
+                    f"sae gives layer {layer} {source!r}, which was trained at {hook_name}; give it as "
+                    f"{named[1]}={source}"
+                )
 
 
 def _is_release(source: str) -> bool:
-    return ":" in source and not Path(source).is_dir()
+    return ":" in source and not Path(source).exists()
 
 
 def load_encoders(sources: dict[int, str], model: nn.Module, device: str = "cpu") -> dict[int, SparseEncoder]:
@@ -116,6 +124,21 @@ def check_model(given: ModelSettings) -> None:
     """Raise for a directory that is not there."""
     if given.model.startswith((".", "/", "~")) and not Path(given.model).is_dir():
         raise CorrSteerError(f"there is no model directory {given.model}; was it moved?")
+
+
+def pack_where_read(
+    encoders: dict[int, SparseEncoder], model: nn.Module, backend: str | None
+) -> dict[int, SparseEncoder]:
+    """Encoders that hold one copy of their weight, the packed one, where the native backend is what reads it."""
+    device = input_device(model)
+    if device.type != "cpu":
+        return encoders
+
+    def packed(encoder: SparseEncoder) -> SparseEncoder:
+        call = registry.Call("encode_pool", device, torch.float32, encoder.activation, encoder.precision)
+        return pack(encoder) if registry.choose(call, backend).name == "native" else encoder
+
+    return {layer: packed(encoder) for layer, encoder in encoders.items()}
 
 
 def load_model(given: ModelSettings) -> tuple[nn.Module, Any]:

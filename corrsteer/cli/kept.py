@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from hashlib import blake2b
@@ -104,8 +103,10 @@ def digest_of(path: Path) -> str:
 
 
 def _json_at(out: Path) -> dict[str, Any] | None:
+    from corrsteer.files import from_json
+
     try:
-        found = json.loads(out.read_bytes())
+        found = from_json(out.read_bytes())
         return found if isinstance(found, dict) else {}
     except FileNotFoundError:
         return None

@@ -126,8 +126,8 @@ class StatisticsSettings(Settings):
 
     sae: list[str] = Field(
         min_length=1,
-        description="LAYER=SOURCE, once for each layer. SOURCE is a directory written by SAELens, RELEASE:SAE_ID of a "
-        "published SAE, or `identity` for the residual dimensions themselves.",
+        description="LAYER=SOURCE, once for each layer. SOURCE is where an SAE lies, in any of the formats that are "
+        "supported, RELEASE:SAE_ID of a published SAE, or `identity` for the residual dimensions themselves.",
     )
     within_prompt: bool = Field(
         default=False,

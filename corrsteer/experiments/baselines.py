@@ -60,14 +60,15 @@ def baselines(
     check_type("steering", steering, Steering, "a Steering")
     draws, seed = whole("draws", draws, 0), whole("seed", seed, 0)
     layers = sorted({*selectable(run.residuals), *(f.layer for f in steering.features if f.layer in run.residuals)})
+    of_residuals = [layer for layer in layers if layer not in run.steered]  # what is read elsewhere cannot be added
     found = {
-        "difference of means": list(_differences_of_means(run, layers)),
+        "difference of means": list(_differences_of_means(run, of_residuals)),
         **{
             f"random feature {draw + 1}": list(_random_feature(run, steering, encoders, seed, draw))
             for draw in range(draws)
         },
         **{f"best by {score}": [best] for score, best in _best_by_other_scores(run, encoders)},
-        "residual dimension": list(_residual_dimension(run, layers)),
+        "residual dimension": list(_residual_dimension(run, of_residuals)),
     }
     return {
         name: [replace(candidate, positions=steering.positions) for candidate in candidates]
@@ -93,7 +94,7 @@ def _differences_of_means(run: Run, layers: Sequence[int]) -> Iterator[Steering]
 def _random_feature(
     run: Run, steering: Steering, encoders: Mapping[int, SparseEncoder] | None, seed: int, draw: int
 ) -> Iterator[Steering]:
-    layers = {str(point): layer for layer, point in run.points.items()}
+    layers = {str(run.steering_point(layer)): layer for layer in run.points}
     if not {feature.hook_point for feature in steering.features} <= set(layers):
         return  # vectors of the user's own at places that the run knows no features of
     taken = {(feature.layer, feature.index) for feature in steering.features}

@@ -88,7 +88,7 @@ class Ranking:
         pairs = {kind: (_known(every[kind]), _known(errors[kind])) for kind in errors}
         return [
             Feature(
-                hook_point=str(run.points[layer]),
+                hook_point=str(run.steering_point(layer)),
                 coefficient=chosen,
                 layer=layer,
                 index=index,

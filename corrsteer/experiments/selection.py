@@ -356,4 +356,11 @@ def decoder_rows(run: Run, features: Sequence[Feature], encoders: Mapping[int, S
         raise CorrSteerError(
             f"encoders must hold layers {missing}, of which features were selected, got {sorted(decoders)}"
         )
-    return torch.cat([decoders[cast(int, f.layer)].rows([cast(int, f.index)]) for f in features])
+    rows = [decoders[cast(int, f.layer)].rows([cast(int, f.index)]) for f in features]
+    widths = {row.shape[1]: f"{row.shape[1]} of {f.name}" for row, f in zip(rows, features)}
+    if len(widths) > 1:
+        raise CorrSteerError(
+            f"directions of one steering must be of one width, got {' and '.join(widths.values())}; select from layers "
+            f"whose SAEs read the same kind of hook point"
+        )
+    return torch.cat(rows)

@@ -256,9 +256,10 @@ class Capture:
         return kept
 
     def _allocate(self, h: Tensor, steps: int) -> None:
-        rows, d = len(h), h.shape[2]
+        rows = len(h)
+        widths = sum(hook_points.width(self.model, point) for point in self.points.values())
         self._capacity = buffered_steps(
-            steps, rows, d, h.dtype, len(self.points), self.buffer_bytes, flushes=self.sink is not None
+            steps, rows, widths, h.dtype, len(self.points), self.buffer_bytes, flushes=self.sink is not None
         )
         self._allocated = True
         self._kept = torch.zeros(rows, self._capacity, dtype=torch.bool, device=h.device)
@@ -277,15 +278,19 @@ class Capture:
 
 
 def buffered_steps(
-    steps: int, rows: int, d: int, dtype: torch.dtype, points: int, buffer_bytes: int, *, flushes: bool = True
+    steps: int, rows: int, widths: int, dtype: torch.dtype, points: int, buffer_bytes: int, *, flushes: bool = True
 ) -> int:
     """How many steps the buffers have room for, `[rows, that many, d]` of a dtype at each of so many hook points.
+
+    Parameters
+    ----------
+    widths : the hook points' widths d, added up.
 
     Raises
     ------
     CorrSteerError : where that is not one; or not all of them, unless the capture `flushes`.
     """
-    step_bytes = rows * d * dtype.itemsize * points
+    step_bytes = rows * widths * dtype.itemsize
     capacity = min(steps, buffer_bytes // step_bytes)
     if capacity < 1 or (capacity < steps and not flushes):
         needed = step_bytes if flushes else steps * step_bytes

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,13 @@ from torch.utils.hooks import RemovableHandle
 
 from corrsteer.arguments import check_type
 from corrsteer.errors import CorrSteerError
-from corrsteer.lm import module_hooks, sublayers
+from corrsteer.lm import module_hooks, sublayer_inputs, sublayers
+from corrsteer.lm.sublayer_inputs import rms_normalised
 
 KINDS = ("resid_pre", "resid_post", "mlp_out", "attn_out")
+# Places inside a layer, by TransformerLens' names.
+INSIDE = {"z": "attn.hook_z", "mlp_in": "mlp.hook_in", "mlp_normalized": "ln2.hook_normalized"}
+READ_ONLY = ("mlp_in", "mlp_normalized")  # which other parts of a layer may read too
 TOWERS = (re.compile("vision|visual|image|audio|speech"), re.compile("encoder"))
 
 
@@ -31,7 +35,9 @@ class HookPoint:
     """A place in the residual stream: `resid_pre`, `resid_post`, `mlp_out` or `attn_out` of a layer (0-based).
 
     `attn_out` is what the layer's attention, or what it has in its place, adds to the stream, and `mlp_out` what comes
-    after. Both are found by a short pass of the model, once.
+    after. Or a place inside the layer: `z`, what the last linear layer of attention reads, all heads one after the
+    other; `mlp_in`, what the MLP reads; and `mlp_normalized`, the same before a norm's weight multiplies it. All but
+    the first two are found by a short pass of the model, once.
     """
 
     layer: int
@@ -39,36 +45,43 @@ class HookPoint:
 
     @classmethod
     def parse(cls, name: str, model: nn.Module | None = None) -> HookPoint:
-        """From `blocks.L.hook_KIND` or, given the model, from a module path.
+        """From `blocks.L.hook_KIND`, `blocks.L.attn.hook_z` and the like or, given the model, from a module path.
 
         A decoder layer's path is its output, `resid_post`; paths of its attention and MLP are `attn_out` and `mlp_out`.
+        A path may begin at the model or at its base model, and end with `.input` or `.output`: `layers.20.mlp.input`.
 
         Raises
         ------
         CorrSteerError : if the name is none of these.
         """
         check_type("hook point", name, str, "its name")
-        found = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", name)
+        found = re.fullmatch(r"blocks\.(\d+)\.([\w.]+)", name)
         if found:
-            if found[2] in KINDS:
-                return cls(int(found[1]), found[2])
+            kind = next((kind for kind in (*KINDS, *INSIDE) if found[2] == _hook_name(kind)), None)
+            if kind is not None:
+                return cls(int(found[1]), kind)
         elif model is not None:
             point = _from_module_path(name, model)
             if point is not None:
                 return point
         raise CorrSteerError(
             f"hook point {name!r} cannot be used: it must be blocks.L.hook_KIND with KIND one of {', '.join(KINDS)}, "
-            f"or the path of a decoder layer, its attention or its MLP, such as model.layers.20"
+            f"or blocks.L.NAME with NAME one of {', '.join(INSIDE.values())}, or the path of a decoder layer, its "
+            f"attention or its MLP, such as model.layers.20"
         )
 
     def __str__(self) -> str:
-        return f"blocks.{self.layer}.hook_{self.kind}"
+        return f"blocks.{self.layer}.{_hook_name(self.kind)}"
 
     def offset(self, by: int) -> HookPoint:
         """The same point `by` layers on; before the output of layer 0 comes its input."""
         if (self.layer + by, self.kind) == (-1, "resid_post"):
             return HookPoint(0, "resid_pre")
         return HookPoint(self.layer + by, self.kind)
+
+
+def _hook_name(kind: str) -> str:
+    return INSIDE.get(kind, f"hook_{kind}")
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -141,9 +154,27 @@ def check_generates(model: nn.Module) -> None:
         )
 
 
-def width(model: nn.Module) -> int:
-    """Width of the residual stream."""
+def width(model: nn.Module, point: HookPoint | None = None) -> int:
+    """Width of the residual stream, or of what is at a hook point."""
+    if point is not None and point.kind == "z":
+        return _inputs(model, point).width
     return text_config(model).hidden_size
+
+
+def check_steers(point: HookPoint) -> None:
+    """Raise for a hook point that can only be read."""
+    if point.kind in READ_ONLY:
+        raise CorrSteerError(
+            f"hook point {point} can be captured, but not steered; steer where the MLP writes, at "
+            f"{HookPoint(point.layer, 'mlp_out')}"
+        )
+
+
+def projection(model: nn.Module, point: HookPoint) -> nn.Module:
+    """The linear layer whose input is the `z` of a hook point, the last one of attention."""
+    found = _inputs(model, point).projection
+    assert found is not None, "_inputs has seen to it"
+    return found
 
 
 def check_point(model: nn.Module, point: HookPoint) -> None:
@@ -164,6 +195,8 @@ def attach(model: nn.Module, point: HookPoint, function: Callable[[Tensor], Tens
     refuse_compiled(layer)
     if module is not layer:
         refuse_compiled(module)
+    if point.kind in READ_ONLY:
+        function = _reading(function, _inputs(model, point).eps if point.kind == "mlp_normalized" else None)
     if at_input:
         name = next(iter(inspect.signature(module.forward).parameters))
 
@@ -187,6 +220,15 @@ def attach(model: nn.Module, point: HookPoint, function: Callable[[Tensor], Tens
         return None if changed is None else type(output)([changed, *output[1:]])
 
     return module_hooks.after(module, after)
+
+
+def _reading(function: Callable[[Tensor], Tensor | None], eps: float | None) -> Callable[[Tensor], None]:
+    """The function of what is read, normalised where there is an epsilon; what it returns is left out."""
+
+    def read(h: Tensor) -> None:
+        function(h if eps is None else rms_normalised(h, eps))
+
+    return read
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -235,6 +277,12 @@ def _locate(model: nn.Module, point: HookPoint) -> tuple[nn.Module, bool]:
     layer = decoder_layers(model)[1][point.layer]
     if point.kind in ("resid_pre", "resid_post"):
         return layer, point.kind == "resid_pre"
+    if point.kind in INSIDE:
+        inputs = _inputs(model, point)
+        modules = {"z": inputs.projection, "mlp_in": inputs.mlp, "mlp_normalized": inputs.norm}
+        module = modules[point.kind]
+        assert module is not None, "_inputs has seen to it"
+        return module, True
     found = sublayers.of_layer(model, decoder_layers(model)[1], point.layer, input_device(model))
     if found is None:
         raise CorrSteerError(
@@ -244,19 +292,44 @@ def _locate(model: nn.Module, point: HookPoint) -> tuple[nn.Module, bool]:
     return found[0 if point.kind == "attn_out" else 1], False
 
 
+def _inputs(model: nn.Module, point: HookPoint) -> sublayer_inputs.Inputs:
+    """Where the halves of a hook point's layer read; raises where that place is not there."""
+    check_point(model, point)
+    layers = decoder_layers(model)[1]
+    found = sublayer_inputs.of_layer(model, layers, point.layer, input_device(model))
+    if found is not None:
+        there = {"z": found.projection, "mlp_in": found.mlp, "mlp_normalized": found.norm if found.eps else None}
+        if there[point.kind] is not None:
+            return found
+    what = {
+        "z": "no linear layer puts out what its attention does",
+        "mlp_in": "no part of it is an MLP that adds to the residual stream",
+        "mlp_normalized": "no norm that only divides by the root mean square comes before an MLP; for what the MLP "
+        f"reads use {HookPoint(point.layer, 'mlp_in')}",
+    }
+    raise CorrSteerError(
+        f"hook point {point} does not exist: in {type(layers[point.layer]).__name__} {what[point.kind]}"
+    )
+
+
 def _from_module_path(name: str, model: nn.Module) -> HookPoint | None:
     path, layers = decoder_layers(model)
     inside: Any = getattr(model, "get_base_model", None)  # of PEFT, whose paths begin elsewhere
     paths = {path, path if inside is None else decoder_layers(inside())[0]}
-    found = re.fullmatch(rf"(?:{'|'.join(map(re.escape, sorted(paths)))})\.(\d+)(?:\.([\w.]+))?", name)
+    paths |= {own.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.") for own in paths}
+    lists = "|".join(map(re.escape, sorted(paths)))
+    found = re.fullmatch(rf"(?:{lists})\.(\d+)(?:\.([\w.]+?))??(?:\.(in|out)put)?", name)
     if not found:
         return None
-    layer, part = int(found[1]), found[2]
+    layer, part, at_input = int(found[1]), found[2], found[3] == "in"
     check_point(model, HookPoint(layer))
     if part is None:
-        return HookPoint(layer, "resid_post")
-    parts = sublayers.of_layer(model, layers, layer, input_device(model)) or ()
-    for kind, module in zip(("attn_out", "mlp_out"), parts):
-        if dict(layers[layer].named_modules()).get(part) is module:
-            return HookPoint(layer, kind)
-    return None
+        return HookPoint(layer, "resid_pre" if at_input else "resid_post")
+    module = dict(layers[layer].named_modules()).get(part)
+    outputs: Sequence[nn.Module | None] = sublayers.of_layer(model, layers, layer, input_device(model)) or ()
+    places = [*zip(("attn_out", "mlp_out"), outputs, (False, False))]
+    inputs = sublayer_inputs.of_layer(model, layers, layer, input_device(model))
+    if inputs is not None:
+        places += [("z", inputs.projection, True), ("mlp_in", inputs.mlp, True), ("mlp_in", inputs.norm, False)]
+    kinds = (kind for kind, place, reads in places if place is not None and place is module and reads == at_input)
+    return next((HookPoint(layer, kind) for kind in kinds), None)

@@ -106,17 +106,20 @@ class Passes:
         with contextlib.ExitStack() as stack:
             for point, function in functions:
                 key = object()
-                handle = hook_points.attach(model, point, self._hook(key, point, function, shared))
+                handle = hook_points.attach(model, point, self._hook(key, point, function, shared, model))
                 stack.callback(handle.remove)
                 self._attached[key] = point  # while the hook hangs there, and no longer: other threads' passes check it
                 stack.callback(self._attached.pop, key)
             yield
 
     def _hook(
-        self, key: object, point: HookPoint, function: Function, shared: bool
+        self, key: object, point: HookPoint, function: Function, shared: bool, model: nn.Module
     ) -> Callable[[Tensor], Tensor | None]:
         """What runs at a hook point. It does so in every layer of every step, so that each line of it counts."""
         owner, local = threading.get_ident(), self._local
+        d = hook_points.width(model, point)
+        of_stream = d == self._d
+        what = "the model's residual stream" if point.kind in hook_points.KINDS else str(point)
 
         def at(h: Tensor) -> Tensor | None:
             passes = local.passes
@@ -132,8 +135,8 @@ class Passes:
             if running.thread != owner and not (shared and self._steers(running.thread)):
                 return None
             reading = running.reading
-            if h.shape != reading.shape:
-                reading.refuse(h)
+            if h.shape != (reading.shape if of_stream else (*reading.shape[:2], d)):
+                reading.refuse(h, d, what)
             return function(h, reading)
 
         return at

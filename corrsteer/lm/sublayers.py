@@ -11,13 +11,15 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm.own_passes import probe, probing
+
+T = TypeVar("T")
 
 PROBE = 3  # tokens of the pass
 
@@ -39,13 +41,21 @@ def of_layer(model: nn.Module, layers: nn.ModuleList, layer: int, device: torch.
         return _known[model][layer]
 
 
+@contextlib.contextmanager
+def looked_at(model: nn.Module, device: torch.device, watched: contextlib.AbstractContextManager[T]) -> Iterator[T]:
+    """What hooks have seen of a short pass, which is run while they watch."""
+    with _one_at_a_time, watched as seen:
+        _look(model, device)
+        yield seen
+
+
 def endings(model: nn.Module, parts: Iterable[nn.Module], device: torch.device) -> dict[nn.Module, list[nn.Module]]:
     """Of each part of a model, itself and the modules in it that put out what it does; none that run more than once."""
     with _one_at_a_time, contextlib.ExitStack() as stack:
         outputs = {part: stack.enter_context(_outputs(part.modules(), once=True)) for part in parts}
         _look(model, device)
     return {
-        part: [module for module, out in found.items() if part in found and _equal(out, found[part])]
+        part: [module for module, out in found.items() if part in found and equal(out, found[part])]
         for part, found in outputs.items()
     }
 
@@ -136,7 +146,7 @@ def _outputs(modules: Iterable[nn.Module], *, once: bool = False) -> Iterator[di
             del outputs[module]
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
+def equal(one: Tensor, other: Tensor) -> bool:
     """Whether two outputs hold the same numbers, of tokens in rows or one after another."""
     return one.numel() == other.numel() and torch.equal(one.reshape(other.shape), other)
 

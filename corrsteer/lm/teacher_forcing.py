@@ -116,6 +116,7 @@ class TeacherForcing:
             hook_points.check_point(model, point)
         self.model: nn.Module = model
         self.points: dict[Any, HookPoint] = dict(points)
+        self._widths = sum(hook_points.width(model, point) for point in points.values())
         self.positions: str = positions
         self.exclude_tokens: frozenset[int] = frozenset(wholes("exclude_tokens", exclude_tokens, 0, empty=True))
         self.batch_tokens: int = whole("batch_tokens", batch_tokens, 1)
@@ -219,7 +220,7 @@ class TeacherForcing:
     def _bytes(self, tokens: int) -> int:
         """What so many kept tokens take at all hook points."""
         anyone: Any = self.model
-        return tokens * hook_points.width(self.model) * anyone.dtype.itemsize * len(self.points)
+        return tokens * self._widths * anyone.dtype.itemsize
 
     def _kept(self, prompt: Sequence[int], completion: Sequence[int], batch: _Batch) -> list[int]:
         """The columns of a sequence that are kept."""

@@ -143,12 +143,12 @@ class Pass:
             self._selected[key] = self._select(positions, h.device)
         return self._selected[key]
 
-    def refuse(self, h: Tensor) -> None:
-        """Raise for what is not of the shape of a residual stream of the tokens read."""
+    def refuse(self, h: Tensor, d: int, what: str) -> None:
+        """Raise for what is not `[rows, steps, d]`, as the residual stream of the tokens read is, or another place."""
         raise CorrSteerError(
-            f"the model's residual stream must be [{self.rows}, {self.steps}, {self.d}], as {self.rows} rows of "
-            f"{self.steps} tokens are read and its width is {self.d}, got {list(h.shape)}: a stream of several lanes, "
-            f"of other positions than tokens or in another order can be neither captured nor steered"
+            f"{what} must be [{self.rows}, {self.steps}, {d}], as {self.rows} rows of {self.steps} tokens are read and "
+            f"its width is {d}, got {list(h.shape)}: a stream of several lanes, of other positions than tokens or in "
+            f"another order can be neither captured nor steered"
         )
 
     def _select(self, positions: str, device: torch.device) -> Tensor | None:

@@ -66,7 +66,7 @@ class TracedPasses:
                 "install before the first such call, or load the model again"
             )
         self._positions = positions
-        self._d = hook_points.width(base)
+        self._d = {point: hook_points.width(base, point) for point in functions}
         self._calls: list[int] = []  # the threads of calls of `generate` under way, one in another
         with torch.inference_mode(False):  # they are written outside of it, too
             device = hook_points.input_device(base)
@@ -167,11 +167,11 @@ class TracedPasses:
                 "the model's layers run outside a forward pass of the model, as gradient checkpointing runs them again "
                 "in the backward pass; call the model, or its generate, and train without it"
             )
-        if h.dim() != 3 or (h.shape[0], h.shape[1]) != self._shape or h.shape[2] != self._d:
+        if h.dim() != 3 or (h.shape[0], h.shape[1]) != self._shape or h.shape[2] != self._d[point]:
             raise CorrSteerError(
-                f"the model's residual stream at {point} must be [{self._shape[0]}, {self._shape[1]}, {self._d}], got "
-                f"{list(h.shape)}: a stream of several lanes, of other positions than tokens or in another order "
-                f"cannot be steered"
+                f"the model's residual stream at {point} must be "
+                f"[{self._shape[0]}, {self._shape[1]}, {self._d[point]}], got {list(h.shape)}: a stream of several "
+                f"lanes, of other positions than tokens or in another order cannot be steered"
             )
         self._reached += 1
         return function(h, None if self._where is None else self._where.to(h.device))

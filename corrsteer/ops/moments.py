@@ -18,6 +18,7 @@ from torch import Tensor
 from corrsteer.arguments import check_type, whole
 from corrsteer.errors import CorrSteerError
 from corrsteer.files import write_tensors
+from corrsteer.tensors import LARGEST, zeros
 from corrsteer.types import Device, PathLike
 
 POSITIVE, NEGATIVE = 0, 1
@@ -64,11 +65,11 @@ class Moments:
     group_active_count: Tensor
 
     def __init__(self, d_sae: int, n_labels: int = 1, device: Device = "cpu"):
-        self.d_sae: int = whole("d_sae", d_sae, 1)
-        self.n_labels: int = whole("n_labels", n_labels, 1)
+        self.d_sae: int = whole("d_sae", d_sae, 1, LARGEST)
+        self.n_labels: int = whole("n_labels", n_labels, 1, LARGEST)
         with torch.inference_mode(False):  # made inside of it, they could not be updated outside
             for name, shape in self.shapes(self.d_sae, self.n_labels).items():
-                setattr(self, name, torch.zeros(shape, dtype=torch.float64, device=device))
+                setattr(self, name, zeros(f"moments of {self.d_sae} features", shape, device))
 
     @staticmethod
     def shapes(d_sae: int, n_labels: int) -> dict[str, tuple[int, ...]]:
@@ -89,6 +90,20 @@ class Moments:
             setattr(moments, name, tensor)
         moments.n_labels, moments.d_sae = moments.cross.shape
         return moments
+
+    @classmethod
+    def fitting(cls, state: Sequence[Tensor]) -> Moments:
+        """`from_state` of arrays that were read from somewhere.
+
+        Raises
+        ------
+        ValueError : where they do not fit each other.
+        """
+        cross = state[cls.STATE.index("cross")]
+        shapes = cls.shapes(*reversed(cross.shape)) if cross.dim() == 2 else {}
+        if [tuple(t.shape) for t in state] != list(shapes.values()) or any(t.dtype != torch.float64 for t in state):
+            raise ValueError("its arrays do not fit each other")
+        return cls.from_state(state)
 
     @property
     def device(self) -> torch.device:
@@ -205,11 +220,7 @@ class Moments:
             with safe_open(str(path), framework="pt", device=str(device)) as file:
                 if (file.metadata() or {}).get("format") != FORMAT:
                     raise CorrSteerError(f"{path} is not a moments file of this version ({FORMAT})")
-                moments = cls.from_state([file.get_tensor(name) for name in cls.STATE])
-            shapes = cls.shapes(moments.d_sae, moments.n_labels)
-            if any(tuple(t.shape) != shapes[name] for name, t in zip(cls.STATE, moments.state())):
-                raise CorrSteerError(f"{path} is damaged (its arrays do not fit each other); collect again")
-            return moments
+                return cls.fitting([file.get_tensor(name) for name in cls.STATE])
         except (SafetensorError, ValueError) as error:
             if isinstance(error, CorrSteerError):
                 raise

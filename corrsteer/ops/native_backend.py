@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import os
 import threading
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from corrsteer.errors import BackendUnavailable
+from corrsteer.errors import BackendUnavailable, CorrSteerError
 from corrsteer.ops import extensions
 from corrsteer.ops.calls import Call, Verdict
 from corrsteer.ops.moments import Moments
@@ -40,7 +41,7 @@ def verify(call: Call) -> Verdict:
     if call.dtype not in DTYPES or call.precision == "fp64":
         return Verdict(False, "its kernels compute in float32", "use float32, bfloat16 or float16")
     if call.activation is not None and call.activation not in ENCODED:
-        return Verdict(False, f"{call.activation} has no product to fuse", "use the reference backend for it")
+        return Verdict(False, f"its kernels do not compute {call.activation}", "use the reference backend for it")
     return Verdict(True)
 
 
@@ -80,7 +81,9 @@ def packed_weight(encoder: SparseEncoder, isa: str) -> Tensor:
     the weight is gone. It belongs to the weight's memory and not to the encoder, as under `torch.compile` an encoder is
     put together anew at every call. Changes are seen that torch counts: not those through `.data` or NumPy.
     """
-    parts = [part for part in (encoder.weight, encoder.weight_low) if part is not None]
+    if encoder.packed_weight is not None and encoder.packed_weight.shape[2] == _panel_rows(isa):
+        return encoder.packed_weight.view(-1)
+    parts = [p for p in (encoder.weight, encoder.weight_low, encoder.packed_weight) if p is not None]
     storages = tuple(StorageWeakRef(part.untyped_storage()) for part in parts)
     key = (isa, *((part.data_ptr(), part.dtype, part.shape) for part in parts))
     versions = tuple(_version(part) for part in parts)
@@ -92,8 +95,9 @@ def packed_weight(encoder: SparseEncoder, isa: str) -> Tensor:
             return found.weight
         _packed.pop(key, None)
         # bf16x2: hi + lo is exact in float32, where it costs no more than two products of bfloat16
-        weight = required(encoder.weight) if encoder.weight_low is None else encoder.full_weight()
-        packed = _room_to_pack(encoder, isa, "cpu")
+        unpacked = encoder.unpacked()  # of one that was packed for another instruction set
+        weight = required(unpacked.weight) if unpacked.weight_low is None else unpacked.full_weight()
+        packed = _room_to_pack(unpacked, isa, "cpu")
         _native.pack(isa, _array(weight), _array(packed), torch.get_num_threads())
         _packed[key] = _Packed(storages, versions, packed)
         return packed
@@ -101,6 +105,8 @@ def packed_weight(encoder: SparseEncoder, isa: str) -> Tensor:
 
 def held_bytes(encoder: SparseEncoder) -> int:
     """What is held of an encoder between calls, beside itself: its packed weight."""
+    if encoder.packed_weight is not None:
+        return 0
     return _room_to_pack(encoder, instruction_set(), "meta").nbytes
 
 
@@ -108,6 +114,26 @@ def _room_to_pack(encoder: SparseEncoder, isa: str, device: Device) -> Tensor:
     plain = encoder.weight_low is None and required(encoder.weight).dtype == torch.bfloat16
     dtype = torch.bfloat16 if plain else torch.float32
     return torch.empty(_native.packed_size(isa, encoder.d_sae, encoder.d_in, _name(dtype)), dtype=dtype, device=device)
+
+
+def pack(encoder: SparseEncoder) -> SparseEncoder:
+    """The encoder with its weight packed, and no other copy of it. See `corrsteer.ops.pack`."""
+    isa = instruction_set()
+    packed = packed_weight(encoder, isa)
+    side = _packed_side(packed.dtype)
+    depth = -(-encoder.d_in // side)
+    shaped = packed.view(-1, depth, _panel_rows(isa), side)
+    return replace(encoder, weight=None, weight_low=None, packed_weight=shaped)
+
+
+def _panel_rows(isa: str) -> int:
+    """Features side by side in a panel."""
+    return _native.packed_size(isa, 1, 1, "float32")
+
+
+def _packed_side(dtype: torch.dtype) -> int:
+    """Numbers of one feature that lie side by side: those that one instruction multiplies."""
+    return 2 if dtype == torch.bfloat16 else 1
 
 
 def _version(weight: Tensor) -> float:
@@ -121,16 +147,20 @@ def _encoder(encoder: SparseEncoder) -> tuple[Any, Tensor]:
     packed = packed_weight(encoder, isa)
     vectors = ("bias", "threshold", "magnitude_scale", "magnitude_bias")
     given = {name: getattr(encoder, name) for name in vectors}
-    return _native.Encoder(
-        instruction_set=isa,
-        d_in=encoder.d_in,
-        d_sae=encoder.d_sae,
-        activation=encoder.activation,
-        input_norm=encoder.input_norm,
-        k=encoder.k,
-        weight=_array(packed),
-        **{name: _array(vector) for name, vector in given.items() if vector is not None},
-    ), packed
+    try:
+        made = _native.Encoder(
+            instruction_set=isa,
+            d_in=encoder.d_in,
+            d_sae=encoder.d_sae,
+            activation=encoder.activation,
+            input_norm=encoder.input_norm,
+            k=encoder.k,
+            weight=_array(packed),
+            **{name: _array(vector) for name, vector in given.items() if vector is not None},
+        )
+    except ValueError as error:  # such as a threshold that is NaN
+        raise CorrSteerError(str(error)) from None
+    return made, packed
 
 
 # Tensors by address. Whoever makes one of these keeps the tensor until the call is over.

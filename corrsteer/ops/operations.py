@@ -17,15 +17,41 @@ from torch import Tensor
 
 from corrsteer.arguments import check_type, shown
 from corrsteer.errors import CorrSteerError
-from corrsteer.ops import registry
+from corrsteer.ops import native_backend, registry
 from corrsteer.ops.calls import Call
 from corrsteer.ops.flat import flatten_encoder
 from corrsteer.ops.moments import Moments
 from corrsteer.sae.encoder import SparseEncoder
+from corrsteer.tensors import check_holds, check_tensor
 
 POOLS = {"mean": ("mean",), "max": ("max",), "both": ("mean", "max")}
+READ_PACKED = ("native", "reference")  # backends that read an encoder whose weight is packed
 LARGEST_REWARD = 1e150  # the square of a larger one, and so its variance, may be no float64
 X_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@torch.no_grad()
+def pack(encoder: SparseEncoder) -> SparseEncoder:
+    """The encoder with its weight as the `native` backend reads it, and no other copy.
+
+    That backend packs the weight of every encoder that it is given, and keeps both. Where the encoder that was given is
+    let go, one of them is left. Results are equal to the bit. `encoder.unpacked()` gives the weight back; so does
+    `encoder.to` of another device or precision. The `reference` backend unpacks it at every call.
+
+    Parameters
+    ----------
+    encoder : on the CPU. It is left as it is; the identity, which has no weight, is given back.
+
+    Raises
+    ------
+    CorrSteerError : where the native backend cannot run this encoder.
+    """
+    check_encoder(encoder)
+    if encoder.device is None or encoder.packed_weight is not None:
+        return encoder
+    call = Call("encode", encoder.device, torch.float32, encoder.activation, encoder.precision)
+    registry.choose(call, "native")
+    return native_backend.pack(encoder)
 
 
 @torch.no_grad()
@@ -102,7 +128,7 @@ def encode_pool(
 @torch.no_grad()
 def update_moments(pooled: Tensor, y: Tensor, moments: Moments, *, backend: str | None = None) -> None:
     """Fold pooled activations `[N, d_sae]` and rewards `[N]` or `[N, R]` into `moments`, in place."""
-    _check_tensor("pooled", pooled)
+    check_tensor("pooled", pooled)
     check_type("moments", moments, Moments, "a Moments")
     if pooled.dim() != 2 or pooled.shape[1] != moments.d_sae or pooled.dtype not in X_DTYPES:
         raise CorrSteerError(
@@ -137,7 +163,7 @@ def update_sums(
     backend : a backend's name; by default the fastest that can.
     """
     for name, tensor in (("pooled", pooled), ("weights", weights), ("sums", sums)):
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
     if pooled.dim() != 2 or pooled.dtype not in X_DTYPES:
         raise CorrSteerError(
             f"pooled must be [N, D] float32, float16 or bfloat16, got {list(pooled.shape)} {pooled.dtype}"
@@ -210,7 +236,7 @@ def steer_add(
     `h` itself.
     """
     for name, tensor in (("h", h), ("vectors", vectors), ("row_vector", row_vector)):
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
     if h.dim() != 3 or not h.is_floating_point():
         raise CorrSteerError(f"h must be [B, S, d] float32, float16 or bfloat16, got {list(h.shape)} {h.dtype}")
     if not vectors.is_floating_point():
@@ -223,7 +249,7 @@ def steer_add(
     if row_vector.shape != h.shape[:1] or row_vector.dtype != torch.int32:
         raise CorrSteerError(f"row_vector must be [B={len(h)}] int32, got {list(row_vector.shape)} {row_vector.dtype}")
     if positions is not None:
-        _check_tensor("positions", positions)
+        check_tensor("positions", positions)
         if positions.shape != h.shape[:2] or positions.dtype != torch.bool:
             raise CorrSteerError(
                 f"positions must be [B, S]={list(h.shape[:2])} bool, got {list(positions.shape)} {positions.dtype}"
@@ -236,6 +262,8 @@ def steer_add(
         return h
     if h.device.type == "cpu" and len(h) and not -1 <= int(row_vector.min()) <= int(row_vector.max()) < len(vectors):
         raise CorrSteerError(f"row_vector must lie in -1..{len(vectors) - 1}, got {row_vector.tolist()}")
+    if not len(vectors):  # of which each row gets none
+        return h
     _chosen("steer_add", h, backend)(h, vectors, row_vector, positions)
     if not h.is_inference():  # kernels change it behind autograd's back
         torch.autograd.graph.increment_version(h)
@@ -245,14 +273,13 @@ def steer_add(
 def _chosen(operation: str, on: Tensor, name: str | None, encoder: SparseEncoder | None = None) -> Callable[..., Any]:
     encoding = () if encoder is None else (encoder.activation, encoder.precision)
     call = Call(operation, on.device, on.dtype, *encoding)
-    return registry.choose(call, name).operations[operation]
+    backend = registry.choose(call, name)
+    if encoder is not None and encoder.packed_weight is not None and backend.name not in READ_PACKED:
+        raise CorrSteerError(f"encoder is packed, which backend {backend.name!r} cannot read; use encoder.unpacked()")
+    return backend.operations[operation]
 
 
 # An operation may be called at every step of a decoder: a check of a type is one isinstance, a tenth of a microsecond.
-
-
-def _check_tensor(name: str, value: Tensor) -> None:
-    check_type(name, value, Tensor, "a tensor", "use torch.as_tensor")
 
 
 def check_encoder(encoder: SparseEncoder) -> None:
@@ -262,7 +289,7 @@ def check_encoder(encoder: SparseEncoder) -> None:
 
 
 def _check_x(x: Tensor, encoder: SparseEncoder) -> Tensor:
-    _check_tensor("x", x)
+    check_tensor("x", x)
     check_encoder(encoder)
     if encoder.metadata.get("reshape_activations") == "hook_z" and x.shape[-1] != encoder.d_in and x.dim() > 1:
         x = x.flatten(-2)
@@ -275,6 +302,8 @@ def _check_x(x: Tensor, encoder: SparseEncoder) -> Tensor:
         raise CorrSteerError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
     if encoder.device is not None:
         _check_device("x", x, encoder.device)
+    if x.device.type == "meta":  # no more is read of it where it is not
+        check_holds("x", x)
     return x
 
 
@@ -282,7 +311,7 @@ def _check_packed(x: Tensor, cu_seqlens: Tensor, encoder: SparseEncoder) -> Tens
     x = _check_x(x, encoder)
     if x.dim() != 2:
         raise CorrSteerError(f"x must be [T, d_in={encoder.d_in}], packed sample after sample, got {list(x.shape)}")
-    _check_tensor("cu_seqlens", cu_seqlens)
+    check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype != torch.int32:
         raise CorrSteerError(
             f"cu_seqlens must be [N + 1] int32, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}; "
@@ -329,7 +358,7 @@ def _check_powers(powers: Sequence[int], C: int) -> tuple[int, ...]:
 
 
 def _check_y(y: Tensor, n: int, moments: Moments) -> Tensor:
-    _check_tensor("y", y)
+    check_tensor("y", y)
     if y.dim() == 1:
         y = y[:, None]
     if y.shape != (n, moments.n_labels) or y.is_complex():

@@ -37,7 +37,8 @@ def encode(x: Tensor, encoder: SparseEncoder) -> Tensor:
 
     With p = W x + b: relu max(p, 0); jumprelu p · [p > threshold] · [p > 0], strict (Rajamanoharan et al. 2024);
     gated [p > 0] · relu(scale · W x + bias) (the same, 2024); topk the k largest p of a token, then relu (Gao et al.
-    2024); abstopk the k largest |p|, signed.
+    2024); abstopk the k largest |p|, signed; groupmax the largest of each of k groups of features that follow each
+    other, then relu.
     """
     if encoder.activation == "identity":
         return x.to(encoder.compute_dtype, copy=True)
@@ -50,8 +51,13 @@ def encode(x: Tensor, encoder: SparseEncoder) -> Tensor:
     if encoder.activation == "gated":
         magnitude = product * required(encoder.magnitude_scale) + required(encoder.magnitude_bias)
         return magnitude.relu() * (p > 0)
-    rank = p.abs() if encoder.activation == "abstopk" else p
-    top = rank.topk(encoder.k, dim=-1).indices
+    if encoder.activation == "groupmax":
+        size = encoder.d_sae // encoder.k
+        first = torch.arange(0, encoder.d_sae, size, dtype=torch.int64, device=p.device)
+        top = p.unflatten(-1, (encoder.k, size)).argmax(dim=-1) + first
+    else:
+        rank = p.abs() if encoder.activation == "abstopk" else p
+        top = rank.topk(encoder.k, dim=-1).indices
     kept = torch.zeros_like(p).scatter_(-1, top, p.gather(-1, top))
     return kept if encoder.activation == "abstopk" else kept.relu()
 

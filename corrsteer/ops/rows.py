@@ -18,10 +18,11 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from corrsteer.arguments import check_type, whole, wholes
+from corrsteer.arguments import whole, wholes
 from corrsteer.errors import CorrSteerError
 from corrsteer.ops import native_backend, registry
 from corrsteer.ops.calls import Call
+from corrsteer.tensors import check_holds, check_tensor
 from corrsteer.types import Device
 
 NARROW = 1 << 16  # features that two bytes can tell apart
@@ -48,7 +49,7 @@ class SparseRows:
 
     def __post_init__(self) -> None:
         for name in ("values", "features", "offsets"):
-            check_type(name, getattr(self, name), Tensor, "a tensor", "use torch.as_tensor")
+            check_tensor(name, getattr(self, name))
         d_sae, nnz = whole("d_sae", self.d_sae, 1), self.values.numel()
         wanted = {
             "values": ((nnz,), torch.float32),
@@ -78,7 +79,7 @@ class SparseRows:
         ----------
         backend : a backend's name; by default the fastest that can.
         """
-        check_type("pooled", pooled, Tensor, "a tensor", "use torch.as_tensor")
+        check_holds("pooled", pooled)
         if pooled.dim() != 2 or pooled.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise CorrSteerError(
                 f"pooled must be [N, d_sae] float32, float16 or bfloat16, got {list(pooled.shape)} {pooled.dtype}"

@@ -26,7 +26,7 @@ def verify(call: Call) -> Verdict:
     if call.dtype == torch.float64 or call.precision == "fp64":
         return Verdict(False, "its kernels compute in float32", "use float32, bfloat16 or float16")
     if call.activation is not None and call.activation not in ENCODED:
-        return Verdict(False, f"{call.activation} has no product to fuse", "use the reference backend for it")
+        return Verdict(False, f"its kernels do not compute {call.activation}", "use the reference backend for it")
     if call.device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") == "1":
             return Verdict(True, "interpreted, for tests: very slow", automatic=False)

@@ -24,7 +24,7 @@ from typing import Any
 from corrsteer import processes
 from corrsteer.arguments import as_path
 from corrsteer.errors import CorrSteerError
-from corrsteer.files import plain, to_json, write_utf8
+from corrsteer.files import from_json, plain, to_json, write_utf8
 from corrsteer.locks import ByteLocks, NoLocks
 from corrsteer.types import PathLike
 from corrsteer.version import __version__
@@ -32,8 +32,8 @@ from corrsteer.version import __version__
 log: logging.Logger = logging.getLogger(__name__)
 
 FORMAT = "corrsteer.journal/1"
-MANIFEST, LOCKS, FINISHED = "manifest.json", "lock", "finished"
-MEMBER, OPENING, COLLECTING = 0, 1, 2  # bytes of the lock file; units have others
+MANIFEST, LOCKS = "manifest.json", "lock"
+MEMBER, OPENING, COLLECTING, FINISHED = 0, 1, 2, 3  # bytes of the lock file; units have others
 FIRST_UNIT, UNITS = 16, 1 << 40
 POLL = 0.2  # seconds between looks at what others do
 PATIENCE = 60.0  # seconds for which one of several processes waits to be let in
@@ -103,7 +103,7 @@ class Journal:
         CorrSteerError : for one that is damaged.
         """
         try:
-            return [json.loads(line) for line in self.path(name).read_bytes().split(b"\n") if line]
+            return [from_json(line) for line in self.path(name).read_bytes().split(b"\n") if line]
         except (OSError, ValueError) as error:
             path = self.path(name)
             raise CorrSteerError(f"{path} is damaged ({error}); remove it, so that it is made again") from None
@@ -159,14 +159,18 @@ class Journal:
 
     @property
     def finished(self) -> bool:
-        """Whether the job is done, and its result where it belongs."""
-        return (self.folder / FINISHED).exists() or not self.folder.exists()
+        """Whether another process has done the job, and its result is where it belongs."""
+        if not self.folder.exists():
+            return True
+        if not self._locks.take(FINISHED, shared=True):
+            return True
+        self._locks.release(FINISHED)
+        return False
 
     def finish(self) -> None:
         """Remove the folder, the result being where it belongs, once no other process reads in it."""
-        with contextlib.suppress(OSError):
-            (self.folder / FINISHED).touch()
-        while processes.among_others() and not self._locks.take(MEMBER):
+        # A lock says so, as a disk may have no room for a file.
+        while processes.among_others() and not (self._locks.take(FINISHED) and self._locks.take(MEMBER)):
             time.sleep(POLL)
         self._remove()
         self.close()
@@ -178,12 +182,12 @@ class Journal:
         self.close()
 
     def settle(self, write: Callable[[], object]) -> None:
-        """Have the first process put the result where it belongs, and the others wait for it."""
-        if processes.rank() == 0:
-            write()
-            self.finish()
-            return
+        """Have one process put the result where it belongs, and the others wait for it."""
         while not self.finished:
+            if self.collects():
+                write()
+                self.finish()
+                return
             time.sleep(POLL)
         self.close()
 
@@ -317,7 +321,7 @@ def begun_in(folder: Path) -> bool:
 def manifest(folder: Path) -> dict[str, Any] | None:
     """What was begun in a folder; None where nothing was, or nothing of it is left."""
     try:
-        found = json.loads((folder / MANIFEST).read_bytes())
+        found = from_json((folder / MANIFEST).read_bytes())
         return {"format": found["format"], "begun": dict(found["begun"]), "versions": dict(found["versions"])}
     except FileNotFoundError:
         return None
@@ -357,6 +361,6 @@ def _versions() -> dict[str, str]:
 def _owner(folder: Path) -> str:
     """Who began it, as far as that is known."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        by = json.loads((folder / MANIFEST).read_bytes())["by"]
+        by = from_json((folder / MANIFEST).read_bytes())["by"]
         return f" (begun by process {by['process']} on {by['host']})"
     return ""

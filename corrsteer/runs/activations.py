@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from corrsteer.errors import CorrSteerError
-from corrsteer.files import to_json, write_tensors, write_whole
+from corrsteer.files import from_json, to_json, write_tensors, write_whole
 from corrsteer.ops import Moments
 from corrsteer.ops.rows import SparseRows
 from corrsteer.runs.file_stamps import Stamp, check_stamp, stamp_of
@@ -57,22 +56,18 @@ class Block:
 
         Raises
         ------
-        CorrSteerError : for a file that is not the one that it was.
-        ValueError, KeyError : for one that is damaged.
+        CorrSteerError : for a file that is damaged, or not the one that it was.
         """
         if self.rows is not None:
             return self.rows[layer, pool]
         check_stamp(self._path, self.stamp)
         with _opened(self._path) as file:
-            widths = json.loads(file.metadata()["d_sae"])
+            widths = from_json(file.metadata()["d_sae"])
             names = ("values", "features", "offsets")
             tensors = {name: file.get_tensor(f"{layer}.{pool}.{name}") for name in names}
-        try:
             rows = SparseRows.from_tensors(tensors, widths[str(layer)])
-        except CorrSteerError as error:
-            raise ValueError(f"{self._path.name}: {error}") from None
-        if rows.n != len(self.samples):
-            raise ValueError(f"{self.path} has {rows.n} rows of {len(self.samples)} samples")
+            if rows.n != len(self.samples):
+                raise ValueError(f"it has {rows.n} rows of {len(self.samples)} samples")
         return rows
 
     def moved(self, path: Path) -> None:
@@ -104,14 +99,17 @@ class Block:
 
         Raises
         ------
-        ValueError, KeyError, FileNotFoundError : for a file that is damaged or is not there.
+        CorrSteerError : for a file that is damaged.
+        FileNotFoundError : where there is none.
         """
         with _opened(path) as file:
             described = file.metadata() or {}
             if described.get("format") != FORMAT:
-                raise ValueError(f"{path.name} holds no activations of this version ({FORMAT})")
+                raise ValueError(f"it holds no activations of this version ({FORMAT})")
             samples = file.get_tensor("samples").tolist()
-        return cls(int(described["block"]), samples, int(described["nbytes"]), path=path, stamp=stamp_of(path))
+            if not all(isinstance(sample, int) and sample >= 0 for sample in samples):
+                raise ValueError("its samples are no numbers of samples")
+            return cls(int(described["block"]), samples, int(described["nbytes"]), path=path, stamp=stamp_of(path))
 
 
 @dataclass(eq=False)
@@ -176,12 +174,14 @@ class Activations:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Any:
-    """A safetensors file, which errors name."""
+    """A safetensors file, which errors name that say how it is damaged."""
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             yield file
-    except SafetensorError as error:
-        raise ValueError(f"{path.name}: {error}") from None
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CorrSteerError(f"{path} is damaged ({error}); collect again") from None
 
 
 def _link(source: Path, target: Path) -> None:

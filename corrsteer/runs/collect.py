@@ -27,7 +27,7 @@ from corrsteer.runs.excluded import excluded_tokens
 from corrsteer.runs.journal import FOLDER, CollectionJournal
 from corrsteer.runs.keeper import Keeper
 from corrsteer.runs.options import Options
-from corrsteer.runs.placement import place
+from corrsteer.runs.placement import place, place_directions
 from corrsteer.runs.pooling import RESIDUAL_POOLINGS
 from corrsteer.runs.provenance import provenance
 from corrsteer.runs.run import BEGUN, Run
@@ -175,6 +175,7 @@ def collect(
     hook_offset = whole("hook_offset", hook_offset)
     hook_points.check_generates(model)
     points = place(model, encoders, hook_offset)
+    steered = place_directions(model, encoders, points, hook_offset)
     if rollouts is None:
         samples = generated(model, tokenizer, task, decoding, samples_per_prompt, points, options)
     elif samples_per_prompt != 1:
@@ -209,6 +210,7 @@ def collect(
             for layer, encoder in encoders.items()
         },
         points=points,
+        steered=steered,
         decoders={layer: encoder.decoder for layer, encoder in encoders.items()},
         rewards=torch.full((len(samples),), torch.nan, dtype=torch.float64, device="cpu"),
         pool=options.pool,

@@ -9,7 +9,6 @@ state that is saved now and then, and their rows are removed.
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from corrsteer.errors import CorrSteerError
-from corrsteer.files import to_json, write_tensors, write_utf8
+from corrsteer.files import from_json, to_json, write_tensors, write_utf8
 from corrsteer.ops import Moments
 from corrsteer.ops.rows import SparseRows
 from corrsteer.rollouts.journal import Journal
@@ -87,7 +86,7 @@ class CollectionJournal:
         pooled: Pooled = {}
         residuals: Pooled = {}
         with _named(self._tensors(name)) as path, safe_open(str(path), framework="pt", device="cpu") as file:
-            widths = json.loads(file.metadata()["d_sae"])
+            widths = from_json(file.metadata()["d_sae"])
             for key in file.keys():
                 layer, pool, part = key.split(".")
                 device = self.devices[int(layer)]
@@ -124,16 +123,13 @@ class CollectionJournal:
         CorrSteerError : for one that is damaged.
         """
         name = _block(number)
-        found: dict[int, dict[str, list[Tensor]]] = {}
+        residuals: Residuals = {}
         with _named(self._residuals(name)) as path, safe_open(str(path), framework="pt", device="cpu") as file:
             for key in file.keys():
                 layer, pool = key.split(".")[:2]
-                if pool not in found.setdefault(int(layer), {}):
+                if pool not in residuals.setdefault(int(layer), {}):
                     parts = [file.get_tensor(f"{layer}.{pool}.{part}") for part in Moments.STATE]
-                    found[int(layer)][pool] = [part.to(self.devices[int(layer)]) for part in parts]
-        residuals = {
-            layer: {pool: Moments.from_state(state) for pool, state in pools.items()} for layer, pools in found.items()
-        }
+                    residuals[int(layer)][pool] = Moments.fitting([t.to(self.devices[int(layer)]) for t in parts])
         with _named(self._tensors(name)):
             return Block.read(self._tensors(name)), residuals, self.rollouts(number)
 
@@ -181,7 +177,7 @@ class CollectionJournal:
         if not path.exists():
             return []
         with _named(path):
-            described = json.loads(path.read_bytes())
+            described = from_json(path.read_bytes())
             place = self.folder / described["place"]
             for kind, layer, pool, state in list(_states(run)):
                 loaded = type(state).load(place / f"{kind}.{layer}.{pool}.safetensors", device=state.device)

@@ -18,6 +18,7 @@ from corrsteer.errors import CorrSteerError
 from corrsteer.lm import hook_points
 from corrsteer.lm.capture import buffered_steps
 from corrsteer.lm.decoding import Decoding
+from corrsteer.lm.hook_points import HookPoint
 from corrsteer.lm.meta_model import cache_bytes, weight_bytes
 from corrsteer.ops import Moments, registry
 from corrsteer.ops.rows import SparseRows, feature_dtype
@@ -109,7 +110,7 @@ def plan_memory(
     rows, tokens = max(
         ((rows, length + decoding.max_new_tokens - 1) for rows, length in batches), key=lambda b: b[0] * b[1]
     )
-    buffers, in_parts = _captured(model, options, decoding, batches, len(points))
+    buffers, in_parts = _captured(model, options, decoding, batches, points)
     over_steps = any(pool != LAST_PROMPT for pool in options.pools)
     process = {
         "model weights": sum(weight_bytes(model).values()),
@@ -157,17 +158,21 @@ def _longest(model: nn.Module, decoding: Decoding, prompt_tokens: int | None) ->
 
 
 def _captured(
-    model: nn.Module, options: Options, decoding: Decoding, batches: list[tuple[int, int]], points: int
+    model: nn.Module,
+    options: Options,
+    decoding: Decoding,
+    batches: list[tuple[int, int]],
+    points: Mapping[int, HookPoint],
 ) -> tuple[int, int]:
     """What residuals take at most that are captured of batches (rows, tokens of a prompt), and the most rows of one
     whose residuals come in parts, as buffers have no room for all of them."""
     anyone: Any = model
-    d, dtype = hook_points.width(model), anyone.dtype
+    widths, dtype = sum(hook_points.width(model, point) for point in points.values()), anyone.dtype
     most = in_parts = 0
     for rows, length in batches:
         steps = decoding.max_new_tokens - 1 + (length if options.positions == "all" else 1)
-        fits = steps == buffered_steps(steps, rows, d, dtype, points, options.buffer_bytes)
-        step = points * torch.empty(rows, d, dtype=dtype, device="meta").nbytes
+        fits = steps == buffered_steps(steps, rows, widths, dtype, len(points), options.buffer_bytes)
+        step = torch.empty(rows, widths, dtype=dtype, device="meta").nbytes
         most = max(most, step + min(step * steps, options.buffer_bytes))  # last prompt tokens lie beside the buffers
         in_parts = max(in_parts, 0 if fits else rows)
     return most, in_parts

@@ -42,6 +42,8 @@ class Run:
         the layer's hook point; `coefficient("contrastive")` is the difference of class means.
     snapshots : which features were in front after how many samples, oldest first.
     points : layer -> hook point.
+    steered : layer -> where directions are added, of transcoders, which write elsewhere than they read; see
+        `steering_point`.
     decoders : layer -> where decoder rows are read from.
     rewards : `[n]` float64, in the task's order; NaN for samples that a stopped collection did not reach.
     reward : what that reward is called; moments and evidence are of it.
@@ -60,6 +62,7 @@ class Run:
     rewards: Tensor
     pool: str
     coefficient_pool: str
+    steered: dict[int, HookPoint] = field(default_factory=dict)
     evidence: dict[int, dict[str, Evidence]] = field(default_factory=dict)
     residuals: dict[int, dict[str, Moments]] = field(default_factory=dict)
     reward: str = "reward"
@@ -73,6 +76,10 @@ class Run:
     _tested: dict[tuple[str, int], dict[int, inference.Significance]] = field(
         default_factory=dict, init=False, repr=False
     )
+
+    def steering_point(self, layer: int) -> HookPoint:
+        """Where directions of a layer's features are added."""
+        return self.steered.get(layer, self.points[layer])
 
     @property
     def n_features(self) -> int:
@@ -331,9 +338,11 @@ class Run:
         CorrSteerError : where it cannot be written.
         """
         layers = {
-            str(layer): {"point": str(point), "decoder": self.decoders[layer].source}
+            str(layer): {
+                "point": str(point), "steered": str(self.steering_point(layer)), "decoder": self.decoders[layer].source
+            }
             for layer, point in self.points.items()
-        }
+        }  # fmt: skip
         described = {
             "layers": layers,
             "pool": self.pool,
@@ -370,8 +379,11 @@ class Run:
             arrays = parts.pop("rewards")
             layers = {int(layer): entry for layer, entry in described["layers"].items()}
             (reward, *others), (rewards, *others_rewards) = described["reward_names"], arrays["rewards"]
+            points = {layer: HookPoint.parse(entry["point"]) for layer, entry in layers.items()}
+            writes = {layer: HookPoint.parse(entry.get("steered", entry["point"])) for layer, entry in layers.items()}
             run = cls(
-                points={layer: HookPoint.parse(entry["point"]) for layer, entry in layers.items()},
+                points=points,
+                steered={layer: point for layer, point in writes.items() if point != points[layer]},
                 decoders={layer: open_decoder(entry["decoder"]) for layer, entry in layers.items()},
                 reward=reward,
                 rewards=rewards,
@@ -389,6 +401,9 @@ class Run:
 
     def _check(self) -> None:
         """Raise where a description does not fit its parts."""
+        for layer, pools in self.evidence.items():
+            if set(pools) != set(self.moments.get(layer, ())):
+                raise ValueError(f"evidence of layer {layer} is of other poolings than its moments")
         for name in ("pool", "coefficient_pool"):
             if not all(getattr(self, name) in pools for pools in self.moments.values()):
                 raise ValueError(f"{name} {getattr(self, name)!r} is none that it holds")

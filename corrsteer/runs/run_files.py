@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from corrsteer.errors import CorrSteerError
-from corrsteer.files import sync_folder, to_json, write_tensors, write_utf8
+from corrsteer.files import from_json, sync_folder, to_json, write_tensors, write_utf8
 from corrsteer.ops import Moments
 from corrsteer.rollouts.rollout_file import write_rollouts
 from corrsteer.runs.activations import Activations, Block
@@ -82,7 +81,7 @@ def load(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     CorrSteerError : if there is no run of this version.
     FileNotFoundError, SafetensorError, AttributeError, KeyError, TypeError, ValueError : if it is damaged.
     """
-    described = json.loads((directory / INDEX).read_bytes())
+    described = from_json((directory / INDEX).read_bytes())
     if described.get("format") != FORMAT:
         raise CorrSteerError(
             f"{directory} is not a run of this version: its format must be {FORMAT!r}, "
@@ -95,8 +94,10 @@ def load(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     parts["rewards"] = load_file(str(directory / described["rewards"]))
     parts["rollouts"] = []
     if described["rollouts"] is not None:
-        order = parts["rewards"].pop("order").tolist()
-        path, samples = directory / described["rollouts"], parts["rewards"]["rewards"].shape[1]
+        order, samples = parts["rewards"].pop("order").tolist(), parts["rewards"]["rewards"].shape[1]
+        if not all(isinstance(sample, int) and 0 <= sample < samples for sample in order):
+            raise ValueError(f"its rollouts are not of its {samples} samples")
+        path = directory / described["rollouts"]
         parts["rollouts"] = StoredRollouts(path, order, samples, stamp_of(path))
     parts["activations"] = None
     if described["activations"] is not None:
@@ -206,7 +207,7 @@ def _named(described: dict[str, Any]) -> set[str]:
 def _files_of(index: Path) -> set[str]:
     """The same of a description on disk, as far as it can be read and names files as a run does."""
     try:
-        return {name for name in _named(json.loads(index.read_bytes())) if OWN.fullmatch(name)}
+        return {name for name in _named(from_json(index.read_bytes())) if OWN.fullmatch(name)}
     except (OSError, AttributeError, KeyError, TypeError, ValueError):
         return set()
 

@@ -13,23 +13,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from corrsteer.arguments import check_type, shown, whole, wholes
+from corrsteer.arguments import as_path, check_type, shown, whole, wholes
 from corrsteer.errors import CorrSteerError
 from corrsteer.files import plain
-from corrsteer.sae import sources
+from corrsteer.sae import formats, sources
+from corrsteer.sae.formats.format import refused
+from corrsteer.sae.formats.stores import without_values
 from corrsteer.sae.sources import Decoder
+from corrsteer.tensors import check_tensor
 from corrsteer.types import Device, PathLike
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
-ACTIVATIONS = ("relu", "jumprelu", "gated", "topk", "abstopk", "identity")
+ACTIVATIONS = ("relu", "jumprelu", "gated", "topk", "abstopk", "groupmax", "identity")
+WITH_K = ("topk", "abstopk", "groupmax")  # that keep k features of a token
 SIGNED = ("abstopk", "identity")  # that can be negative
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PRECISIONS = {
@@ -40,18 +43,22 @@ PRECISIONS = {
     "fp16": torch.float16,
     "fp64": torch.float64,  # the truth that errors are measured from; the reference backend alone computes in it
 }
-TENSORS = ("weight", "weight_low", "weight_sum", "bias", "threshold", "magnitude_scale", "magnitude_bias")
+TENSORS = (
+    "weight", "weight_low", "packed_weight", "weight_sum", "bias", "threshold", "magnitude_scale", "magnitude_bias"
+)  # fmt: skip
 NEEDED = {
     "relu": ("weight", "bias"),
     "jumprelu": ("weight", "bias", "threshold"),
     "gated": ("weight", "bias", "magnitude_scale", "magnitude_bias"),
     "topk": ("weight", "bias"),
     "abstopk": ("weight", "bias"),
+    "groupmax": ("weight", "bias"),
 }
 NORMS = ("none", "layer_norm", "constant_norm_rescale")
 FOLD_ROWS = 8192  # features folded at a time, so that folding needs little memory beside the weight
 
-# SAELens architecture -> our activation. A skip transcoder's skip path is not part of its encoder.
+# Architecture -> our activation: SAELens', and those that only sparsify has. A skip transcoder's skip path is not part
+# of its encoder.
 ARCHITECTURES = {
     "standard": "relu",
     "jumprelu": "jumprelu",
@@ -62,7 +69,11 @@ ARCHITECTURES = {
     "skip_transcoder": "relu",
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
+    "groupmax": "groupmax",
+    "topk_transcoder": "topk",
+    "groupmax_transcoder": "groupmax",
 }
+DTYPE_NAMES = {name: dtype for dtype in DTYPES for name in (str(dtype), str(dtype).removeprefix("torch."))}
 INPUT_NORMS = {
     "none": "none",
     "layer_norm": "layer_norm",
@@ -84,17 +95,19 @@ class SparseEncoder:
     Attributes
     ----------
     d_in, d_sae : width of the residual stream and number of features.
-    activation : `relu`, `jumprelu`, `gated`, `topk`, `abstopk` or `identity`; `corrsteer.ops.reference.encode` defines
-        them.
+    activation : `relu`, `jumprelu`, `gated`, `topk`, `abstopk`, `groupmax` or `identity`;
+        `corrsteer.ops.reference.encode` defines them.
     weight : `[d_sae, d_in]`, float32, bfloat16 or float16, contiguous; None for `identity`.
     weight_low : `[d_sae, d_in]` bfloat16, what `weight` lacks; for the precision `bf16x2` only.
+    packed_weight : `[panels, d_in / k, rows, k]` float32 or bfloat16, padded with 0: the weight in panels of rows with
+        k numbers of each side by side, which a CPU's kernels read; of an encoder that holds no other, see `ops.pack`.
     weight_sum : `[d_sae]` float32, the weight's row sums, for layer_norm only: W (x - mean x) = W x - mean x · sums.
         Centring W itself would be cheaper, but rounding would leave rows that do not quite sum to 0, times mean x.
         Kernels subtract what is large of mean x before the product.
     bias : `[d_sae]` float32; the gate's bias where gated.
     threshold : `[d_sae]` float32, jumprelu only.
     magnitude_scale, magnitude_bias : `[d_sae]` float32, gated only: the magnitude is relu(scale · W x + bias).
-    k : features kept per token, topk and abstopk only.
+    k : features kept per token, topk and abstopk only; for groupmax the number of groups, which divides `d_sae`.
     input_norm : `none`, `layer_norm` or `constant_norm_rescale`, as SAELens defines them.
     precision : one of `PRECISIONS`; by default the weight's own.
     hook_name : where the SAE was trained, `blocks.20.hook_resid_post` or `model.layers.20`; None if it does not say.
@@ -107,6 +120,7 @@ class SparseEncoder:
     activation: str
     weight: Tensor | None = None
     weight_low: Tensor | None = None
+    packed_weight: Tensor | None = None
     weight_sum: Tensor | None = None
     bias: Tensor | None = None
     threshold: Tensor | None = None
@@ -123,25 +137,30 @@ class SparseEncoder:
         # Now, as it goes into every file that is made with the encoder.
         object.__setattr__(self, "metadata", plain(self.metadata))
         self._check()
-        if self.weight is None:
+        if self.weight is not None:
+            self._check_precision(self.weight)
+        elif self.packed_weight is None:
             return
-        own = "bf16x2" if self.weight_low is not None else _precision_of(self.weight.dtype)
-        if not self.precision:
-            object.__setattr__(self, "precision", own)
-        if PRECISIONS.get(self.precision) != self.weight.dtype or (self.precision == "bf16x2") != (own == "bf16x2"):
-            raise CorrSteerError(
-                f"precision must be one of {', '.join(PRECISIONS)} and fit the weight, which is {own}, "
-                f"got {self.precision!r}; use encoder.to(precision={self.precision!r})"
-            )
         for name in TENSORS:  # views would be read wrongly by kernels, which take pointers
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, getattr(self, name).contiguous())
-        if self.weight.dtype != torch.float64:
+        if self.precision != "fp64":
             for name in TENSORS[TENSORS.index("weight_sum") :]:  # vectors, of whatever dtype they were given
                 if getattr(self, name) is not None:
                     object.__setattr__(self, name, getattr(self, name).float())
         if self.input_norm == "layer_norm" and self.weight_sum is None:
-            object.__setattr__(self, "weight_sum", _row_sums(self.weight, self.weight_low))
+            object.__setattr__(self, "weight_sum", _row_sums(required(self.weight), self.weight_low))
+
+    def _check_precision(self, weight: Tensor) -> None:
+        """Raise for a precision that is not the weight's; the weight's own where none was given."""
+        own = "bf16x2" if self.weight_low is not None else _precision_of(weight.dtype)
+        if not self.precision:
+            object.__setattr__(self, "precision", own)
+        if PRECISIONS.get(self.precision) != weight.dtype or (self.precision == "bf16x2") != (own == "bf16x2"):
+            raise CorrSteerError(
+                f"precision must be one of {', '.join(PRECISIONS)} and fit the weight, which is {own}, "
+                f"got {self.precision!r}; use encoder.to(precision={self.precision!r})"
+            )
 
     def _check(self) -> None:
         """Raise for parts that do not fit each other; kernels, which take pointers, would read past their ends."""
@@ -149,9 +168,11 @@ class SparseEncoder:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in known:
                 raise CorrSteerError(f"{name} must be one of {', '.join(known)}, got {shown(value)}")
-        for name, least in (("d_in", 1), ("d_sae", 1), ("k", int("topk" in self.activation))):
+        for name, least in (("d_in", 1), ("d_sae", 1), ("k", int(self.activation in WITH_K))):
             object.__setattr__(self, name, whole(name, getattr(self, name), least))
-        missing = [name for name in NEEDED.get(self.activation, ()) if getattr(self, name) is None]
+        instead = () if self.packed_weight is None else ("weight",)
+        needed = (name for name in NEEDED.get(self.activation, ()) if name not in instead)
+        missing = [name for name in needed if getattr(self, name) is None]
         if missing:
             raise CorrSteerError(f"{', '.join(missing)} must be given for activation {self.activation!r}, got None")
         fix = "make one with corrsteer.sae.sources.decoder_in_memory"
@@ -160,19 +181,46 @@ class SparseEncoder:
             part = getattr(self, name)
             if part is None:
                 continue
-            check_type(name, part, Tensor, "a tensor", "use torch.as_tensor")
+            check_tensor(name, part)
+            if name == "packed_weight":
+                self._check_packed(part)
+                continue
             shape = (self.d_sae, self.d_in) if name in ("weight", "weight_low") else (self.d_sae,)
             if part.shape != shape or part.dtype not in DTYPES:
                 raise CorrSteerError(
                     f"{name} must be {list(shape)} float32, bfloat16 or float16 for d_sae={self.d_sae} and "
                     f"d_in={self.d_in}, got {list(part.shape)} {part.dtype}"
                 )
+        places = {str(part.device) for part in map(self.__getattribute__, TENSORS) if part is not None}
+        if len(places) > 1:
+            raise CorrSteerError(f"all tensors must be on one device, got {', '.join(sorted(places))}; use .to(device)")
+        if self.activation == "identity" and self.d_sae != self.d_in:
+            raise CorrSteerError(
+                f"d_sae must be d_in={self.d_in} for activation 'identity', got {self.d_sae}; make one with "
+                f"SparseEncoder.identity"
+            )
         if self.k > self.d_sae:
             raise CorrSteerError(f"k must lie in 1..d_sae={self.d_sae}, got {self.k}")
+        if self.activation == "groupmax" and self.d_sae % self.k:
+            raise CorrSteerError(f"k must divide d_sae={self.d_sae} for groupmax, got {self.k}")
+
+    def _check_packed(self, packed: Tensor) -> None:
+        panels, depth, rows, side = packed.shape if packed.dim() == 4 else (0, 0, 0, 0)
+        fits = (panels - 1) * rows < self.d_sae <= panels * rows and self.d_in <= depth * side < self.d_in + side
+        if not fits or packed.device.type != "cpu" or self.weight is not None or self.precision not in PRECISIONS:
+            raise CorrSteerError(
+                f"packed_weight must be the only weight, on the CPU, of a known precision and for d_sae={self.d_sae} "
+                f"and d_in={self.d_in}, got {list(packed.shape)} on {packed.device} in {self.precision!r}; use ops.pack"
+            )
 
     @classmethod
     def from_sae_lens(
-        cls, sae: SAE[Any], *, dtype: torch.dtype | None = None, device: Device | None = None
+        cls,
+        sae: SAE[Any],
+        *,
+        dtype: torch.dtype | None = None,
+        device: Device | None = None,
+        input_handling: bool = True,
     ) -> SparseEncoder:
         """The encoder of a SAELens SAE or transcoder, equal to its `encode`.
 
@@ -181,6 +229,7 @@ class SparseEncoder:
         sae : an `sae_lens.SAE`. It is read, not changed, and kept only as the place decoder rows come from.
         dtype : of the weight; by default the SAE's own.
         device : by default the SAE's own.
+        input_handling : False folds only what comes after the SAE's `process_sae_in`, for tokens that went through it.
 
         Raises
         ------
@@ -189,28 +238,43 @@ class SparseEncoder:
         if not hasattr(sae, "cfg") or not isinstance(sae, torch.nn.Module):
             raise CorrSteerError(f"sae must be an sae_lens.SAE, got {shown(sae)}; for a directory use load")
         config = sae.cfg.to_dict()
+        if not input_handling:
+            config |= {"apply_b_dec_to_input": False, "normalize_activations": "none", "reshape_activations": "none"}
+            config["metadata"] = config["metadata"] | {"model_from_pretrained_kwargs": None}
         with torch.no_grad():
             parameters = {name: p.detach() for name, p in sae.named_parameters()}
             decoder = sources.decoder_in_memory(parameters["W_dec"], divide_by_norm=_rescales(config))
             return _fold(config, parameters, decoder, dtype or sae.dtype, device, "the SAE given")
 
     @classmethod
-    def load(cls, directory: PathLike, *, dtype: torch.dtype | None = None, device: Device = "cpu") -> SparseEncoder:
-        """The encoder in a directory that SAELens wrote (`cfg.json`, `sae_weights.safetensors`).
+    def load(cls, path: PathLike, *, dtype: torch.dtype | None = None, device: Device = "cpu") -> SparseEncoder:
+        """The encoder of an SAE that lies on the disk, in any of the formats that `corrsteer.sae.formats` knows.
 
-        SAELens itself is not imported, and the decoder stays on disk. On the device `meta`, which holds no values, of
-        the weights too only shapes are read.
+        Which one is told by the files that are there. No library that wrote them is imported, nothing is unpickled, and
+        the decoder stays on disk. On the device `meta`, which holds no values, of weights too only shapes are read.
+
+        Parameters
+        ----------
+        path : a directory, or for Qwen Scope a file.
+        dtype : of the weight; by default the file's own, and float32 for Llama Scope, whose weights are scaled.
 
         Raises
         ------
-        CorrSteerError : if the directory is not such a one, is damaged, or its architecture is not per token.
+        CorrSteerError : if there is no SAE of a known format, it is damaged, holds more than tensors, does not say
+            what it was trained on, or is not a function of one token.
         """
-        config = sources.read_config(directory)
-        origin = str(Path(directory) / sources.CONFIG)
-        _activation(config, origin)  # first, as an architecture that cannot be used has other parameters
-        parameters = sources.read(directory, config, device)
-        decoder = sources.decoder_on_disk(directory, divide_by_norm=_rescales(config))
-        return _fold(config, parameters, decoder, dtype or sources.dtype_of(config, directory), device, origin)
+        path = as_path("path", path)
+        found = formats.recognise(path)
+        config, origin = found.config(path), str(found.origin(path))
+        with refused(origin):
+            _activation(config, origin)  # first, as an architecture that cannot be used has other parameters
+        with without_values(torch.device(device).type == "meta"):
+            parameters = {name: p.to(device) for name, p in found.parameters(path, config).items()}
+        decoder = sources.decoder_on_disk(path, divide_by_norm=_rescales(config), format=found.name)
+        with refused(origin):
+            dtype = dtype or _dtype_of(config, parameters, origin)
+            return _fold(config, parameters, decoder, dtype, device, origin)
+        raise AssertionError("`refused` lets no error through")
 
     @classmethod
     def from_pretrained(
@@ -243,7 +307,8 @@ class SparseEncoder:
     @property
     def device(self) -> torch.device | None:
         """Where the weight is; None for `identity`, which has none."""
-        return None if self.weight is None else self.weight.device
+        held = self.weight if self.packed_weight is None else self.packed_weight
+        return None if held is None else held.device
 
     @property
     def nbytes(self) -> int:
@@ -264,8 +329,23 @@ class SparseEncoder:
 
     def full_weight(self) -> Tensor:
         """The weight `[d_sae, d_in]` in `compute_dtype`, both its parts together for bf16x2."""
+        if self.packed_weight is not None:
+            rows = self.packed_weight.float().transpose(1, 2).flatten(2).flatten(0, 1)
+            return rows[: self.d_sae, : self.d_in].contiguous()
         weight = required(self.weight).to(self.compute_dtype)
         return weight if self.weight_low is None else weight + self.weight_low
+
+    def unpacked(self) -> SparseEncoder:
+        """The same with its weight `[d_sae, d_in]`, of an encoder that `ops.pack` made; of another, itself.
+
+        The weight is what it was, to the bit; of bf16x2, both its parts together are.
+        """
+        if self.packed_weight is None:
+            return self
+        whole = self.full_weight()
+        weight = whole.to(PRECISIONS[self.precision])
+        low = (whole - weight).to(torch.bfloat16) if self.precision == "bf16x2" else None
+        return replace(self, packed_weight=None, weight=weight, weight_low=low)
 
     def to(
         self, device: Device | None = None, dtype: torch.dtype | None = None, *, precision: str | None = None
@@ -283,6 +363,10 @@ class SparseEncoder:
         ):
             words = f"{', '.join(PRECISIONS)} and fit dtype"
             raise CorrSteerError(f"precision must be one of {words}, got {shown(precision)}")
+        if self.packed_weight is not None and (
+            (device is not None and torch.device(device).type != "cpu") or precision not in (None, self.precision)
+        ):
+            return self.unpacked().to(device, precision=precision)
         moved = {name: getattr(self, name).to(device) for name in TENSORS if getattr(self, name) is not None}
         if precision is not None and "weight" in moved:
             whole = replace(self, **moved).full_weight() if self.precision == "bf16x2" else moved["weight"]
@@ -326,6 +410,17 @@ def _reads_centred(metadata: dict[str, Any]) -> bool:
     return bool(options.get("center_writing_weights")) and layer_normed and any(point in hook for point in WRITTEN)
 
 
+def _hook_name(metadata: dict[str, Any]) -> str | None:
+    """Where an SAE says that it was trained.
+
+    TransformerLens' `hook_mlp_in` comes before a norm. SAELens means the MLP's own input by it, and says so by a path.
+    """
+    names = [metadata.get("hook_name"), metadata.get("hf_hook_name")]
+    if str(names[0]).endswith(".hook_mlp_in"):
+        names.reverse()
+    return names[0] or names[1]
+
+
 def _precision_of(dtype: torch.dtype) -> str:
     return next(name for name, d in PRECISIONS.items() if d == dtype and name != "bf16x2")
 
@@ -341,6 +436,14 @@ def required(part: Tensor | None) -> Tensor:
     """A part that encoders of its activation have, see `NEEDED`."""
     assert part is not None, "the encoder's own check has seen to it"
     return part
+
+
+def _dtype_of(config: dict[str, Any], parameters: dict[str, Tensor], origin: str) -> torch.dtype:
+    """The dtype that an SAE's configuration names, or else that of its weight."""
+    named = config.get("dtype")
+    if named is not None and named not in DTYPE_NAMES:
+        raise CorrSteerError(f"dtype in {origin} must be one of {', '.join(DTYPE_NAMES)}, got {named!r}")
+    return parameters["W_enc"].dtype if named is None else DTYPE_NAMES[named]
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -415,7 +518,7 @@ def _fold(
     if activation == "gated":
         form["magnitude_scale"] = vector("r_mag").exp()
         form["magnitude_bias"] = (vector("b_mag").double() - form["magnitude_scale"].double() * shift).to(wide)
-    if "topk" in activation:
+    if activation in WITH_K:
         k = int(config.get("k") or 0)
         if not 0 < k <= d_sae:
             raise CorrSteerError(f"k of {origin} must lie in 1..d_sae={d_sae}, got {k}; its configuration is damaged")
@@ -426,7 +529,7 @@ def _fold(
         d_sae=d_sae,
         activation=activation,
         input_norm=input_norm,
-        hook_name=metadata.get("hook_name") or metadata.get("hf_hook_name"),
+        hook_name=_hook_name(metadata),
         decoder=decoder,
         metadata=metadata,
         **form,

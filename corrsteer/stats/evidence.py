@@ -29,7 +29,6 @@ its standard deviation; permuted sums on the `triton` backend, which multiplies 
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -43,7 +42,7 @@ from torch import Tensor
 from corrsteer import ops
 from corrsteer.arguments import check_type, shown, whole
 from corrsteer.errors import CorrSteerError
-from corrsteer.files import to_json, write_tensors
+from corrsteer.files import from_json, to_json, write_tensors
 from corrsteer.ops.operations import check_rewards
 from corrsteer.stats.groups import (
     Numbered,
@@ -54,6 +53,7 @@ from corrsteer.stats.groups import (
     squares_within,
 )
 from corrsteer.stats.resampling import label_orders, permuted_labels, poisson_weights
+from corrsteer.tensors import LARGEST, check_holds, zeros
 from corrsteer.types import Device, Features, PathLike
 
 ORDER = 6  # p + q of the highest joint moments
@@ -203,10 +203,10 @@ class Evidence:
         within: bool = False,
         device: Device = "cpu",
     ):
-        self.d_sae: int = whole("d_sae", d_sae, 1)
-        self.n_labels: int = whole("n_labels", n_labels, 1)
-        self.permutations: int = whole("permutations", permutations, 0)
-        self.bootstrap: int = whole("bootstrap", bootstrap, 0)
+        self.d_sae: int = whole("d_sae", d_sae, 1, LARGEST)
+        self.n_labels: int = whole("n_labels", n_labels, 1, LARGEST)
+        self.permutations: int = whole("permutations", permutations, 0, LARGEST)
+        self.bootstrap: int = whole("bootstrap", bootstrap, 0, LARGEST)
         self.scores: tuple[str, ...] = known_scores(scores)
         self.seed: int = whole("seed", seed, 0)
         check_type("within", within, bool, "True or False")
@@ -233,11 +233,15 @@ class Evidence:
         shapes += [(1,), (1,), (R,)]
         with torch.inference_mode(False):  # made inside of it, it could not be updated outside
             for name, shape in zip(self.STATE, shapes):
-                setattr(self, name, torch.zeros(shape, dtype=torch.float64, device=device))
+                setattr(self, name, zeros(f"evidence of {self.d_sae} features", shape, device))
         self.scale.fill_(1)
         self.low.fill_(math.inf)
         self.high.fill_(-math.inf)
         self.rows: Rows | None = None
+
+    def state(self) -> dict[str, Tensor]:
+        """The arrays by name, not copies."""
+        return {name: getattr(self, name) for name in self.STATE}
 
     @property
     def n_columns(self) -> int:
@@ -345,7 +349,9 @@ class Evidence:
         """
         self._check_streaming()
         for name, tensor in (("pooled", pooled), ("y", y)):
-            check_type(name, tensor, Tensor, "a tensor", "use torch.as_tensor")
+            check_holds(name, tensor)
+        if y.is_complex() or not pooled.is_floating_point():
+            raise CorrSteerError(f"pooled and y must be of real numbers, got {pooled.dtype} and {y.dtype}")
         y = (y[:, None] if y.dim() == 1 else y).detach().to("cpu", torch.float64)
         if pooled.dim() != 2 or pooled.shape[1] != self.d_sae or y.shape != (len(pooled), self.n_labels):
             raise CorrSteerError(
@@ -536,19 +542,19 @@ class Evidence:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise CorrSteerError(f"{path} is not an evidence file of this version ({FORMAT})")
-                described = json.loads(metadata["evidence"])
+                described = from_json(metadata["evidence"])
                 blocks, groups = described.pop("blocks"), described.pop("groups")
-                evidence = cls(**described, device=device)
-                evidence.blocks, evidence.groups = set(blocks), set(groups)
-                into = {name: getattr(evidence, name) for name in cls.STATE}
-                for name, tensor in into.items():
+                for name, tensor in cls(**described, device="meta").state().items():  # which takes no memory
                     if tuple(tensor.shape) != tuple(file.get_slice(name).get_shape()):
                         raise ValueError(f"{name} has another shape than its settings say")
+                evidence = cls(**described, device=device)
+                evidence.blocks, evidence.groups = set(blocks), set(groups)
+                for name, tensor in evidence.state().items():
                     tensor.copy_(file.get_tensor(name))
             return evidence
         except CorrSteerError:
             raise
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise CorrSteerError(f"{path} is damaged ({error}); collect again") from None
 
     def __repr__(self) -> str:

@@ -28,6 +28,7 @@ from corrsteer.ops.rows import SparseColumns, SparseRows, update_sparse_sums
 from corrsteer.stats.evidence import Evidence
 from corrsteer.stats.groups import Numbered, centred, numbered, squares_within
 from corrsteer.stats.resampling import label_orders, permuted_labels, poisson_weights
+from corrsteer.tensors import check_holds
 from corrsteer.types import Device
 
 PART_BYTES = 1 << 27  # of the weights of some blocks' samples, of which the last few are kept
@@ -352,7 +353,7 @@ def _checked(block: tuple[object, ...], d_sae: int, n_labels: int) -> Block:
     """A block of whatever tuple it came as, with rewards of two dimensions."""
     number, rows, y, *groups = block
     check_type("rows", rows, SparseRows, "a SparseRows")
-    check_type("y", y, Tensor, "a tensor", "use torch.as_tensor")
+    check_holds("y", y)
     assert isinstance(rows, SparseRows) and isinstance(y, Tensor)
     number = whole("number (of a block)", number, 0)
     y = (y[:, None] if y.dim() == 1 else y).detach().to("cpu", torch.float64)

@@ -29,6 +29,8 @@ def fold_vectors(model: nn.Module, vectors: Mapping[HookPoint, Tensor]) -> None:
     added: dict[Any, Tensor] = {}  # to the bias of each linear layer
     for point, linear in _linears(model, vectors).items():
         vector = vectors[point].to(linear.weight.device)
+        if point.kind == "z":
+            vector = _through(linear, vector)
         added[linear] = added[linear] + vector if linear in added else vector
     options, without = _options(model, [linear for linear in added if linear.bias is None])
     if any(linear.weight.device.type == "meta" for linear in (*added, *without)):
@@ -64,7 +66,13 @@ def _linears(model: nn.Module, points: Iterable[HookPoint]) -> dict[HookPoint, A
     """The linear layer that puts out what is added to the residual stream at each hook point."""
     layers, device = hook_points.decoder_layers(model)[1], hook_points.input_device(model)
     parts: dict[HookPoint, nn.Module] = {}
+    found: dict[HookPoint, Any] = {}
     for point in points:
+        if point.kind == "z":
+            found[point] = hook_points.projection(model, point)
+            if not _is_linear(found[point]):
+                raise _refusal(model, point, f"what reads it is {type(found[point]).__name__}, and no linear layer")
+            continue
         layer, kind = (point.layer - 1, "resid_post") if point.kind == "resid_pre" else (point.layer, point.kind)
         if layer < 0:
             raise _refusal(model, point, "no layer comes before it")
@@ -74,7 +82,6 @@ def _linears(model: nn.Module, points: Iterable[HookPoint]) -> dict[HookPoint, A
             raise _refusal(model, point, f"no two parts of {name} put out what it adds to the residual stream")
         parts[point] = pair[0 if kind == "attn_out" else 1]
     endings = sublayers.endings(model, set(parts.values()), device)
-    found: dict[HookPoint, Any] = {}
     for point, part in parts.items():
         linears = [module for module in endings[part] if _is_linear(module)]
         if not linears:
@@ -88,6 +95,12 @@ def _is_linear(module: Any) -> bool:
     """Whether a module adds its bias to what it puts out; GPT-2's linear layers are called Conv1D."""
     linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
     return linear and module.weight.dim() == 2 and module.weight.is_floating_point()
+
+
+def _through(linear: Any, vector: Tensor) -> Tensor:
+    """What a linear layer makes of a vector `[in_features]`, but for its bias; float32."""
+    weight = linear.weight.detach().to(torch.float32)
+    return weight @ vector if isinstance(linear, nn.Linear) else vector @ weight
 
 
 def _refusal(model: nn.Module, point: object, reason: str) -> CorrSteerError:

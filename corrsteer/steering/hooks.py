@@ -28,7 +28,7 @@ def add_vectors(
     positions : which tokens are steered, as for `Steering.apply`.
     """
     additions = [
-        (point, _Addition(table, rows, positions, copies=point == HookPoint(0, "resid_pre")))
+        (point, _Addition(table, rows, positions, copies=point == HookPoint(0, "resid_pre") or point.kind == "z"))
         for point, table in vectors.items()
     ]
     with follow(model, steers=True) as passes, passes.attached(additions):
@@ -53,7 +53,7 @@ class _Addition:
             raise CorrSteerError(f"rows must have one entry per row of the batch ({reading.rows}), got {self._batch}")
         if reading.decodes and self._positions == "prompt":
             return None
-        if self._copies:  # the first layer's input may be the caller's own inputs_embeds
+        if self._copies:  # the first layer's input may be the caller's own inputs_embeds, or attention keep its output
             h = h.clone()
         if reading.decodes:
             added = self._decoding

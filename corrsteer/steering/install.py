@@ -33,11 +33,12 @@ class InstalledVectors:
     """
 
     def __init__(self, model: nn.Module, points: Iterable[HookPoint], positions: str):
-        d = hook_points.width(model)
         self._held: dict[HookPoint, Tensor] = {}
         with torch.inference_mode(False):  # they are written outside of it, too
             for point in points:
                 hook_points.check_point(model, point)
+                hook_points.check_steers(point)
+                d = hook_points.width(model, point)
                 zeros = torch.zeros(d, dtype=torch.float32, device=hook_points.device_of(model, point))
                 self._held[point] = fixed(zeros)
         functions = {point: functools.partial(_add, vector) for point, vector in self._held.items()}

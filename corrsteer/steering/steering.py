@@ -9,7 +9,6 @@ hook point, in float32.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from corrsteer.arguments import as_path, check_type, number, wholes
 from corrsteer.compatibility import warn_once
 from corrsteer.errors import CorrSteerError
-from corrsteer.files import to_json, write_tensors
+from corrsteer.files import from_json, to_json, write_tensors
 from corrsteer.lm import hook_points
 from corrsteer.lm.hook_points import HookPoint
 from corrsteer.lm.token_positions import check_positions
@@ -233,7 +232,7 @@ class Steering:
                     f"{path} is not a steering file of this version: its format must be {FORMAT!r}, got {found!r}; "
                     f"select again"
                 )
-            described = json.loads(metadata["steering"])
+            described = from_json(metadata["steering"])
             arguments = (
                 [Feature.from_dict(f) for f in described["features"]],
                 directions,
@@ -258,12 +257,15 @@ class Steering:
 
     def _fitting(self, model: nn.Module) -> dict[HookPoint, Tensor]:
         """Its vectors, which fit the model."""
-        if self.features and self.directions.shape[1] != hook_points.width(model):
-            raise CorrSteerError(
-                f"this steering is for a residual stream of width {self.directions.shape[1]}, "
-                f"but the model's is {hook_points.width(model)}; use it with the model it was made on"
-            )
-        vectors = self.vectors(model)
+        vectors, d = self.vectors(model), self.directions.shape[-1]
+        for point in vectors:
+            hook_points.check_steers(point)
+            if d != hook_points.width(model, point):
+                what = "a residual stream" if point.kind in hook_points.KINDS else str(point)
+                raise CorrSteerError(
+                    f"this steering is for {what} of width {d}, but the model's is {hook_points.width(model, point)}; "
+                    f"use it with the model it was made on"
+                )
         for point in vectors:
             hook_points.check_point(model, point)
         return vectors
@@ -389,5 +391,8 @@ def stack(model: nn.Module, steerings: Sequence[Steering], scales: Sequence[floa
             vectors = dict(zip(vectors, added))
         each.append(vectors)
     points = dict.fromkeys(point for vectors in each for point in vectors)
-    nothing = torch.zeros(hook_points.width(model) if points else 0, dtype=torch.float32, device="cpu")
-    return {point: torch.stack([vectors.get(point, nothing) for vectors in each]) for point in points}
+    tables: dict[HookPoint, Tensor] = {}
+    for point in points:
+        nothing = torch.zeros(hook_points.width(model, point), dtype=torch.float32, device="cpu")
+        tables[point] = torch.stack([vectors.get(point, nothing) for vectors in each])
+    return tables

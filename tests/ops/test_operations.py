@@ -892,6 +892,15 @@ def test_autograd_is_told_that_steer_add_has_changed_the_residual(place):
 
 
 @everywhere(PLACES + CUDA)
+def test_steer_add_without_any_vector_leaves_every_row_as_it_is(place):
+    h = torch.randn(2, 3, 4, dtype=torch.float32, device="cpu").to(place.device)
+    none = torch.zeros(0, 4, dtype=torch.float32, device=h.device)
+    rows = torch.full((2,), -1, dtype=torch.int32, device=h.device)
+    before = h.clone()
+    assert steer_add(h, none, rows, backend=place.backend) is h and torch.equal(h, before)
+
+
+@everywhere(PLACES + CUDA)
 def test_steer_add_without_positions_steers_all_of_a_non_contiguous_residual(place):
     h = torch.zeros(6, 3, 2, device=place.device).permute(2, 1, 0)
     vectors, rows = torch.ones(1, 6, device=place.device), torch.zeros(2, dtype=torch.int32, device=place.device)

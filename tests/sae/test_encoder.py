@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from corrsteer import CorrSteerError, SparseEncoder, encode
 from corrsteer.sae import encoder as encoder_module
 from corrsteer.sae import sources
+from corrsteer.sae.formats import stores
 
 SAE = pytest.importorskip("sae_lens", reason="what is compared against is SAELens").SAE
 
@@ -351,8 +352,8 @@ def test_only_the_decoder_rows_asked_for_are_read(tmp_path, monkeypatch, kind):
             rows.extend(range(D_SAE)[index])
             return self.inner[index]
 
-    safe_open = sources.safe_open
-    monkeypatch.setattr(sources, "safe_open", lambda *a, **k: Watched(safe_open(*a, **k)))
+    safe_open = stores.safe_open
+    monkeypatch.setattr(stores, "safe_open", lambda *a, **k: Watched(safe_open(*a, **k)))
     encoder = SparseEncoder.load(tmp_path)
     assert "W_enc" in whole and rows == []
     assert ("W_dec" in whole) == (kind == "topk rescaled")  # whose encoder needs the norms
@@ -611,3 +612,8 @@ def test_an_sae_in_memory_whose_k_is_out_of_range_is_refused():
     sae.cfg.k = D_SAE + 1
     with pytest.raises(CorrSteerError, match=f"k of the SAE given must lie in 1..d_sae={D_SAE}, got {D_SAE + 1}"):
         SparseEncoder.from_sae_lens(sae)
+
+
+def test_the_features_of_an_identity_are_the_dimensions_themselves():
+    with pytest.raises(CorrSteerError, match="d_sae must be d_in=4 for activation 'identity', got 5"):
+        SparseEncoder(4, 5, "identity")

@@ -79,7 +79,7 @@ def progress(material: Material) -> Section:
             ],
         )  # fmt: skip
         front = layers[0] if layers else None
-        said = f"The highest r of each layer, looked at {len(run.snapshots)} time(s) up to {run.snapshots[-1].n} samples."
+        said = f"The highest r of each layer, at {len(run.snapshots)} time(s) up to {run.snapshots[-1].n} samples."
         if front is not None:
             best = last[front][0]
             said += (

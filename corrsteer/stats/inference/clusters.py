@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from corrsteer.arguments import check_type, share
+from corrsteer.arguments import share
 from corrsteer.errors import CorrSteerError
 from corrsteer.ops.operations import check_rewards
 from corrsteer.stats.groups import centred, numbered
 from corrsteer.stats.inference.intervals import FEW, Influence, ends
+from corrsteer.tensors import check_holds
 
 
 def cluster_interval(
@@ -43,7 +44,7 @@ def cluster_interval(
     """
     level = share("level", level)
     for name, tensor in (("z", z), ("y", y)):
-        check_type(name, tensor, Tensor, "a tensor", "use torch.as_tensor")
+        check_holds(name, tensor)
     if z.dim() != 2 or y.shape != z.shape[:1]:
         raise CorrSteerError(f"z must be [n, k] and y [n], got {list(z.shape)} and {list(y.shape)}")
     z, y = (t.detach().to("cpu", torch.float64) for t in (z, y[:, None]))
