@@ -17,7 +17,7 @@ from crash.jobs import ERRORS, JOBS, Fault, differences, result, run_job, whole,
 
 CRASHES = int(os.environ.get("CORRSTEER_CRASHES", "4"))
 SEED = int(os.environ.get("CORRSTEER_CRASH_SEED", str(random.SystemRandom().randrange(10**6))))
-LIMIT = 120.0  # seconds that a command may take on a busy machine
+LIMIT = 300.0  # seconds that a command may take on a busy machine
 
 
 @pytest.fixture(scope="module")
