@@ -175,7 +175,7 @@ def summing(rng):
     both(operation, finite(pooled, weights, start))
 
 
-def steering(rng):
+def adding(rng):
     b, s, d, v = size(rng), size(rng), size(rng), size(rng)
     start, vectors = tensor(rng, b, s, d), strange(rng, tensor(rng, v, d), 0.02)
     rows = torch.tensor([rng.randint(-1, max(-1, v - 1)) for _ in range(b)], dtype=torch.int32, device="cpu")
@@ -221,4 +221,4 @@ def states(rng):
     moments.merge(strange(rng, Moments(rng.choice((d_sae, 4))), 0.05))
 
 
-KINDS = {name: globals()[name] for name in ("encoding", "updating", "folding", "summing", "steering", "rows", "states")}
+KINDS = {name: globals()[name] for name in ("encoding", "updating", "folding", "summing", "adding", "rows", "states")}
