@@ -9,6 +9,7 @@ import logging
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,8 +80,10 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             raise
         except (Exception, KeyboardInterrupt) as error:
             kept = getattr(error, "unfinished", None)
-            if _show_traceback or not (kept or isinstance(error, CorrSteerError | OSError | KeyboardInterrupt)):
+            if not (kept or isinstance(error, CorrSteerError | OSError | KeyboardInterrupt)):
                 raise
+            if _show_traceback:
+                traceback.print_exception(error)
             typer.echo(f"error: {_in_one_line(error, kept)}", err=True)
             raise typer.Exit(_status(error)) from None
 
@@ -114,7 +117,8 @@ def _in_one_line(error: BaseException, kept: Path | None) -> str:
     if isinstance(error, KeyboardInterrupt):
         what = str(error) or "interrupted"
     if kept is not None:
-        again = "the same command" if processes.among_others() else shlex.join([_program(), *sys.argv[1:]])
+        given = [argument for argument in sys.argv[1:] if argument != "--force"]  # which would throw it away
+        again = "the same command" if processes.among_others() else shlex.join([_program(), *given])
         what = f"{what}; what was done is kept in {kept}. Go on with: {again}"
     return " ".join(what.split())
 
@@ -143,14 +147,15 @@ def take_every_character() -> None:
 
 def say(text: str) -> None:
     """Tell people something along the way."""
-    typer.echo(text, err=True)
+    if processes.rank() == 0:  # the first of several speaks for all
+        typer.echo(text, err=True)
 
 
 def emit(result: dict[str, Any], as_json: bool, text: str | list[Part], notes: Iterable[str] = ()) -> None:
     """Print a command's result, as JSON or as text with its notes; for a terminal, parts are set in its width."""
     from corrsteer.report.listing import plain, print_rich, rich_terminal
 
-    if processes.rank() != 0:  # the first of several speaks for all
+    if processes.rank() != 0:
         return
     parts = [*([text] if isinstance(text, str) else text), *(f"note: {note}" for note in notes)]
     if as_json:

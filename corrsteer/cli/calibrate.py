@@ -45,12 +45,12 @@ def calibrate(
     model, tokenizer = inputs.load_model(settings)
     loaded.check(model)
     decoding = inputs.decoding(settings)
-    begun = kept.begun_as(
+    job = kept.job(
         "calibrate", model, {"validation": validation}, decoding, {"steering": loaded},
         try_scale=try_scale, positions=settings.positions,
     )  # fmt: skip
     scaled = kept.steering(
-        out, begun, force,
+        out, job, force,
         lambda journal: calibrate_scale(
             model, tokenizer, loaded, validation, scales=try_scale, positions=settings.positions, decoding=decoding,
             journal=journal, progress=processes.rank() == 0,

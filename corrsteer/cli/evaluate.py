@@ -99,8 +99,10 @@ def evaluate(
         return
     tasks = {"task": task} | ({} if validation is None else {"validation": validation})
     of_run = None if baselines is None else kept.digest_of(baselines / INDEX)
-    begun = kept.begun_as("evaluate", model, tasks, decoding, compared, baselines=of_run)
-    _show(kept.evaluations(out, begun, force, made), loaded, json)
+    job = kept.job(
+        "evaluate", model, tasks, decoding, compared, baselines=of_run, category_field=task.category_field
+    )
+    _show(kept.evaluations(out, job, force, made), loaded, json)
 
 
 def _show(found: dict[str, Any], loaded: Iterable[str], json: bool) -> None:
@@ -111,7 +113,8 @@ def _show(found: dict[str, Any], loaded: Iterable[str], json: bool) -> None:
     results = {name: Evaluation.from_dict(of_one) for name, of_one in found["steerings"].items()}
     if len(results) == 1:
         ((name, result),) = results.items()
-        emit(found["steerings"][name], json, evaluation_table({_label(name, loaded): result}), result.notes)
+        notes = [*result.notes, *found.get("notes", ())]
+        emit(found["steerings"][name], json, evaluation_table({_label(name, loaded): result}), notes)
         return
     text = evaluation_table({_label(name, loaded): result for name, result in results.items()})
     shared = [note for note in next(iter(results.values())).notes if all(note in r.notes for r in results.values())]
@@ -120,6 +123,7 @@ def _show(found: dict[str, Any], loaded: Iterable[str], json: bool) -> None:
         what, *rest = other["notes"]
         notes += [f"{name}: {what}, at scale {other['scale']:g}, the best of {other['candidates']} on validation"]
         notes += [f"{name}: {note}" for note in rest]
+    notes += found.get("notes", ())  # of how it came about
     emit({name: found[name] for name in ("steerings", "baselines") if name in found}, json, text, notes)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from corrsteer.cli.app import say
 from corrsteer.errors import CorrSteerError
@@ -23,18 +23,25 @@ EVALUATIONS = "corrsteer.evaluations/1"
 BEGUN = "begun"  # in a result: what it is the result of
 
 
-def begun_as(
+class Job(NamedTuple):
+    """What a command's result depends on, and what is noted where it changes, see `Journal`."""
+
+    begun: dict[str, Any]
+    made_with: dict[str, Any]
+
+
+def job(
     command: str,
     model: nn.Module,
     tasks: Mapping[str, Task],
     decoding: Decoding,
     steerings: Mapping[str, Steering],
     **options: Any,
-) -> dict[str, Any]:
-    """What a command's result depends on."""
-    from corrsteer.lm.identity import described
+) -> Job:
+    """A command's job."""
+    from corrsteer.lm.identity import computed_on, described
 
-    return {
+    begun = {
         "command": command,
         "model": described(model),
         "tasks": {name: asdict(task.identity) for name, task in tasks.items()},
@@ -45,18 +52,18 @@ def begun_as(
         },
         **options,
     }
+    graders = [task.grading.source for task in tasks.values()]
+    return Job(begun, computed_on(model) | {"graders of source": graders})
 
 
-def steering(
-    out: Path, begun: dict[str, Any], force: bool, make: Callable[[Journal], Steering]
-) -> Steering:
+def steering(out: Path, job: Job, force: bool, make: Callable[[Journal], Steering]) -> Steering:
     """What `make` gives, in a file: gone on with where it was not finished, and read where it was."""
-    from corrsteer.files import plain, remove_parts
+    from corrsteer.files import remove_parts
     from corrsteer.rollouts.journal import Journal, beside
 
-    with Journal(beside(out), begun, anew=force) as journal:
+    with Journal(beside(out), job.begun, made_with=job.made_with, anew=force) as journal:
         known = _steering_at(out)
-        if known is not None and not force and known.provenance.get(BEGUN) == plain(begun):
+        if known is not None and not force and known.provenance.get(BEGUN) == journal.begun:
             say(f"{out} holds what is asked for; give --force to make it again")
             journal.leave()
             return known
@@ -72,21 +79,24 @@ def steering(
         return made
 
 
-def evaluations(
-    out: Path, begun: dict[str, Any], force: bool, make: Callable[[Journal], dict[str, Any]]
-) -> dict[str, Any]:
+def evaluations(out: Path, job: Job, force: bool, make: Callable[[Journal], dict[str, Any]]) -> dict[str, Any]:
     """The same of what is written as JSON. A file that is there and holds another result is refused."""
-    from corrsteer.files import plain, remove_parts, to_json, write_utf8
+    from corrsteer.files import remove_parts, to_json, write_utf8
     from corrsteer.rollouts.journal import Journal, beside, check_same
 
-    with Journal(beside(out), begun, anew=force) as journal:
+    with Journal(beside(out), job.begun, made_with=job.made_with, anew=force) as journal:
         known = None if force else _json_at(out)
-        if known is not None and known.get(BEGUN) == plain(begun):
+        if known is not None and known.get(BEGUN) == journal.begun:
             say(f"{out} holds what is asked for; give --force to make it again")
             journal.leave()
             return known
         if known is not None and not journal.resumed:
-            check_same(known.get(BEGUN), begun, f"the result that is there in {out}")
+            if not isinstance(known.get(BEGUN), dict):
+                raise CorrSteerError(
+                    f"out {out} is already there, and no evaluation that says what it is of; give another path, or "
+                    f"--force to replace it"
+                )
+            check_same(known[BEGUN], journal.begun, f"the result that is there in {out}")
         made = {"format": EVALUATIONS, BEGUN: journal.begun, **make(journal), "notes": journal.notes}
 
         def write() -> None:

@@ -103,13 +103,13 @@ def select(
             f"{', '.join(names)} can only be used with --strategy pruned or search, which run the model"
         )
     if trials:
-        begun = kept.begun_as(
+        job = kept.job(
             "select", trials["model"], {"validation": trials["validation"]}, trials["decoding"], {},
             run=kept.digest_of(run / INDEX), reward=loaded.reward, **vars(choices), positions=trials["positions"],
             scale=trials["scale"], options=trials.get("options") and asdict(trials["options"]),
         )  # fmt: skip
         steering = kept.steering(
-            out, begun, force,
+            out, job, force,
             lambda journal: select_(
                 loaded, **vars(choices), **trials, journal=journal, progress=processes.rank() == 0
             ),

@@ -18,7 +18,6 @@ from scipy.stats import norm
 from torch import nn
 from tqdm.auto import tqdm
 
-from corrsteer import processes
 from corrsteer.arguments import number, share, whole
 from corrsteer.errors import CorrSteerError
 from corrsteer.experiments.race import FIRST, Race, Runner
@@ -198,7 +197,8 @@ class _Search:
             self.model, self.tokenizer, task, trials, self.decoding, journal=self.journal, progress=False
         )
         self.budget.spent += len(task) * len(trials)
-        self.budget.seconds += sum(one.seconds + one.grading_seconds for one in graded) / processes.world_size()
+        shared = 1 if self.journal is None else self.journal.processes
+        self.budget.seconds += sum(one.seconds + one.grading_seconds for one in graded) / shared
         self.bar.update(len(task) * len(trials))
         return graded
 

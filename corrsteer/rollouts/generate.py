@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,10 +18,10 @@ from corrsteer.compatibility import warn_once
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm.decoding import Decoding
 from corrsteer.lm.engine import engine_of
-from corrsteer.lm.identity import described
+from corrsteer.lm.identity import computed_on, described
 from corrsteer.rollouts.asked import Asked
 from corrsteer.rollouts.journal import Journal, begun_in, beside
-from corrsteer.rollouts.rollout import Rollout
+from corrsteer.rollouts.rollout import Rollout, RolloutError
 from corrsteer.rollouts.rollout_file import read_rollouts, write_rollouts
 from corrsteer.tasks import Task
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log: logging.Logger = logging.getLogger(__name__)
+
 
 def generate_rollouts(
     model: Any,
@@ -68,18 +70,13 @@ def generate_rollouts(
     check_type("task", task, Task, "a Task")
     asked = Asked(engine_of(model, tokenizer, decoding), task, samples_per_prompt)
     path = None if out is None else as_path("out", out)
-    if path is not None and path.exists() and not replace_out:
-        known = _those_asked_for(path, asked)
-        if known is None:
-            raise CorrSteerError(f"out {path} is already there, with others; give another path, or have it replaced")
-        if not begun_in(beside(path)):
-            log.info("%s holds all that is asked for", path)
-            return iter([known])
+    if path is not None and path.exists() and not (replace_out or begun_in(beside(path))):
+        return iter([_those_there(path, asked)])
     batches = asked.engine.plan([asked.prompt(i) for i in range(len(asked))])
     if path is None:
         made = (_make(asked, batch) for batch in batches)
     else:
-        made = _kept(asked, batches, path, described(model), replace_out)
+        made = _kept(asked, batches, path, model, replace_out)
     return _shown(made, asked, progress)
 
 
@@ -93,16 +90,22 @@ def _make(asked: Asked, batch: list[int]) -> list[Rollout]:
 
 
 def _kept(
-    asked: Asked, batches: Sequence[list[int]], path: Path, model: dict[str, Any], anew: bool
+    asked: Asked, batches: Sequence[list[int]], path: Path, model: Any, anew: bool
 ) -> Iterator[list[Rollout]]:
     """The same of all batches, in a journal until they are in the file."""
     begun = {
-        "model": model | {"name": asked.engine.model_name, "engine": asked.engine.engine},
+        "model": described(model) | {"name": asked.engine.model_name, "engine": asked.engine.engine},
         "task": asdict(asked.task.identity),
         "decoding": asdict(asked.engine.decoding),
         "samples_per_prompt": asked.k,
     }
-    with Journal(beside(path), begun, anew=anew) as journal:
+    made_with = computed_on(model) | {"graders of source": asked.task.grading.source}
+    with Journal(beside(path), begun, made_with=made_with, anew=anew) as journal:
+        if path.exists() and not (anew or journal.resumed):  # other processes have finished meanwhile
+            known = _those_there(path, asked)
+            journal.leave()
+            yield known
+            return
         names = {f"batch_{number}": batch for number, batch in enumerate(batches)}
         found: dict[int, Rollout] = {}
         for name in journal.share(names, lambda name: "".join(r.to_line() for r in _make(asked, names[name]))):
@@ -112,18 +115,18 @@ def _kept(
         journal.settle(lambda: write_rollouts(path, (found[i] for i in range(len(asked)))))
 
 
-def _those_asked_for(path: Path, asked: Asked) -> list[Rollout] | None:
-    """The rollouts of a file, if they are those that are asked for."""
-    try:
-        known = read_rollouts(path)
-    except CorrSteerError:
-        return None
+def _those_there(path: Path, asked: Asked) -> list[Rollout]:
+    """The rollouts of a file, which must be those that are asked for."""
     like = asked.like
-    same = [rollout.id for rollout in known] == [asked.name(i) for i in range(len(asked))] and all(
-        rollout.prompt_ids == tuple(asked.prompt(i)) and all(getattr(rollout, name) == like[name] for name in like)
-        for i, rollout in enumerate(known)
-    )
-    return known if same else None
+    with contextlib.suppress(RolloutError):
+        known = read_rollouts(path)
+        if [rollout.id for rollout in known] == [asked.name(i) for i in range(len(asked))] and all(
+            rollout.prompt_ids == tuple(asked.prompt(i)) and all(getattr(rollout, name) == like[name] for name in like)
+            for i, rollout in enumerate(known)
+        ):
+            log.info("%s holds all that is asked for", path)
+            return known
+    raise CorrSteerError(f"out {path} is already there, with others; give another path, or have it replaced")
 
 
 def _shown(batches: Iterable[list[Rollout]], asked: Asked, progress: bool) -> Iterator[list[Rollout]]:

@@ -24,7 +24,7 @@ from typing import Any
 from corrsteer import processes
 from corrsteer.arguments import as_path
 from corrsteer.errors import CorrSteerError
-from corrsteer.files import from_json, plain, to_json, write_utf8
+from corrsteer.files import from_json, plain, sync_folder, to_json, write_utf8
 from corrsteer.locks import ByteLocks, NoLocks
 from corrsteer.types import PathLike
 from corrsteer.version import __version__
@@ -52,12 +52,14 @@ class Journal:
     ----------
     folder : which is made where it is not there, and removed by `finish`.
     begun : what the job is, as JSON can hold it: whatever its result depends on.
+    made_with : what it may go on without, but is noted where it changes, as are the versions of libraries.
     anew : whether what was begun there is thrown away.
 
     Attributes
     ----------
     resumed : whether units were there.
     notes : what a result should say of how it came about.
+    processes : how many it was begun with, whoever goes on.
 
     Raises
     ------
@@ -65,26 +67,42 @@ class Journal:
     CorrSteerError : where another process has it, and where it cannot be written.
     """
 
-    def __init__(self, folder: PathLike, begun: Mapping[str, Any], *, anew: bool = False):
+    def __init__(
+        self,
+        folder: PathLike,
+        begun: Mapping[str, Any],
+        *,
+        made_with: Mapping[str, Any] | None = None,
+        anew: bool = False,
+    ):
         self.folder: Path = as_path("folder", folder)
         self.begun: dict[str, Any] = plain(begun)
+        self._made_with: dict[str, Any] = _versions() | plain(made_with or {})
         self.notes: list[str] = []
+        self.processes: int = processes.world_size()
         self.calls: int = 0  # of what is done by the same calls in the same order, see `run_trials`
         if anew and processes.among_others():
             raise CorrSteerError(
                 f"what was begun in {self.folder} cannot be begun anew by several processes, of which each would "
                 f"throw away what the others do; remove it, or begin anew in one process"
             )
-        self._locks = self._entered()
+        self._at = os.path.realpath(self.folder)  # wherever the process goes meanwhile
+        if _open_here.setdefault(self._key, self) is not self:
+            raise self._in_use("this process", "finish what uses it, or have it closed")
+        try:
+            self._locks = self._entered()
+        except BaseException:
+            del _open_here[self._key]
+            raise
         try:
             self._open(anew)
+            self._known: set[str] = set(self.names())
         except BaseException:
-            if not processes.among_others() and not self._rest():
-                self._remove()
-            self._locks.close()
-            _open_here.discard(self._key)
+            with contextlib.suppress(OSError):
+                if not processes.among_others() and not self._rest():
+                    self._remove()
+            self._let_go()
             raise
-        self._known: set[str] = set(self.names())
         self.resumed: bool = bool(self._known)
         if self.resumed and processes.rank() == 0:
             log.warning("going on with what was done in %s", self.folder)
@@ -173,13 +191,15 @@ class Journal:
         while processes.among_others() and not (self._locks.take(FINISHED) and self._locks.take(MEMBER)):
             time.sleep(POLL)
         self._remove()
-        self.close()
 
     def leave(self) -> None:
-        """Remove the folder, the result being where it belongs already, unless another process is at that."""
-        if not processes.among_others() or self._locks.take(MEMBER):
-            self._remove()
-        self.close()
+        """Remove the folder, the result being where it belongs already, unless another process is in it."""
+        if processes.among_others():
+            self._locks.release(MEMBER)  # of several that leave at once one finds itself alone
+            if not (self._locks.take(MEMBER) and self._locks.current):
+                self._let_go()
+                return
+        self._remove()
 
     def settle(self, write: Callable[[], object]) -> None:
         """Have one process put the result where it belongs, and the others wait for it."""
@@ -193,12 +213,12 @@ class Journal:
 
     def close(self) -> None:
         """Give back what was claimed. A folder without any unit is removed."""
-        if self._key in _open_here:
-            _open_here.discard(self._key)
-            alone = not processes.among_others()
-            if alone and self.folder.exists() and not any(self.names()):
-                self._remove()
-            self._locks.close()
+        if _open_here.get(self._key) is not self:  # it is closed, or another process' that this one is forked from
+            return
+        if processes.among_others() or any(self.names()):
+            self._let_go()
+        else:
+            self._remove()
 
     def __enter__(self) -> Journal:
         return self
@@ -212,14 +232,12 @@ class Journal:
 
     @property
     def _key(self) -> tuple[int, str]:
-        return os.getpid(), os.path.realpath(self.folder)
+        return os.getpid(), self._at
 
     def _entered(self) -> ByteLocks:
         """The folder's locks, once this process is let in: alone, or as one of several."""
         several, until = processes.among_others(), time.monotonic() + PATIENCE
         while True:
-            if self._key in _open_here:
-                raise self._in_use("this process")
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 locks = ByteLocks(self.folder / LOCKS)
@@ -238,18 +256,16 @@ class Journal:
                 log.warning("%s; see that no other process works in it", error)
                 entered = True
             if entered and locks.current:
-                _open_here.add(self._key)
                 return locks
             locks.close()
             if not entered and (not several or time.monotonic() > until):
-                raise self._in_use("another process")
+                raise self._in_use("another process", "wait until it is done, stop it")
             if not entered:
                 time.sleep(POLL)
 
-    def _in_use(self, by: str) -> CorrSteerError:
+    def _in_use(self, by: str, remedy: str) -> CorrSteerError:
         return CorrSteerError(
-            f"{self.folder} is in use by {by}{_owner(self.folder)}; wait until it is done, stop it, or give another "
-            f"directory"
+            f"{self.folder} is in use by {by}{_owner(self.folder)}; {remedy}, or give another directory"
         )
 
     def _open(self, anew: bool) -> None:
@@ -266,8 +282,12 @@ class Journal:
             if known is None or anew:
                 self._clear()
                 owner = {"host": platform.node(), "process": os.getpid()}
-                described = {"format": FORMAT, "begun": self.begun, "versions": _versions(), "by": owner}
+                described = {
+                    "format": FORMAT, "begun": self.begun, "made_with": self._made_with, "by": owner,
+                    "processes": self.processes,
+                }  # fmt: skip
                 write_utf8(self.folder / MANIFEST, to_json(described, indent=1))
+                sync_folder(self.folder.parent)  # which the folder may be new in
                 return
             if known["format"] != FORMAT:
                 raise JobDiffers(
@@ -275,10 +295,11 @@ class Journal:
                     f"give another directory"
                 )
             check_same(known["begun"], self.begun, f"what was begun in {self.folder}")
+            self.processes = known["processes"]
             self.notes += [
-                f"begun with {name} {known['versions'].get(name)} and gone on with {version}"
-                for name, version in _versions().items()
-                if known["versions"].get(name) != version
+                f"begun with {name} {known['made_with'].get(name)} and gone on with {now}"
+                for name, now in self._made_with.items()
+                if known["made_with"].get(name) != now
             ]
         finally:
             if processes.among_others():
@@ -299,13 +320,21 @@ class Journal:
                 path.unlink(missing_ok=True)
 
     def _remove(self) -> None:
+        """Let go of the folder and remove it; what cannot be removed stays, for the same job to remove."""
         with contextlib.suppress(OSError):
             self._clear()
             (self.folder / LOCKS).unlink(missing_ok=True)
+        self._let_go()
+        with contextlib.suppress(OSError):  # it may be another job's by now, and NFS keeps what was open until here
             self.folder.rmdir()
 
+    def _let_go(self) -> None:
+        self._locks.close()
+        if _open_here.get(self._key) is self:
+            del _open_here[self._key]
 
-_open_here: set[tuple[int, str]] = set()  # by process, whose own locks do not keep it out, and folder
+
+_open_here: dict[tuple[int, str], Journal] = {}  # by process, whose own locks do not keep it out, and folder
 
 
 def beside(path: Path) -> Path:
@@ -322,7 +351,10 @@ def manifest(folder: Path) -> dict[str, Any] | None:
     """What was begun in a folder; None where nothing was, or nothing of it is left."""
     try:
         found = from_json((folder / MANIFEST).read_bytes())
-        return {"format": found["format"], "begun": dict(found["begun"]), "versions": dict(found["versions"])}
+        return {
+            "format": found["format"], "begun": dict(found["begun"]), "made_with": dict(found["made_with"]),
+            "processes": int(found["processes"]),
+        }  # fmt: skip
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

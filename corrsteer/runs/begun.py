@@ -35,7 +35,8 @@ def begun_as(model: nn.Module, reader: BatchReader, decoding: Decoding, hook_off
                 "point": str(reader.points[layer]),
                 "weights": fingerprint((name, getattr(encoder, name)) for name in FINGERPRINTED),
             }
-            for layer, encoder in reader.encoders.items()
+            for layer, packed in reader.encoders.items()
+            for encoder in [packed.unpacked()]  # how it is packed depends on the machine
         },
         "task": asdict(reader.samples.task.identity),
         "rollouts": _digest(source) if isinstance(source, Given) else None,

@@ -16,6 +16,7 @@ from corrsteer.compatibility import warn_once
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm import hook_points
 from corrsteer.lm.decoding import Decoding
+from corrsteer.lm.identity import computed_on
 from corrsteer.ops import Moments, registry
 from corrsteer.rollouts.journal import Journal
 from corrsteer.rollouts.rollout import Rollout
@@ -230,7 +231,8 @@ def collect(
         _collect(run, SharedBatches(reader, blocks, plans, None), progress=progress)
         return run
     directory, begun = as_path("directory", directory), begun_as(model, reader, decoding, hook_offset)
-    with Journal(directory / FOLDER, begun, anew=anew) as journal:
+    made_with = computed_on(model) | {"backends": ", ".join(backends), "graders of source": samples.task.grading.source}
+    with Journal(directory / FOLDER, begun, made_with=made_with, anew=anew) as journal:
         done = None if anew else saved_run(directory, journal.begun, journal.resumed)
         if done is not None:
             journal.leave()
@@ -245,6 +247,8 @@ def collect(
             return Run.load(directory)
         run_files.remove_parts(directory)
         _collect(run, batches, progress=progress, finish=finish)
+        if finish and run.n < len(samples):
+            run.notes.append(f"finished after {run.n} of {len(samples)} samples, as was asked for")
         run.provenance[BEGUN] = journal.begun
         try:
             run.save(directory)

@@ -55,7 +55,7 @@ class CollectionJournal:
 
     def has(self, number: int, batch: int) -> bool:
         """Whether a batch of a block is there, or the whole block."""
-        return self.journal.has(batch_name(number, batch)) or self.has_block(number)
+        return self.has_block(number) or self.journal.has(batch_name(number, batch))
 
     def has_block(self, number: int) -> bool:
         """Whether a block is there."""
@@ -176,13 +176,13 @@ class CollectionJournal:
         path = self.folder / STATE
         if not path.exists():
             return []
-        with _named(path):
+        with _named(path, "begin anew"):  # the rows that are in it are no longer there
             described = from_json(path.read_bytes())
             place = self.folder / described["place"]
             for kind, layer, pool, state in list(_states(run)):
                 loaded = type(state).load(place / f"{kind}.{layer}.{pool}.safetensors", device=state.device)
                 getattr(run, kind)[layer][pool] = loaded
-            run.notes = described["notes"]
+            run.notes = described["notes"] + [note for note in run.notes if note not in described["notes"]]
             run.snapshots = [snapshot_of(entry) for entry in described["snapshots"]]
             return list(described["folded"])
 
@@ -214,14 +214,13 @@ def _lines(rollouts: Iterable[Rollout]) -> str:
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[Path]:
-    """A file, whose damage is said to be its."""
+def _named(path: Path, remedy: str | None = None) -> Iterator[Path]:
+    """A file, whose damage is said to be its; by default what it is part of can be made again."""
     try:
         yield path
     except CorrSteerError:
         raise
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         marker = path.name.split(".residuals")[0].removesuffix(".safetensors") + ".jsonl"
-        raise CorrSteerError(
-            f"{path} is damaged ({error}); remove {path.parent / marker}, so that it is made again"
-        ) from None
+        remedy = remedy or f"remove {path.parent / marker}, so that it is made again"
+        raise CorrSteerError(f"{path} is damaged ({error}); {remedy}") from None

@@ -64,7 +64,8 @@ def save(directory: Path, described: dict[str, Any], parts: Mapping[str, Any]) -
             write(directory / names[part])
         os.replace(directory / NEXT, directory / INDEX)
     except BaseException as error:
-        _remove(directory, {NEXT, *names.values()})
+        if os.path.lexists(directory / NEXT):  # otherwise it took the place of the old one before the interrupt
+            _remove(directory, {NEXT, *names.values()})
         if isinstance(error, OSError):
             raise _unwritable(directory, error) from None
         raise

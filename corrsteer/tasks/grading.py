@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -99,6 +101,12 @@ class Grading:
         return ", ".join(f"{grader.name}={grader.label}" for grader in self.graders)
 
     @property
+    def source(self) -> str | None:
+        """A hash of the graders' source, as far as that can be read: a function's name may stay while it changes."""
+        found = [source for grader in self.graders if (source := _source(grader.grade))]
+        return blake2b("".join(found).encode(), digest_size=8).hexdigest() if found else None
+
+    @property
     def needs_answer(self) -> str | None:
         """The label of a grader that needs an answer, if there is one."""
         return next((grader.label for grader in self.graders if grader.needs_answer), None)
@@ -167,6 +175,14 @@ def _named(name: str, grader: AnyGrader, label: str | None = None) -> _Named:
     known_as, grade, needs_answer = graders.resolve(grader)
     gives_numbers = needs_answer or known_as.startswith("regex:") and not callable(grader)
     return _Named(name, label or known_as, grade, needs_answer, gives_numbers, _takes_batch(grade))
+
+
+def _source(grade: Callable[..., Any]) -> str | None:
+    function: Any = inspect.unwrap(grade.func if isinstance(grade, functools.partial) else grade)
+    try:
+        return inspect.getsource(function if hasattr(function, "__qualname__") else type(function))
+    except (OSError, TypeError):  # typed at a prompt, or compiled
+        return None
 
 
 def _checked_name(name: Any) -> str:

@@ -460,8 +460,34 @@ def test_a_yes_in_yaml_is_no_number(world, tmp_path):
 
 def test_the_traceback_is_shown_when_asked_for():
     result = CliRunner().invoke(app, ["--traceback", "evaluate", "--steering", "no.safetensors"])
-    assert type(result.exception).__name__ == "CorrSteerError"
-    CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1 and "Traceback" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: there is no steering file")
+    assert "Traceback" not in run("evaluate", "--steering", "no.safetensors", ok=False).stderr
+
+
+@pytest.mark.parametrize("shown", ([], ["--traceback"]))
+def test_what_an_interrupt_ends_exits_as_shells_expect(monkeypatch, shown):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("corrsteer.steering.steering.Steering.load", interrupted)
+    result = CliRunner().invoke(app, [*shown, "evaluate", "--steering", "s"])
+    assert result.exit_code == 130 and result.stderr.splitlines()[-1] == "error: interrupted"
+    assert ("Traceback" in result.stderr) == bool(shown)
+
+
+def test_an_evaluation_that_is_there_is_told_again_where_it_is_the_one_that_is_asked_for(world, collected, tmp_path):
+    run("select", world / "run", "--out", tmp_path / "s.safetensors")
+    command = ("evaluate", "--steering", tmp_path / "s.safetensors", "--out", tmp_path / "e.json")
+    run(*command)
+    assert "holds what is asked for" in run(*command).stderr
+    other = run(*command, "--category-field", "", ok=False).stderr
+    assert 'category_field was "size", is null' in other
+    (tmp_path / "e.json").write_text('{"mine": 1}')
+    assert "already there, and no evaluation that says what it is of" in run(*command, ok=False).stderr
+    assert (tmp_path / "e.json").read_text() == '{"mine": 1}' and len(list(tmp_path.iterdir())) == 2
+    run(*command, "--force")
+    assert json.loads((tmp_path / "e.json").read_text())["steerings"]
 
 
 def test_yaml_with_an_unknown_setting_or_no_mapping_is_refused(tmp_path):
@@ -535,11 +561,14 @@ def test_a_collection_that_must_stop_goes_on_or_is_made_a_run_as_far_as_it_came(
     monkeypatch.syspath_prepend(tmp_path)
     command = ["collect", "--config", world / "collect.yaml", "--grader", "moody:grade", "--batch-size", 8,
                "--out", tmp_path / "partial"]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["/bin/corrsteer", *map(str, command)])
-    said = run(*command, ok=False).stderr
+    monkeypatch.setattr(sys, "argv", ["/bin/corrsteer", *map(str, command), "--force"])
+    said = run(*command, "--force", ok=False).stderr
     assert f"what was done is kept in {tmp_path}/partial/collecting. Go on with: corrsteer collect --config" in said
+    assert "--force" not in said, "which would throw it away"
     shutil.copytree(tmp_path / "partial", tmp_path / "finished")
     assert json.loads(run(*command[:-1], tmp_path / "finished", "--finish", "--json").stdout)["samples"] == 24
+    again = run(*command[:-1], tmp_path / "finished")
+    assert "note: finished after 24 of 96 samples, as was asked for" in again.stdout
     assert Run.load(tmp_path / "finished").n == 24 and not (tmp_path / "finished" / "collecting").exists()
     assert json.loads(run(*command, "--json").stdout)["samples"] == 96
     again = run(*command)

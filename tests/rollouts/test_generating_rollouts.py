@@ -195,3 +195,37 @@ def test_examples_of_one_source_are_refused(model):
     task = tiny_pipeline.task(2)
     with pytest.raises(CorrSteerError, match="a source of its own, got 'untrained:1' twice"):
         made(model, replace(task, examples=(task.examples[0],) * 2))
+
+
+def stopping(n):
+    """A task whose grader is interrupted at the n-th completion, and how many it has seen."""
+    seen = []
+
+    def grader(completion, example):
+        seen.append(1)
+        if len(seen) == n:
+            raise KeyboardInterrupt
+        return tiny_pipeline.digits_up(completion, example)
+
+    return tiny_pipeline.task(12, grader), seen
+
+
+def test_rollouts_that_take_the_place_of_others_are_gone_on_with_too(model, tmp_path):
+    out, decoding = tmp_path / "r.jsonl", Decoding(max_new_tokens=6, batch_size=4)
+    made(model, decoding=Decoding(max_new_tokens=2), out=out)
+    before = out.read_bytes()
+    task, _ = stopping(9)
+    with pytest.raises(KeyboardInterrupt):
+        made(model, task, decoding, out=out, replace_out=True)
+    assert out.read_bytes() == before
+    task, seen = stopping(0)
+    assert len(made(model, task, decoding, out=out)) == 12 and len(seen) == 4
+    assert out.read_bytes() != before and [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
+
+
+def test_a_process_that_comes_when_others_have_finished_reads_what_they_made(model, tmp_path):
+    task, seen = stopping(0)
+    late = generate_rollouts(model, tiny_pipeline.tokenizer(), task, GREEDY, out=tmp_path / "r", progress=False)
+    first = made(model, task, out=tmp_path / "r")
+    assert {rollout.id: rollout for batch in late for rollout in batch} == first and len(seen) == 12
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]

@@ -93,7 +93,7 @@ def test_what_was_being_removed_is_gone_on_removing(folder, monkeypatch):
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("text", ["{", '{"format": 1}', "[]", '{"format": "x", "begun": 1, "versions": {}}', "\x00"])
+@pytest.mark.parametrize("text", ["{", '{"format": 1}', "[]", '{"format": "x", "begun": 1, "made_with": {}}', "\x00"])
 def test_a_damaged_manifest_is_said_to_be(folder, text):
     with Journal(folder, JOB) as journal:
         journal.write("a", "1\n")
@@ -124,6 +124,13 @@ def test_another_version_is_noted(folder, monkeypatch):
     with Journal(folder, JOB) as journal:
         (note,) = journal.notes
     assert note.startswith("begun with torch ") and note.endswith("and gone on with 99.0")
+
+
+def test_what_it_is_made_with_may_change_and_is_noted(folder):
+    with Journal(folder, JOB, made_with={"device": "cpu", "threads": 1}) as journal:
+        journal.write("a", "1\n")
+    with Journal(folder, JOB, made_with={"device": "NVIDIA H100", "threads": 1}) as journal:
+        assert journal.notes == ["begun with device cpu and gone on with NVIDIA H100"]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
@@ -308,3 +315,70 @@ def test_locks_of_different_bytes_are_different(tmp_path):
     assert elsewhere(another) == 3
     locks.close()
     assert elsewhere(another) == 7
+
+
+# Moments at which others come and go
+
+
+def test_a_job_that_is_begun_while_another_is_removed_is_left_alone(folder, monkeypatch):
+    context = multiprocessing.get_context("fork")
+    begun, done = context.Event(), context.Event()
+
+    def begins():
+        with Journal(folder, {"another": "job"}) as journal:
+            begun.set()
+            done.wait(20)
+            journal.write("a", "1\n")
+
+    other, real = context.Process(target=begins), os.rmdir
+
+    def rmdir(path, **_):
+        real(path)
+        if other.pid is None:
+            other.start()
+            assert begun.wait(20)
+
+    with Journal(folder, JOB) as journal:
+        journal.write("a", "1\n")
+        monkeypatch.setattr(os, "rmdir", rmdir)
+        journal.finish()
+    assert (folder / "manifest.json").exists()
+    done.set()
+    other.join()
+    assert other.exitcode == 0 and (folder / "a.jsonl").exists()
+
+
+def test_of_processes_that_leave_a_finished_job_at_once_the_last_removes_it(folder, several, monkeypatch):
+    with Journal(folder, JOB) as journal:
+        journal.write("a", "1\n")
+    context = multiprocessing.get_context("fork")
+    inside, leaving = context.Barrier(2), context.Barrier(2)
+    close = ByteLocks.close
+
+    def late(self):
+        leaving.wait(20)
+        close(self)
+
+    def leaves():
+        journal = Journal(folder, JOB)
+        inside.wait(20)
+        monkeypatch.setattr(ByteLocks, "close", late)  # so that each has looked before any is gone
+        journal.leave()
+
+    both = [context.Process(target=leaves) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0] and not folder.exists()
+
+
+def test_a_process_that_was_forked_leaves_the_journal_to_its_parent(folder):
+    with Journal(folder, JOB) as journal:
+        assert elsewhere(journal.close) == 0
+        journal.write("a", "1\n")
+        assert (folder / "manifest.json").exists()
+        with pytest.raises(CorrSteerError, match="in use by this process .*finish what uses it, or have it closed"):
+            Journal(folder, JOB)
+    with Journal(folder, JOB) as journal:
+        assert journal.read("a") == [1]

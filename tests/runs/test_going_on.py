@@ -7,7 +7,7 @@ import tiny_pipeline
 import torch
 from safetensors import safe_open
 
-from corrsteer import CorrSteerError, Decoding, Run, SparseEncoder, collect
+from corrsteer import CorrSteerError, Decoding, Run, SparseEncoder, collect, ops
 from corrsteer.rollouts.journal import JobDiffers
 from corrsteer.runs.collect import CollectionStopped
 from corrsteer.runs.journal import CollectionJournal
@@ -205,3 +205,67 @@ def test_the_manifest_says_what_was_begun_in_words(world, tmp_path):
     begun = json.loads((tmp_path / "run" / "collecting" / "manifest.json").read_text())["begun"]
     assert begun["decoding"]["max_new_tokens"] == 3 and begun["permutations"] == 19
     assert begun["saes"]["1"]["point"] == "blocks.1.hook_resid_post"
+
+
+def streamed(world, directory, monkeypatch, stop=33):
+    """A collection that is stopped once a state was saved."""
+    monkeypatch.setattr("corrsteer.runs.journal.EVERY", 0.0)
+    monkeypatch.setattr("corrsteer.runs.journal.SHARE", 0.0)
+    stopped(world, directory, stop, keep_activations="never")
+    assert (directory / "collecting" / "state.json").exists()
+
+
+def test_another_version_is_noted_also_where_a_state_was_saved(world, tmp_path, monkeypatch):
+    streamed(world, tmp_path / "run", monkeypatch)
+    monkeypatch.setattr("torch.__version__", "2.99.0")
+    run, _ = gather(world, tmp_path / "run", keep_activations="never")
+    assert len([note for note in run.notes if "and gone on with 2.99.0" in note]) == 1
+    assert len(set(run.notes)) == len(run.notes)
+
+
+def test_a_damaged_state_is_begun_anew(world, tmp_path, monkeypatch):
+    streamed(world, tmp_path / "run", monkeypatch)
+    (tmp_path / "run" / "collecting" / "state.json").write_text("{")
+    with pytest.raises(CorrSteerError, match="state.json is damaged .*; begin anew"):
+        gather(world, tmp_path / "run", keep_activations="never")
+    assert gather(world, tmp_path / "run", keep_activations="never", anew=True)[0].n == 40
+
+
+def test_how_an_encoder_is_packed_is_no_difference(world, tmp_path):
+    """The command line packs encoders where a machine's kernels read them so."""
+    pytest.importorskip("corrsteer._native")
+    model, tokenizer, encoders = world
+    stopped(world, tmp_path / "run")
+    packed = {layer: ops.pack(encoder) for layer, encoder in encoders.items()}
+    run, graded = gather((model, tokenizer, packed), tmp_path / "run")
+    assert run.n == 40 and graded < 40
+
+
+def test_a_run_that_was_finished_early_says_so(world, tmp_path):
+    stopped(world, tmp_path / "run")
+    run, _ = gather(world, tmp_path / "run", finish=True)
+    again, graded = gather(world, tmp_path / "run")
+    assert graded == 0 and again.n == run.n < 40
+    assert f"finished after {run.n} of 40 samples, as was asked for" in again.notes
+
+
+def test_a_grader_that_was_changed_is_noted(world, tmp_path):
+    def grade(completion, example):
+        return tiny_pipeline.digits_up(completion, example)
+
+    first = tiny_pipeline.task(40, grade)
+
+    def grade(completion, example):
+        return float(len(completion) % 2)
+
+    second = tiny_pipeline.task(40, grade)
+    assert first.grader_name == second.grader_name and first.grading.source != second.grading.source
+    settings = {"decoding": GREEDY, "permutations": 19, "block_size": 16, "directory": tmp_path, "progress": False}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(CollectionJournal, "write_block", lambda *_: 1 / 0)
+        with pytest.raises(CollectionStopped):
+            collect(*world, first, **settings)
+    run = collect(*world, second, **settings)
+    (note,) = (note for note in run.notes if "gone on with" in note)
+    assert note.startswith("begun with graders of source")
+    assert tiny_pipeline.task(2, "exact").grading.source and tiny_pipeline.task(2, max).grading.source is None

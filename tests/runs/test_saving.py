@@ -309,3 +309,17 @@ def test_rollouts_of_samples_that_are_not_there_are_damaged(tmp_path, world):
     save_file(arrays | {"order": arrays["order"] + 5}, str(tmp_path / "rewards.safetensors"))
     with pytest.raises(CorrSteerError, match="its rollouts are not of its 6 samples"):
         Run.load(tmp_path)
+
+
+def test_an_interrupt_once_the_new_run_has_taken_its_place_leaves_it_there(directory, new, monkeypatch):
+    replace = os.replace
+
+    def interrupted(source, target):
+        replace(source, target)
+        if Path(target).name == "run.json":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        new.save(directory)
+    assert same(Run.load(directory), new) and untouched(directory)
