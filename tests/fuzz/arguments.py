@@ -182,7 +182,8 @@ def adding(rng):
     if b and rng.random() < 0.1:
         rows[0] = rng.choice((-2, v, 2**31 - 1))
     rows = strange(rng, rows, 0.02)
-    positions = rng.choice((None, tensor(rng, b, s) > 0))
+    chosen = tensor(rng, b, s)
+    positions = rng.choice((None, chosen if chosen.is_sparse or chosen.is_complex() else chosen > 0))
 
     def operation(backend):
         h = start.clone()
