@@ -2,7 +2,9 @@
 #   make demo   the main job on the model that ships with the package
 #   make test   the test suite
 #   make test-crash   commands that are killed, whose writes fail, and that are spread over processes
+#   make test-report  the report in a browser without a head
 #   make fuzz   inputs with something wrong: each is taken, or refused by name
+#   make test-neighbours   SAE formats against the libraries that write them
 #   make test-vllm  rollouts by vLLM, in an environment of its own
 #   make bench  the microbenchmarks
 #   make docs   the documentation, served on this machine
@@ -18,7 +20,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 QUIET := --quiet --disable-pip-version-check
 
-.PHONY: demo fuzz test test-crash test-sanitize test-vllm bench docs clean
+.PHONY: demo fuzz test test-crash test-neighbours test-report test-sanitize test-vllm bench docs clean
 
 demo: $(STAMP)
 	$(BIN)/corrsteer demo
@@ -46,10 +48,35 @@ CRASHES ?= 100
 test-crash: $(STAMP)
 	OMP_NUM_THREADS=1 CORRSTEER_CRASHES=$(CRASHES) $(BIN)/python -m pytest -s tests/crash tests/spread
 
+# What drives the browser lies in a folder of its own; the browser is the system's. Screenshots come to lie there too.
+REPORT := build/report
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser)
+test-report: $(STAMP) $(REPORT)/.installed
+	@test -n "$(CHROMIUM)" || { echo "There is no Chromium. On Debian: apt-get install chromium. Or: make test-report \
+	CHROMIUM=/path/to/it"; exit 1; }
+	OMP_NUM_THREADS=1 CHROMIUM="$(CHROMIUM)" $(BIN)/python -m pytest tests/report
+
+$(REPORT)/.installed: tests/report/requirements.txt $(STAMP)
+	mkdir -p $(REPORT)
+	$(BIN)/python -m pip install $(QUIET) --upgrade --target $(REPORT) --requirement tests/report/requirements.txt
+	cd $(REPORT) && tar -xzf "$$(npm pack --silent axe-core@4.14.1)" --strip-components=1 package/axe.min.js
+	touch $@
+
 # Seeds are printed, and what was found comes with the command that repeats it.
 FUZZ ?= 6000
 fuzz: $(STAMP)
 	cd tests && PYTHONPATH=.:.. ../$(BIN)/python -m fuzz --inputs $(FUZZ) $(if $(SEED),--seed $(SEED))
+
+# Beside the packages of the other tests, in a folder of their own, as no user of corrsteer needs them.
+NEIGHBOURS := build/neighbours
+test-neighbours: $(NEIGHBOURS)/.installed
+	PYTHONPATH=$(NEIGHBOURS) $(BIN)/python -m pytest tests/neighbours
+
+$(NEIGHBOURS)/.installed: $(STAMP) $(wildcard tests/neighbours/requirements*.txt)
+	rm -rf $(NEIGHBOURS)
+	$(BIN)/python -m pip install $(QUIET) --no-deps --target $(NEIGHBOURS) \
+		$(addprefix --requirement ,$(wildcard tests/neighbours/requirements*.txt))
+	touch $@
 
 # In an environment of its own, as vLLM takes other releases of transformers than the other tests. Run it by hand: to
 # install vLLM and to load models takes too long for every change.

@@ -123,6 +123,7 @@ setup(
         "corrsteer": ["py.typed"],
         "corrsteer.demo": ["model/*", "sae/*/*"],
         "corrsteer.kernels": ["configs/*.json"],
+        "corrsteer.report.page": ["*.css", "*.js"],
     },
     ext_modules=extensions,
     cmdclass={"build_ext": BuildExtensions},

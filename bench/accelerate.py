@@ -41,7 +41,8 @@ def make_sae(kind: str, size: tuple[int, int], dtype: str) -> Any:
     sae = SAE.from_dict(config)
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        sae.W_enc.copy_(torch.randn(sae.W_enc.shape, generator=random) / size[0] ** 0.5)
+        weight = torch.randn(sae.W_enc.shape, generator=random, dtype=torch.float32, device="cpu")
+        sae.W_enc.copy_(weight / size[0] ** 0.5)
         for name in ("b_enc", "b_gate", "threshold"):
             if isinstance(getattr(sae, name, None), torch.nn.Parameter):
                 getattr(sae, name).fill_(2.0 if name == "threshold" else -1.0)
@@ -55,7 +56,8 @@ def pooled_by_hand(sae: Any, x: Tensor) -> Tensor:
 def measured(kind: str, size: tuple[int, int], dtype: str, tokens: int, rounds: int) -> list[dict[str, Any]]:
     """A row of `encode`, and for enough tokens one of pooling."""
     sae = make_sae(kind, size, dtype)
-    x = torch.randn(tokens, size[0], generator=torch.Generator().manual_seed(1)).to(sae.dtype)
+    random = torch.Generator().manual_seed(1)
+    x = torch.randn(tokens, size[0], generator=random, dtype=torch.float32, device="cpu").to(sae.dtype)
     saelens.accelerate(sae)
     encode = vars(sae)["encode"]
     kernels = lambda _: encode.core(sae.process_sae_in(x))  # noqa: E731  whatever the table says

@@ -16,6 +16,10 @@ from corrsteer.types import Device
 LARGEST = 2**31 - 1  # of a size, such as a number of features
 
 
+class NoMemory(CorrSteerError):
+    """There is no memory for something."""
+
+
 def check_tensor(name: str, value: Any) -> None:
     """Raise unless an argument is a dense tensor."""
     if getattr(value, "layout", None) is not torch.strided:  # alone, as an operation may be called at every step
@@ -35,13 +39,13 @@ def zeros(what: str, shape: Sequence[int], device: Device) -> Tensor:
 
     Raises
     ------
-    CorrSteerError : where there is no memory for it.
+    NoMemory : where there is none for it.
     """
     try:
         return torch.zeros(tuple(shape), dtype=torch.float64, device=device)
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one of the former
         size = 8 * math.prod(shape) / 2**30
-        raise CorrSteerError(
+        raise NoMemory(
             f"there is no memory for {what}, of which {list(shape)} take {size:.3g} GiB ({type(error).__name__}); take "
             f"fewer"
-        ) from None
+        ) from error

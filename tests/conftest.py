@@ -29,7 +29,8 @@ RUN_ANYWHERE = (
     "vllm/test_vllm.py", "neighbours/test_formats_of_neighbours.py",  # in environments of their own
 )  # fmt: skip
 NEEDED = ("transformers", "sae_lens", "hypothesis", "scipy", "sklearn", "pydantic", "typer", "yaml", "tqdm",
-          "pytest_benchmark", "peft", "matplotlib", "build", "pybind11", "mkdocs", "mkdocstrings")  # fmt: skip
+          "pytest_benchmark", "plotly", "peft", "matplotlib", "build", "pybind11", "mkdocs",
+          "mkdocstrings")  # fmt: skip
 if any(importlib.util.find_spec(package) is None for package in NEEDED):
     files = [path.relative_to(HERE).as_posix() for path in HERE.rglob("test_*.py")]
     collect_ignore = [path for path in files if path not in RUN_ANYWHERE]

@@ -112,6 +112,7 @@ def test_a_wheel_holds_the_package_the_kernels_the_extension_and_the_demo_and_no
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"corrsteer"}
     assert {"corrsteer/kernels/__init__.py", "corrsteer/demo/model/model.safetensors"} <= set(names)
     assert sum(name.endswith("sae_weights.safetensors") for name in names) == 4
+    assert {f"corrsteer/report/page/{name}" for name in ("style.css", "script.js")} <= set(names)
     assert any(name.startswith("corrsteer/_native.") for name in names)
     assert any(name.startswith("corrsteer/_cuda.") for name in names) == (shutil.which("nvcc") is not None)
 

@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,9 @@ from corrsteer.cli.options import Given, flags
 from corrsteer.errors import CorrSteerError
 from corrsteer.files import to_json
 from corrsteer.version import __version__
+
+if TYPE_CHECKING:
+    from corrsteer.report.listing import Part
 
 app: typer.Typer = typer.Typer(
     no_args_is_help=True,
@@ -148,9 +151,16 @@ def say(text: str) -> None:
         typer.echo(text, err=True)
 
 
-def emit(result: dict[str, Any], as_json: bool, text: str, notes: Iterable[str] = ()) -> None:
-    """Print a command's result, as JSON or as text with its notes."""
+def emit(result: dict[str, Any], as_json: bool, text: str | list[Part], notes: Iterable[str] = ()) -> None:
+    """Print a command's result, as JSON or as text with its notes; for a terminal, parts are set in its width."""
+    from corrsteer.report.listing import plain, print_rich, rich_terminal
+
     if processes.rank() != 0:
         return
-    lines = [text, *(f"note: {note}" for note in notes)]
-    typer.echo(to_json(result, indent=2) if as_json else "\n".join(lines))
+    parts = [*([text] if isinstance(text, str) else text), *(f"note: {note}" for note in notes)]
+    if as_json:
+        typer.echo(to_json(result, indent=2))
+    elif not isinstance(text, str) and rich_terminal():
+        print_rich(parts, sys.stdout)
+    else:
+        typer.echo(plain(parts))

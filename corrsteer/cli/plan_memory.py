@@ -27,7 +27,7 @@ def plan_memory(settings: MemorySettings, samples: int, json: bool) -> None:
     planned = plan_memory_(
         model, encoders, options, decoding,
         samples=samples, prompt_tokens=settings.prompt_tokens, density=settings.density,
-        rewards=settings.reward_count, device=there.device,
+        rewards=settings.reward_count, packs=True, device=there.device,
     )  # fmt: skip
     found = fit(planned, there, settings.processes, options)
     emit(found, json, text(found))

@@ -89,9 +89,11 @@ class Evaluation:
     @classmethod
     def from_dict(cls, described: Mapping[str, Any]) -> Evaluation:
         """Of what `to_dict` gave, as JSON holds it."""
-        intervals = {name: value and tuple(value) for name, value in described.items() if name.endswith("_interval")}
-        categories = {name: CategoryEvaluation(**of_one) for name, of_one in described["categories"].items()}
-        return cls(**{**described, **intervals, "categories": categories})
+        categories = {
+            name: CategoryEvaluation(**{**of_one, **_intervals(of_one)})
+            for name, of_one in described["categories"].items()
+        }
+        return cls(**{**described, **_intervals(described), "categories": categories})
 
     def to_dict(self, examples: bool = True) -> dict[str, Any]:
         """For JSON."""
@@ -236,6 +238,11 @@ def _means(examples: list[dict[str, Any]]) -> dict[str, Any]:
     for name, (value, low, high) in found.items():
         described |= {name: value, f"{name}_interval": None if math.isnan(low) else (low, high)}
     return described
+
+
+def _intervals(described: Mapping[str, Any]) -> dict[str, Interval]:
+    """Those of what `asdict` gave, which JSON holds as lists."""
+    return {name: value and tuple(value) for name, value in described.items() if name.endswith("_interval")}
 
 
 def _transitions(examples: list[dict[str, Any]]) -> dict[str, int]:

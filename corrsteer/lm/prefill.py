@@ -284,7 +284,7 @@ class _Trial:
         few, rows = self._logits(self._prompts), torch.arange(8, dtype=torch.int64, device=self._prompts.ids.device) % 2
         noise = (self._logits(self._prompts.rows(rows))[:2] - few).abs().max()
         spread = (few - few.mean(-1, keepdim=True)).abs().max()
-        return float(16 * noise + 4 * torch.finfo(self._model.dtype).eps * spread)
+        return float(16 * (noise + torch.finfo(self._model.dtype).eps * spread))
 
     def _logits(self, prompts: Prompts, cache: Cache | None = None) -> Tensor:
         """Of what is generated greedily, `[B, PROBE_NEW, vocabulary]`."""

@@ -11,7 +11,7 @@ import torch
 from corrsteer.compatibility import installed, newer_than_tested
 from corrsteer.errors import BackendUnavailable
 from corrsteer.ops import cuda_backend, native_backend, registry
-from corrsteer.report.tables import table
+from corrsteer.report.listing import Listing, Part
 from corrsteer.version import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "sae-lens", "safetensors", "numpy")
@@ -42,7 +42,7 @@ def examine() -> dict[str, Any]:
     }
 
 
-def text(report: dict[str, Any]) -> str:
+def text(report: dict[str, Any]) -> list[Part]:
     """The report for people."""
     packages = ", ".join(f"{name} {version or 'missing'}" for name, version in report["packages"].items())
     lines = [f"corrsteer {report['corrsteer']}, Python {report['python']}", packages, *report["newer_than_tested"]]
@@ -62,9 +62,7 @@ def text(report: dict[str, Any]) -> str:
         )
         for b in report["backends"]
     ]
-    return "\n".join(
-        [*lines, "", table(("backend", "device", "operation", "runs", "why not, and the fix"), rows, indent="")]
-    )
+    return [*lines, "", Listing(("backend", "device", "operation", "runs", "why not, and the fix"), rows)]
 
 
 def _describe(device: torch.device) -> str:

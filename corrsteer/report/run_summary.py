@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from corrsteer.experiments.ranking import Ranking
-from corrsteer.report.tables import feature_table, table
+from corrsteer.report.listing import Listing, Part
+from corrsteer.report.tables import feature_listing
 from corrsteer.runs.peaks import Extreme
 from corrsteer.runs.run import Run
 from corrsteer.steering.features import Feature
@@ -41,24 +43,23 @@ def described(run: Run, top_k: int = 3) -> dict[str, Any]:
     }
 
 
-def summary(found: dict[str, Any]) -> str:
-    """What `described` found, in words."""
+def summary(found: dict[str, Any]) -> list[Part]:
+    """What `described` found, in words and listings."""
     several = f" of {found['prompts']} prompts" if found["prompts"] < found["samples"] else ""
     ends = ", ".join(f"{n} {name}" for name, n in sorted(found["finish"].items()))
     kept = found["activation_bytes"]
-    lines = [
+    return [
         f"{found['samples']} samples{several}, {found['features']} features of layers "
         f"{', '.join(map(str, found['layers']))}, pooled by {found['pool']}",
         f"model {found['model']}" + (f", {', '.join(found['engine'])}" if found["engine"] else ""),
         "activations not kept" if kept is None else f"activations kept, {kept / 2**20:.1f} MiB",
         "",
-        table(("", "mean", "least", "median", "most"), list(_spreads(found))),
+        Listing(("", "mean", "least", "median", "most"), list(_spreads(found)), indent="   "),
         *([f"completions ended by: {ends}"] if ends else []),
         "",
         f"Top features of each layer, by |r| ({found['permutations']} permutations)",
-        feature_table([feature for features in found["top"].values() for feature in features]),
+        replace(feature_listing([feature for features in found["top"].values() for feature in features]), indent="   "),
     ]
-    return "\n".join(lines)
 
 
 def extremes_text(layer: int, feature: int, highest: Sequence[Extreme], lowest: Sequence[Extreme]) -> str:

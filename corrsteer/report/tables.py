@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from corrsteer.ops.moments import COEFFICIENTS
+from corrsteer.report.listing import Listing
 from corrsteer.steering.features import Feature
 
 if TYPE_CHECKING:
@@ -16,14 +18,7 @@ SHOWN = 8  # finalists of a search
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], indent: str = "   ") -> str:
     """Columns aligned on the right, but the first on the left."""
-    lines = [header, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join(
-        (
-            indent + "  ".join(c.ljust(w) if at == 0 else c.rjust(w) for at, (c, w) in enumerate(zip(line, widths)))
-        ).rstrip()
-        for line in lines
-    )
+    return str(Listing(header, list(rows), indent))
 
 
 def feature_table(
@@ -31,6 +26,15 @@ def feature_table(
     selected_by: Mapping[str, Sequence[Feature]] | None = None,
     every_coefficient: bool = False,
 ) -> str:
+    """`feature_listing`, plain and indented."""
+    return str(replace(feature_listing(features, selected_by, every_coefficient), indent="   "))
+
+
+def feature_listing(
+    features: Iterable[Feature],
+    selected_by: Mapping[str, Sequence[Feature]] | None = None,
+    every_coefficient: bool = False,
+) -> Listing:
     """One feature a row, marked where chance could explain it; with `selected_by`, which selections hold it.
 
     `every_coefficient` adds those that were not chosen, with their standard errors.
@@ -42,7 +46,7 @@ def feature_table(
     others = list(dict.fromkeys(name for correlations in known for name in correlations))
     header = ["layer", "feature", *["score"] * scored, "r", *(f"r of {name}" for name in others), "95 % interval",
               "adjusted p", "coefficient", *kinds, "active", "if right", "if wrong", *selected_by]  # fmt: skip
-    return table(
+    return Listing(
         header,
         [
             (

@@ -15,6 +15,7 @@ from corrsteer.runs.pooling import row_bytes
 from corrsteer.runs.run import Run
 from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.stats.evidence import Evidence
+from corrsteer.tensors import NoMemory
 from corrsteer.types import Device
 
 BYTES = 8  # of an activation that is kept, at most
@@ -137,5 +138,6 @@ class Keeper:
             )
         try:
             return all_of(self._devices)
-        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one of the former
-            raise CorrSteerError(f"there is no memory for the statistics ({type(error).__name__}): {remedy}") from error
+        except NoMemory as error:
+            kind = type(error.__cause__).__name__
+            raise CorrSteerError(f"there is no memory for the statistics ({kind}): {remedy}") from error

@@ -81,6 +81,7 @@ def plan_memory(
     prompt_tokens: int | None = None,
     density: float = DENSITY,
     rewards: int = 1,
+    packs: bool = False,
     device: Device = "cpu",
 ) -> Memory:
     """What `collect` takes with these arguments, at most: prompts may be of any lengths up to the longest.
@@ -94,6 +95,8 @@ def plan_memory(
     density : share of an SAE's features that are active in a sample, once its tokens are pooled. It is an assumption,
         which a run's `Moments.frequency().mean()` replaces.
     rewards : that graders give a completion.
+    packs : whether encoders give up their weights for the packed copies that a CPU's kernels read, see `ops.pack`, as
+        the command line has them do.
     device : what encoders run on, of which it depends whether a backend holds a copy of their weights.
 
     Raises
@@ -111,11 +114,14 @@ def plan_memory(
         ((rows, length + decoding.max_new_tokens - 1) for rows, length in batches), key=lambda b: b[0] * b[1]
     )
     buffers, in_parts = _captured(model, options, decoding, batches, points)
+    held = {layer: _held(encoder, options, model, device) for layer, encoder in encoders.items()}
     over_steps = any(pool != LAST_PROMPT for pool in options.pools)
     process = {
         "model weights": sum(weight_bytes(model).values()),
-        "encoders": sum(encoder.nbytes for encoder in encoders.values()),
-        "packed encoders": sum(_held(encoder, options, model, device) for encoder in encoders.values()),
+        "encoders": sum(
+            encoder.nbytes - (_weights(encoder) if packs and held[layer] else 0) for layer, encoder in encoders.items()
+        ),
+        "packed encoders": sum(held.values()),
         "key-value cache": cache_bytes(model, rows, tokens),
         "captured residuals": buffers,
         "a batch's samples": row_bytes(max(rows for rows, _ in batches), encoders.values(), options.pools),
@@ -190,6 +196,11 @@ def _held(encoder: SparseEncoder, options: Options, model: nn.Module, device: De
     anyone: Any = model
     call = registry.Call("encode_pool", torch.device(device), anyone.dtype, encoder.activation, encoder.precision)
     return registry.choose(call, options.backend).held_bytes(encoder)
+
+
+def _weights(encoder: SparseEncoder) -> int:
+    """What an encoder has no more once it is packed."""
+    return sum(part.nbytes for part in (encoder.weight, encoder.weight_low) if part is not None)
 
 
 def _stored(

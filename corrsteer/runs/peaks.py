@@ -23,6 +23,8 @@ from corrsteer.sae.encoder import SparseEncoder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+REPLACEMENT = "\ufffd"  # what tokens decode to that end within a character
+
 
 @dataclass(frozen=True)
 class Extreme:
@@ -34,12 +36,16 @@ class Extreme:
     activation : pooled, as the run has it.
     rollout : its completion.
     peak : where the feature is largest; None where that was not looked for, or it is never active.
+    tokens : the text of the prompt and the completion in pieces, and the feature's activation at each; None at tokens
+        that the run's pooling is not over. Empty where that was not looked for. Tokens that end within a character are
+        one piece with those that end it, and its activation is the largest of theirs.
     """
 
     sample: int
     activation: float
     rollout: Rollout
     peak: Peak | None = None
+    tokens: tuple[tuple[str, float | None], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,13 +95,14 @@ def with_peaks(
     feature: int,
     found: Sequence[Extreme],
 ) -> list[Extreme]:
-    """The same with the token at which the feature peaks, of those that the run's pooling is over: each is read and
-    encoded again."""
+    """The same with the feature's activation at each token, and the one at which it peaks, of those that the run's
+    pooling is over: each is read and encoded again."""
     positions, excluded = run.provenance["positions"], set(run.provenance["exclude_tokens"])
     rollouts = fill_in([one.rollout for one in found], tokenizer, stop_tokens(model, tokenizer))
     sequences = [(list(rollout.prompt_ids or ()), list(rollout.completion_ids or ())) for rollout in rollouts]
     reader = TeacherForcing(model, {layer: run.points[layer]}, positions=positions, exclude_tokens=excluded)
     peaks: dict[int, Peak] = {}
+    tokens: dict[int, tuple[tuple[str, float | None], ...]] = {}
     for batch in reader.plan(sequences):
         residuals = reader.read([sequences[i] for i in batch])
         x, cu_seqlens = residuals.packed(layer)
@@ -105,13 +112,12 @@ def with_peaks(
         each = [1] * len(batch) if run.pool == LAST_PROMPT else cu_seqlens.diff().tolist()
         for at, of_sample in zip(batch, z.split(each)):
             best = int(of_sample.argmax())
+            prompt, completion = sequences[at]
+            places = [len(prompt) - 1] if run.pool == LAST_PROMPT else _kept(prompt, completion, positions, excluded)
+            tokens[at] = _pieces(tokenizer, [*prompt, *completion], dict(zip(places, of_sample.tolist())))
             if float(of_sample[best]) > 0:
-                prompt, completion = sequences[at]
-                places = (
-                    [len(prompt) - 1] if run.pool == LAST_PROMPT else _kept(prompt, completion, positions, excluded)
-                )
                 peaks[at] = _peak(tokenizer, [*prompt, *completion], places[best], float(of_sample[best]))
-    return [replace(one, peak=peaks.get(at)) for at, one in enumerate(found)]
+    return [replace(one, peak=peaks.get(at), tokens=tokens[at]) for at, one in enumerate(found)]
 
 
 def _kept(prompt: Sequence[int], completion: Sequence[int], positions: str, excluded: set[int]) -> list[int]:
@@ -126,3 +132,20 @@ def _peak(tokenizer: PreTrainedTokenizerBase, ids: list[int], place: int, activa
     parts = ids[:place], ids[place : place + 1], ids[place + 1 :]
     before, token, after = (str(tokenizer.decode(part)) for part in parts)
     return Peak(before, token, after, activation)
+
+
+def _pieces(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], activations: dict[int, float]
+) -> tuple[tuple[str, float | None], ...]:
+    """The text in pieces of whole characters, see `Extreme.tokens`."""
+    found: list[tuple[str, float | None]] = []
+    start = 0
+    for end in range(1, len(ids) + 1):
+        # beside the token before it, as some tokenizers leave out the space that a text begins with
+        known = str(tokenizer.decode(ids[max(start - 1, 0) : start]))
+        text = str(tokenizer.decode(ids[max(start - 1, 0) : end]))[len(known) :]
+        if text.endswith(REPLACEMENT) and end < len(ids):
+            continue
+        found.append((text, max((activations[at] for at in range(start, end) if at in activations), default=None)))
+        start = end
+    return tuple(found)

@@ -410,6 +410,11 @@ class Run:
         for name, kind in (("notes", list), ("provenance", dict)):
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name} is no {kind.__name__}")
+        samples = self.provenance.get("samples", {"n": 0, "prompt_hashes": ""})
+        if not isinstance(samples["n"], int) or not isinstance(samples["prompt_hashes"], str):
+            raise TypeError("provenance does not say which samples it is of")
+        if any(of_name.dtype != torch.float64 or of_name.dim() != 1 for of_name in self.all_rewards().values()):
+            raise TypeError("rewards are no float64 numbers, one a sample")
 
 
 def snapshot_of(entry: dict[str, Any]) -> Snapshot:

@@ -17,7 +17,8 @@ from crash.jobs import ERRORS, JOBS, Fault, differences, result, run_job, whole,
 
 CRASHES = int(os.environ.get("CORRSTEER_CRASHES", "4"))
 SEED = int(os.environ.get("CORRSTEER_CRASH_SEED", str(random.SystemRandom().randrange(10**6))))
-LIMIT = 120.0  # seconds that a command may take on a busy machine
+ATTEMPTS = 5
+LIMIT = 300.0  # seconds that a command may take on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -178,17 +179,20 @@ def test_a_disk_that_is_full_leaves_what_it_takes_to_go_on_with_more_room(runner
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("job", ["collect", "search"])
 def test_a_command_that_is_asked_to_end_says_how_to_go_on(runner, job, number, status):
-    folder = runner.home / "asked"
-    process = runner.start(job, folder)
-    until = time.monotonic() + LIMIT
-    while not any(path.suffix == ".jsonl" for path in folder.rglob("*")) and time.monotonic() < until:
-        time.sleep(0.01)
-    os.kill(process.pid, number)
-    asked = time.monotonic()
-    process.join(LIMIT)
-    took = time.monotonic() - asked
-    said = (folder / "log").read_text()
-    if process.exitcode == 0:  # it was done before it was asked
+    for attempt in range(ATTEMPTS):  # it may be done before it is asked
+        folder = runner.home / "asked" / str(attempt)
+        process = runner.start(job, folder)
+        until = time.monotonic() + LIMIT
+        while not any(path.suffix == ".jsonl" for path in folder.rglob("*")) and time.monotonic() < until:
+            time.sleep(0.002)
+        os.kill(process.pid, number)
+        asked = time.monotonic()
+        process.join(LIMIT)
+        took = time.monotonic() - asked
+        said = (folder / "log").read_text()
+        if "error: " in said:
+            break
+    else:
         pytest.skip("the machine is too slow to catch it")
     assert process.exitcode == status and took < 30, said
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]

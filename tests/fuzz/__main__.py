@@ -25,6 +25,7 @@ MEMORY = 12 << 30  # bytes of addresses
 def kinds():
     from fuzz import arguments, files
 
+    assert not set(files.KINDS) & set(arguments.KINDS), "a kind is of the one or the other"
     return (*files.KINDS, *arguments.KINDS)
 
 
@@ -121,7 +122,10 @@ def main():
     if options.out:
         from bench import record
 
-        head = record.study("fuzzing", options.seed)
+        head, path = record.study("fuzzing", options.seed), options.out / "fuzzing.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if {name: known.get(name) for name in head} == head:  # what is run again takes its own place alone
+            rows = list(({row["kind"]: row for row in known["kinds"]} | {row["kind"]: row for row in rows}).values())
         print(record.write_study(head | {"kinds": rows}, options.out))
     return int(found > 0)
 

@@ -175,14 +175,15 @@ def summing(rng):
     both(operation, finite(pooled, weights, start))
 
 
-def steering(rng):
+def adding(rng):
     b, s, d, v = size(rng), size(rng), size(rng), size(rng)
     start, vectors = tensor(rng, b, s, d), strange(rng, tensor(rng, v, d), 0.02)
     rows = torch.tensor([rng.randint(-1, max(-1, v - 1)) for _ in range(b)], dtype=torch.int32, device="cpu")
     if b and rng.random() < 0.1:
         rows[0] = rng.choice((-2, v, 2**31 - 1))
     rows = strange(rng, rows, 0.02)
-    positions = rng.choice((None, tensor(rng, b, s) > 0))
+    chosen = tensor(rng, b, s)
+    positions = rng.choice((None, chosen if chosen.is_sparse or chosen.is_complex() else chosen > 0))
 
     def operation(backend):
         h = start.clone()
@@ -221,4 +222,4 @@ def states(rng):
     moments.merge(strange(rng, Moments(rng.choice((d_sae, 4))), 0.05))
 
 
-KINDS = {name: globals()[name] for name in ("encoding", "updating", "folding", "summing", "steering", "rows", "states")}
+KINDS = {name: globals()[name] for name in ("encoding", "updating", "folding", "summing", "adding", "rows", "states")}

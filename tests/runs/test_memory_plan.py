@@ -276,3 +276,18 @@ def test_a_model_that_cannot_be_planned_is_refused_with_the_reason(folder, tmp_p
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "dtype": "float32"}))
     with pytest.raises(CorrSteerError, match="is no causal language model"):
         model_without_weights(str(tmp_path))
+
+
+def test_encoders_that_are_packed_are_counted_as_what_they_then_hold(without_weights):
+    from corrsteer.ops import pack
+
+    encoders = tiny_pipeline.encoders()
+    plans = {
+        packs: plan_memory(without_weights, meta_encoders(), options(), DECODING, samples=N, packs=packs).process
+        for packs in (False, True)
+    }
+    if "packed encoders" not in plans[False]:
+        pytest.skip("no backend here packs weights")
+    held = sum(pack(encoder).nbytes for encoder in encoders.values())
+    assert plans[True]["encoders"] + plans[True]["packed encoders"] == held
+    assert plans[False]["encoders"] == sum(encoder.nbytes for encoder in encoders.values())

@@ -9,7 +9,7 @@ import pytest
 import tiny_pipeline
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from corrsteer import CorrSteerError, Decoding, Run, Steering, collect, select
 
@@ -276,6 +276,39 @@ def test_a_run_that_is_saved_again_where_it_is_goes_on_from_its_new_files(tmp_pa
         loaded.save(tmp_path)
         assert [one.completion for one in loaded.rollouts] == [one.completion for one in old.rollouts]
         assert loaded.statistics(permutations=0).n == old.n
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda run: run["provenance"]["samples"].update(n="6"), "provenance does not say which samples"),
+        (lambda run: run["provenance"].update(samples="all"), "is damaged"),
+        (lambda run: run["layers"]["1"]["evidence"].popitem(), "evidence of layer 1 is of other poolings"),
+    ],
+)
+def test_a_description_that_says_something_else_than_its_files_is_damaged(tmp_path, world, change, words):
+    gather(world, 6).save(tmp_path)
+    described = json.loads((tmp_path / "run.json").read_text())
+    change(described)
+    (tmp_path / "run.json").write_text(json.dumps(described))
+    with pytest.raises(CorrSteerError, match=words):
+        Run.load(tmp_path)
+
+
+def test_rewards_of_another_kind_are_damaged(tmp_path, world):
+    gather(world, 6).save(tmp_path)
+    arrays = load_file(str(tmp_path / "rewards.safetensors"))
+    save_file(arrays | {"rewards": arrays["rewards"].to(torch.int64)}, str(tmp_path / "rewards.safetensors"))
+    with pytest.raises(CorrSteerError, match="rewards are no float64 numbers"):
+        Run.load(tmp_path)
+
+
+def test_rollouts_of_samples_that_are_not_there_are_damaged(tmp_path, world):
+    gather(world, 6).save(tmp_path)
+    arrays = load_file(str(tmp_path / "rewards.safetensors"))
+    save_file(arrays | {"order": arrays["order"] + 5}, str(tmp_path / "rewards.safetensors"))
+    with pytest.raises(CorrSteerError, match="its rollouts are not of its 6 samples"):
+        Run.load(tmp_path)
 
 
 def test_an_interrupt_once_the_new_run_has_taken_its_place_leaves_it_there(directory, new, monkeypatch):

@@ -368,6 +368,12 @@ def test_the_extremes_of_a_feature_are_found_with_the_token_at_which_it_peaks(mo
     assert not {one.sample for one in highest} & {one.sample for one in lowest}
     encoder = tiny_pipeline.encoders()[layer]
     for one in with_peaks(kept, model, tokenizer, encoder, layer, feature, [*highest, *lowest]):
+        assert "".join(text for text, _ in one.tokens) == tokenizer.decode(
+            [*one.rollout.prompt_ids, *one.rollout.completion_ids]
+        )
+        seen = [value for _, value in one.tokens if value is not None]
+        assert max(seen) == pytest.approx(one.activation, rel=1e-4, abs=1e-6)
+        assert len(seen) == max(len(one.rollout.completion_ids), 1), "from the last prompt token to the last but one"
         if one.activation == 0:
             assert one.peak is None
             continue

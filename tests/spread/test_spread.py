@@ -14,7 +14,7 @@ from crash.jobs import differences, result, write_world
 if "CORRSTEER_CRASHES" not in os.environ:
     pytest.skip("launchers and agents take a minute: make test-crash", allow_module_level=True)
 
-LIMIT = 240.0
+LIMIT = 600.0
 QUIET = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_ERROR_FILE": "", "PYTHONWARNINGS": "ignore"}
 LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--max-restarts", "3")
 
