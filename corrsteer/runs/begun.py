@@ -20,8 +20,6 @@ from corrsteer.runs.sources import Given
 from corrsteer.sae.encoder import TENSORS
 
 LIMITS = ("statistics_bytes",)  # which change no result
-# How a packed weight lies depends on the machine, and several may share a collection: vectors tell its SAE from others.
-FINGERPRINTED = tuple(name for name in TENSORS if name != "packed_weight")
 
 
 def begun_as(model: nn.Module, reader: BatchReader, decoding: Decoding, hook_offset: int) -> dict[str, Any]:
@@ -33,7 +31,7 @@ def begun_as(model: nn.Module, reader: BatchReader, decoding: Decoding, hook_off
             str(layer): {
                 "encoder": encoder.describe(),
                 "point": str(reader.points[layer]),
-                "weights": fingerprint((name, getattr(encoder, name)) for name in FINGERPRINTED),
+                "weights": fingerprint((name, getattr(encoder, name)) for name in TENSORS),
             }
             for layer, packed in reader.encoders.items()
             for encoder in [packed.unpacked()]  # how it is packed depends on the machine
