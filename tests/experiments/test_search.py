@@ -224,7 +224,7 @@ def test_a_curve_that_ends_where_it_is_best_is_noted(world):
         ({"candidates": 0}, "candidates must"),
         ({"minutes": 0}, "minutes must be above 0"),
     ],
-    ids=str,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_makes_no_sense_is_refused(world, arguments, message):
     if message is None:

@@ -210,10 +210,10 @@ def test_files_that_are_no_evidence_are_refused(tmp_path):
 
 Z, Y = torch.rand(4, 3), torch.tensor([0.0, 1, 0, 1])
 REFUSED = {
-    "no features": (lambda: Evidence(0), "d_sae must be a whole number of at least 1, got 0"),
+    "no features": (lambda: Evidence(0), "d_sae must be a whole number from 1 to 2147483647, got 0"),
     "a negative number of permutations": (
         lambda: Evidence(3, permutations=-1),
-        "permutations must be a whole number of at least 0, got -1",
+        "permutations must be a whole number from 0 to 2147483647, got -1",
     ),
     "an unknown score": (lambda: Evidence(3, scores=("kendall",)), "scores must be among pearson, .*got 'kendall'"),
     "activations of another SAE": (lambda: Evidence(4).update(Z, Y, 0), r"pooled must be \[N, d_sae=4\]"),
