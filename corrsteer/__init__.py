@@ -47,6 +47,8 @@ _HOME = {
     "accelerate": "integrations.saelens",
     "accelerated": "integrations.saelens",
     "restore": "integrations.saelens",
+    "export_steering": "integrations.exports",
+    "import_steering": "integrations.imports",
     "CorrSteerError": "errors",
     "BackendUnavailable": "errors",
     # modules
@@ -85,7 +87,9 @@ __all__ = [
     "encode_pool",
     "encode_update",
     "evaluate",
+    "export_steering",
     "generate_rollouts",
+    "import_steering",
     "inference",
     "pack",
     "planning",
@@ -111,6 +115,8 @@ if TYPE_CHECKING:
     from corrsteer.experiments.search import SearchOptions
     from corrsteer.experiments.selection import select
     from corrsteer.experiments.trials import Trial, run_trials
+    from corrsteer.integrations.exports import export_steering
+    from corrsteer.integrations.imports import import_steering
     from corrsteer.integrations.saelens import accelerate, accelerated, restore
     from corrsteer.lm.capture import Capture
     from corrsteer.lm.decoding import Decoding
