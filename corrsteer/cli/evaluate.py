@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from corrsteer.rollouts.journal import Journal
     from corrsteer.steering.steering import Steering
 
-VALIDATION = {"part": "validation", "limit": None}  # of the task, whatever part is evaluated on
-
 
 @command
 def evaluate(
@@ -41,6 +39,10 @@ def evaluate(
             help="JSON file to write the result to, with every completion. With it, what was generated is kept as it "
             "comes, and the same command goes on with it."
         ),
+    ] = None,
+    validation_limit: Annotated[
+        int | None,
+        typer.Option(help="With --baselines: use only the first so many examples of the validation part.", min=1),
     ] = None,
     force: Force = False,
     json: Json = False,
@@ -67,8 +69,9 @@ def evaluate(
     loaded = {str(path): Steering_.load(path) for path in steering}
     first = next(iter(loaded.values()))
     settings = given.read(inputs.recorded(first.provenance, "test"))
+    of_validation = {"part": "validation", "limit": validation_limit}  # whatever part is evaluated on
     task, run = inputs.load_task(settings), None if baselines is None else Run.load(baselines)
-    validation = None if run is None else inputs.load_task(settings.model_copy(update=VALIDATION))
+    validation = None if run is None else inputs.load_task(settings.model_copy(update=of_validation))
     model, tokenizer = inputs.load_model(settings)
     for one in loaded.values():
         one.check(model)

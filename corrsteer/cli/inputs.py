@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.sae.formats import recognise
 from corrsteer.sae.releases import check_names
 from corrsteer.tasks import GraderSpec, Task
+
+# Within `one_model`, the last model by what it was asked for.
+_last_model: ContextVar[dict[tuple[str, str, str], tuple[nn.Module, Any]] | None] = ContextVar("model", default=None)
 
 
 def load_task(given: TaskSettings) -> Task:
@@ -70,15 +75,23 @@ def parse_graders(entries: list[str]) -> GraderSpec:
 
 
 def parse_saes(entries: list[str]) -> dict[int, str]:
-    """Sources by layer, of entries LAYER=SOURCE."""
+    """Sources by layer, of entries LAYER=SOURCE, or FIRST-LAST=SOURCE whose {layer} is each layer's number."""
     sources: dict[int, str] = {}
     for entry in entries:
-        layer, separator, source = entry.partition("=")
-        if not separator or not re.fullmatch("[0-9]+", layer):
-            raise CorrSteerError(f"sae must be LAYER=SOURCE, got {entry!r}")
-        if int(layer) in sources:
-            raise CorrSteerError(f"sae gives layer {layer} twice; give one SAE a layer")
-        sources[int(layer)] = source
+        layers, separator, source = entry.partition("=")
+        named = re.fullmatch("([0-9]+)(?:-([0-9]+))?", layers)
+        if not separator or not named:
+            raise CorrSteerError(f"sae must be LAYER=SOURCE, or FIRST-LAST=SOURCE with {{layer}} in it, got {entry!r}")
+        first, last = int(named[1]), int(named[2] or named[1])
+        if last < first or (first < last and "{layer}" not in source):
+            raise CorrSteerError(
+                f"sae must name layers from the first to the last and have {{layer}} in their source, such as "
+                f"1-25=RELEASE:layer_{{layer}}/width_16k/canonical, got {entry!r}"
+            )
+        for layer in range(first, last + 1):
+            if layer in sources:
+                raise CorrSteerError(f"sae gives layer {layer} twice; give one SAE a layer")
+            sources[layer] = source.replace("{layer}", str(layer)) if named[2] else source
     return sources
 
 
@@ -141,8 +154,28 @@ def pack_where_read(
     return {layer: packed(encoder) for layer, encoder in encoders.items()}
 
 
+@contextlib.contextmanager
+def one_model() -> Iterator[None]:
+    """Have a model that was loaded last be the one that is meant, where the same is asked for again."""
+    token = _last_model.set({})
+    try:
+        yield
+    finally:
+        _last_model.reset(token)
+
+
 def load_model(given: ModelSettings) -> tuple[nn.Module, Any]:
     """A model and its tokenizer."""
+    last, asked = _last_model.get(), (given.model, given.dtype, given.device)
+    if last is None:
+        return _load_model(given)
+    if asked not in last:
+        last.clear()  # before the next is there
+        last[asked] = _load_model(given)
+    return last[asked]
+
+
+def _load_model(given: ModelSettings) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     check_model(given)

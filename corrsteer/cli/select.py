@@ -15,6 +15,10 @@ from corrsteer.cli.settings import SEARCH, SelectSettings
 from corrsteer.errors import CorrSteerError
 
 
+class NothingSelected(CorrSteerError):
+    """No feature does what the strategy asks for; the message says why."""
+
+
 @command
 def select(
     run: Annotated[Path, typer.Argument(help="Directory that `corrsteer collect` wrote.")],
@@ -120,7 +124,7 @@ def select(
     if not steering.features:
         if searched:
             emit({"search": searched}, json, search_tables(searched))
-        raise CorrSteerError("; ".join(notes))
+        raise NothingSelected("; ".join(notes))
     if not trials:
         steering.save(out)
     result = {

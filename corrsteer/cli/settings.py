@@ -126,8 +126,9 @@ class StatisticsSettings(Settings):
 
     sae: list[str] = Field(
         min_length=1,
-        description="LAYER=SOURCE, once for each layer. SOURCE is where an SAE lies, in any of the formats that are "
-        "supported, RELEASE:SAE_ID of a published SAE, or `identity` for the residual dimensions themselves.",
+        description="LAYER=SOURCE, once for each layer, or FIRST-LAST=SOURCE with {layer} in the source. SOURCE is "
+        "where an SAE lies, in any of the formats that are supported, RELEASE:SAE_ID of a published SAE, or "
+        "`identity` for the residual dimensions themselves.",
     )
     within_prompt: bool = Field(
         default=False,
@@ -308,6 +309,19 @@ class SelectSettings(EvaluateSettings):
     search_seed: int = Field(default=0, ge=0, description="Search: seed of the order of samples.")
 
 
+class RecipeSettings(Settings):
+    """What a recipe of `corrsteer run` says besides the settings of its steps."""
+
+    strategies: list[Literal["single", "all", "pruned", "search"]] = Field(
+        default=["single", "all", "pruned", "search"], min_length=1, description="What to select by."
+    )
+    coefficient: Literal["mean_positive", "mean_positive_active", "contrastive"] = Field(
+        default="mean_positive", description="Of single, all and pruned; the first is as published."
+    )
+    baselines: bool = Field(default=True, description="Evaluate the baselines too.")
+    report: bool = Field(default=True, description="Write a report.")
+
+
 SEARCH = tuple(name for name in SelectSettings.model_fields if name not in EvaluateSettings.model_fields)
 
 
@@ -371,7 +385,7 @@ def _yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CorrSteerError(f"config {path} must be a mapping of settings, got {type(values).__name__}")
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
-    kinds = (CollectSettings, SelectSettings, RolloutsSettings, RegradeSettings, MemorySettings)
+    kinds = (CollectSettings, SelectSettings, RolloutsSettings, RegradeSettings, MemorySettings, RecipeSettings)
     known = {name: field for kind in kinds for name, field in kind.model_fields.items()}
     for name in values:
         if name not in known:
