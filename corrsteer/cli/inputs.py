@@ -15,7 +15,6 @@ from torch import nn
 
 from corrsteer import processes
 from corrsteer.cli.settings import ModelSettings, RolloutsSettings, StatisticsSettings, TaskSettings
-from corrsteer.cli.task_defaults import OWN
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm.decoding import Decoding
 from corrsteer.lm.hook_points import input_device, width
@@ -24,6 +23,7 @@ from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.sae.formats import recognise
 from corrsteer.sae.releases import check_names
 from corrsteer.tasks import Benchmark, GraderSpec, Task, TaskError, benchmarks, load_benchmark
+from corrsteer.tasks.benchmark import OWN
 from corrsteer.tasks.registry import is_benchmark, near_names
 
 
@@ -46,7 +46,7 @@ def load_task(given: TaskSettings) -> Task:
 
 
 def _benchmark_task(given: TaskSettings, benchmark: Benchmark) -> Task:
-    grader = benchmark.grader if given.grader == [OWN] else parse_graders(given.grader)
+    grader = OWN if given.grader == [OWN] else parse_graders(given.grader)
     return benchmark.task(
         given.part, given.data, shots=given.shots, grader=grader, chat=given.chat, system=given.system,
         category_field=given.category_field or None, seed=given.split_seed,

@@ -12,7 +12,6 @@ from corrsteer.errors import CorrSteerError
 if TYPE_CHECKING:
     from corrsteer.tasks import Benchmark
 
-OWN = "own"  # the grader of a benchmark whose grader has no name
 OF_OTHERS = ("split", "prompt_field", "answer_field")  # of files and hub datasets
 
 
@@ -58,7 +57,9 @@ def of_benchmark(benchmark: Benchmark, given: Given[Any]) -> dict[str, Any]:
 
 
 def _entries(grader: object) -> list[str]:
-    """A grader as ``--grader`` takes it."""
+    """A grader as ``--grader`` takes it; one that has no name is the benchmark's own."""
+    from corrsteer.tasks.benchmark import OWN
+
     if isinstance(grader, str):
         return [grader]
     if isinstance(grader, Mapping) and all(isinstance(one, str) for one in grader.values()):

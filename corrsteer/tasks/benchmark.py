@@ -3,40 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from corrsteer.arguments import as_path, whole
-from corrsteer.tasks import layouts
+from corrsteer.arguments import whole
+from corrsteer.tasks.copies import Copy
 from corrsteer.tasks.examples import Example
-from corrsteer.tasks.graders import TaskError
+from corrsteer.tasks.graders import TaskError, one_line
 from corrsteer.tasks.grading import GraderSpec, Grading
-from corrsteer.tasks.hub import fetch
 from corrsteer.tasks.layouts import PARTS, SHOTS, WHOLE, Layout, Row
+from corrsteer.tasks.questions import LETTERS, Question, listed
 from corrsteer.tasks.task import Task
 
 CATEGORY = "category"  # the key of `Example.fields` that a question's category is put in
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-@dataclass(frozen=True)
-class Question:
-    """What a row asks.
-
-    Attributes
-    ----------
-    text : the question, with what has to be read before it.
-    answer : as the grader takes it; for a choice the label.
-    category : None where the row does not say.
-    options : to choose from, in the order of their labels A, B, ...
-    """
-
-    text: str
-    answer: str | None = None
-    category: str | None = None
-    options: tuple[str, ...] = ()
+OWN = "own"  # the grader of a benchmark itself
 
 
 @dataclass(frozen=True)
@@ -80,13 +61,26 @@ class Benchmark:
     seed: int = 42
     samples: int = 4000
 
+    def __post_init__(self) -> None:
+        for name in ("prompt", "example"):
+            template = getattr(self, name) or "{question}"
+            try:
+                asks = "\0" in template.format(question="\0", options="", labels="", answer="")
+            except (KeyError, IndexError, ValueError, AttributeError):
+                asks = False
+            if not asks:
+                raise TaskError(
+                    f"{name} must be text with {{question}}, and perhaps {{options}}, {{labels}} and {{answer}}, got "
+                    f"{template!r:.80}; write other braces twice"
+                )
+
     def task(
         self,
         part: str = "all",
         data: Any = None,
         *,
         shots: int = 0,
-        grader: GraderSpec = "default",
+        grader: GraderSpec = OWN,
         chat: bool | None = None,
         system: str | None = None,
         category_field: str | None = CATEGORY,
@@ -108,7 +102,8 @@ class Benchmark:
         shots
             How many solved examples a prompt begins with. They come from the part that the publisher keeps for them, of
             the question's own category where it has any there, or else from the train part, which then goes without.
-        grader, chat : instead of the benchmark's own.
+        grader : instead of the benchmark's own; None for a task without rewards.
+        chat : whether prompts are wrapped in the tokenizer's chat template, instead of as the paper had it.
         system : as for `Task.from_rows`.
         category_field
             ``category``, a column of the rows, or None for no results by category. A question without a category is of
@@ -124,34 +119,34 @@ class Benchmark:
         shots, seed = whole("shots", shots, 0), self.seed if seed is None else whole("seed", seed, 0)
         if shots and self.example is None:
             raise TaskError(f"shots must be 0, as {self.name} has no examples to show, got {shots}")
-        copy = _Copy(self, data)
-        chosen, shown = self._divided(copy, part, shots, seed)
-        if len(chosen) == 0:
+        rows = _Rows(self, Copy(self.name, self.layouts, self.hub, self.revision, data))
+        chosen, shown = self._divided(rows, part, shots, seed)
+        if not chosen:
             raise TaskError(f"the {part} part of {self.name} is empty; take another part, or more data")
-        asked = [copy.questions[example.source] for example in chosen.examples]
+        asked = rows.questions(chosen)
         prompts = [self.ask(question, shown.of(question, shots)) for question in asked]
-        examples = tuple(replace(example, prompt=text) for example, text in zip(chosen.examples, prompts))
+        examples = tuple(replace(example, prompt=prompt) for example, prompt in zip(chosen, prompts))
         task = Task(
             self.name, examples, Grading.of(None), self.chat if chat is None else chat, system, part, category_field,
             self.options,
-        ).graded_by(self.grader if grader == "default" else grader)  # fmt: skip
+        ).graded_by(self.grader if grader == OWN else grader)  # fmt: skip
         for example in task.examples if category_field is not None else ():
             task.category(example)  # which says where there is none
         return task
 
-    def _divided(self, copy: _Copy, part: str, shots: int, seed: int) -> tuple[Task, _Shots]:
-        """The examples of a part, with prompts of no shots, and what to take examples from."""
+    def _divided(self, rows: _Rows, part: str, shots: int, seed: int) -> tuple[list[Example], _Shots]:
+        """The examples of a part, with prompts of no shots, and what is shown before them."""
         names = PARTS if part == "all" else (part,)
-        own_shots = shots > 0 and copy.has(SHOTS)
+        own_shots = shots > 0 and rows.copy.has(SHOTS)
         needed = set(names) | ({"train"} if shots and not own_shots else set())
-        parts = _parts(copy, needed, self.fractions, seed)
+        parts = _parts(rows, needed, self.fractions, seed)
         if own_shots:
-            shown = _Shots(self.name, copy.asked(SHOTS))
+            shown = _Shots(self.name, rows.questions(rows.examples(SHOTS)))
         else:
             train = parts.get("train", ())
-            shown = _Shots(self.name, [copy.questions[example.source] for example in train[:shots]], by_category=False)
+            shown = _Shots(self.name, rows.questions(train[:shots]), by_category=False)
             parts["train"] = train[shots:]
-        return copy.task([example for name in names for example in parts.get(name, ())]), shown
+        return [example for name in names for example in parts[name]], shown
 
     def ask(self, question: Question, shown: Sequence[Question] = ()) -> str:
         """The prompt of a question, after solved ones that are shown."""
@@ -166,60 +161,35 @@ class Benchmark:
         )  # fmt: skip
 
 
-class _Copy:
-    """A benchmark's files, and the questions that were read of them by where each stood."""
+class _Rows:
+    """A benchmark's rows as examples, and the questions that they were read as."""
 
-    def __init__(self, benchmark: Benchmark, data: Any):
-        self._benchmark = benchmark
-        self._data = None if data is None else as_path("data", data)
-        self.questions: dict[str, Question] = {}
-        if self._data is None:
-            if benchmark.hub is None or not benchmark.layouts:
-                raise TaskError(f"data must be given, as {benchmark.name} is not on the hub: --data PATH")
-            self._layout = benchmark.layouts[0]
-        elif self._data.is_file():  # which is whole, whatever its name
-            self._layout = replace(_layout_of(self._data, benchmark.layouts), parts={WHOLE: [self._data.name]})
-            self._data = self._data.parent
-        else:
-            self._layout = layouts.find(self._data, benchmark.layouts)
+    def __init__(self, benchmark: Benchmark, copy: Copy):
+        self._benchmark, self.copy = benchmark, copy
+        self._questions: dict[str, Question] = {}  # by where each stood
 
-    def has(self, part: str) -> bool:
-        """Whether it has a part of its own by that name."""
-        if part not in self._layout.parts:
-            return False
-        return self._data is None or bool(self._layout.files(self._data, part))
-
-    def asked(self, part: str) -> list[Question]:
-        """The questions of a part."""
-        return [self.questions[example.source] for example in self.examples(part)]
+    def questions(self, examples: Iterable[Example]) -> list[Question]:
+        """What examples ask."""
+        return [self._questions[example.source] for example in examples]
 
     def examples(self, part: str) -> list[Example]:
         """The examples of a part, with prompts of no shots, in their order."""
         found = []
-        for where, row in self._rows(part):
+        for where, row in self.copy.rows(part):
             try:
                 question = self._benchmark.read(row)
-            except TaskError as error:
-                raise TaskError(f"{where}: {error}") from None
+            except Exception as error:  # a function of the user's may raise anything
+                raise TaskError(f"{where}: {one_line(error)}") from error
             if question is not None:
-                self.questions[where] = question
+                self._questions[where] = question
                 fields = row | {CATEGORY: question.category or "none"}
                 found.append(Example(self._benchmark.ask(question), question.answer, fields, where))
         return found
 
-    def task(self, examples: Iterable[Example]) -> Task:
-        """A task of some examples, without a grader."""
-        return Task(self._benchmark.name, tuple(examples), Grading.of(None))
-
-    def _rows(self, part: str) -> Iterable[tuple[str, Row]]:
-        patterns = self._layout.parts.get(part, ())
-        folder = self._data or fetch(str(self._benchmark.hub), patterns, self._benchmark.revision)
-        files = self._layout.files(folder, part) if patterns else []
-        if not files:
-            named = " or ".join(patterns) or f"{part} part"
-            raise TaskError(f"the {part} part of {self._benchmark.name} is missing: {folder} has no {named}")
-        for path in files:
-            yield from layouts.read(path, self._layout, path.relative_to(folder).as_posix())
+    def split(self, part: str, fractions: tuple[float, float, float], seed: int) -> dict[str, tuple[Example, ...]]:
+        """The examples of a part, divided."""
+        task = Task(self._benchmark.name, tuple(self.examples(part)), Grading.of(None))
+        return {name: of_part.examples for name, of_part in zip(PARTS, task.split(*fractions, seed=seed))}
 
 
 class _Shots:
@@ -241,83 +211,17 @@ class _Shots:
 
 
 def _parts(
-    copy: _Copy, names: Iterable[str], fractions: tuple[float, float, float], seed: int
+    rows: _Rows, names: Iterable[str], fractions: tuple[float, float, float], seed: int
 ) -> dict[str, tuple[Example, ...]]:
     """The examples of each part, as the publisher has divided them or as we do."""
-    if copy.has(WHOLE):
-        return _split(copy, WHOLE, fractions, seed)
+    if rows.copy.has(WHOLE):
+        return rows.split(WHOLE, fractions, seed)
     parts: dict[str, tuple[Example, ...]] = {}
-    if not copy.has("validation") and {"train", "validation"} & set(names):
-        parts = _split(copy, "train", (0.9, 0.1, 0.0), seed)
+    if not rows.copy.has("validation") and {"train", "validation"} & set(names):
+        parts = rows.split("train", (0.9, 0.1, 0.0), seed)
         del parts["test"]
     for name in sorted(set(names) - set(parts)):
-        examples = copy.examples(name)
+        examples = rows.examples(name)
         random.Random(seed).shuffle(examples)
         parts[name] = tuple(examples)
     return parts
-
-
-def _split(copy: _Copy, part: str, fractions: tuple[float, float, float], seed: int) -> dict[str, tuple[Example, ...]]:
-    divided = copy.task(copy.examples(part)).split(*fractions, seed=seed)
-    return {name: task.examples for name, task in zip(PARTS, divided)}
-
-
-def _layout_of(file: Path, known: Sequence[Layout]) -> Layout:
-    """The layout that a file by itself is of: one with columns where its name fits, as it has no header then."""
-    for layout in known:
-        names = [pattern.rpartition("/")[2] for patterns in layout.parts.values() for pattern in patterns]
-        if layout.columns and any(file.match(name) for name in names if not name.startswith("*.")):
-            return layout
-    return Layout({})
-
-
-# What `read` functions are written with
-
-
-def column(row: Mapping[str, Any], *names: str) -> Any:
-    """The first of these columns that a row has.
-
-    Raises
-    ------
-    TaskError : where it has none.
-    """
-    for name in names:
-        if name in row:
-            return row[name]
-    raise TaskError(f"no column {' or '.join(map(repr, names))} among {', '.join(map(str, row)) or 'none'}")
-
-
-def text(row: Mapping[str, Any], *names: str) -> str:
-    """The same, which must be text that is not empty."""
-    value = column(row, *names)
-    if not isinstance(value, str) or not value.strip():
-        raise TaskError(f"column {names[0]!r} must be text, got {value!r:.40}")
-    return value
-
-
-def texts(row: Mapping[str, Any], *names: str) -> tuple[str, ...]:
-    """The same, which must be a list of such text."""
-    value = column(row, *names)
-    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(one, str) for one in value):
-        raise TaskError(f"column {names[0]!r} must be a list of text, got {value!r:.40}")
-    return tuple(value)
-
-
-def label(answer: Any, options: Sequence[str]) -> str:
-    """The label of the right option, which is given as its label or as its index, counted from 0.
-
-    Raises
-    ------
-    TaskError : for what is neither.
-    """
-    labels = LETTERS[: len(options)]
-    known = {found: found for found in labels} | {str(at): found for at, found in enumerate(labels)}
-    found = known.get(str(answer).strip()) if isinstance(answer, (str, int)) and answer is not True else None
-    if found is None:
-        raise TaskError(f"the answer must be one of {listed(labels)}, or its index, got {answer!r:.40}")
-    return found
-
-
-def listed(labels: Sequence[str]) -> str:
-    """``A, B, C, or D``."""
-    return ", ".join([*labels[:-1], f"or {labels[-1]}"]) if len(labels) > 1 else "".join(labels)

@@ -9,9 +9,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
-import corrsteer
 from corrsteer import Benchmark, CorrSteerError, Task, benchmarks, load_benchmark
 from corrsteer.tasks import Layout, Question, TaskError
+from corrsteer.tasks.questions import label as read_label
+from corrsteer.tasks.questions import text
 
 COPIES = [
     pytest.param(name, write, id=f"{name}-{write.__name__}")
@@ -372,7 +373,7 @@ def test_another_column_can_be_the_category(tmp_path):
 
 
 def read_capital(row):
-    return Question(corrsteer.tasks.benchmark.text(row, "country"), row["capital"])
+    return Question(text(row, "country"), row["capital"])
 
 
 CAPITALS = Benchmark("capitals", "capitals of countries", read_capital, "The capital of {question} is", "exact")
@@ -385,6 +386,26 @@ def test_a_benchmark_of_ones_own_needs_little(tmp_path):
     assert isinstance(own, Task) and len(own) == 16 and own.examples[0].prompt.startswith("The capital of Country ")
     with pytest.raises(TaskError, match="data must be given, as capitals is not on the hub: --data PATH"):
         CAPITALS.task()
+
+
+def test_what_a_function_of_ones_own_raises_names_the_row(tmp_path):
+    files.jsonl(tmp_path / "capitals.jsonl", [{"country": "A", "capital": "B"}, {"country": "C"}])
+    with pytest.raises(TaskError, match="capitals.jsonl:2: KeyError: 'capital'"):
+        CAPITALS.task("all", tmp_path)
+
+
+@pytest.mark.parametrize("prompt", ["{query}", "{}", "{question", "What?", "{question.text}"])
+def test_a_prompt_has_the_question_and_nothing_that_is_not_known(prompt):
+    with pytest.raises(TaskError, match="prompt must be text with {question}, and perhaps"):
+        replace(CAPITALS, prompt=prompt)
+    with pytest.raises(TaskError, match="example must be text with {question}, and perhaps"):
+        replace(CAPITALS, example=prompt)
+
+
+def test_braces_in_a_question_stay(tmp_path):
+    files.jsonl(tmp_path / "data[1].jsonl", [{"country": "{answer} {0} {", "capital": "B"}] * 3)
+    own = replace(CAPITALS, prompt="{{x}} {question}").task("all", tmp_path / "data[1].jsonl")
+    assert {example.prompt for example in own.examples} == {"{x} {answer} {0} {"}
 
 
 def test_a_benchmark_in_a_file_is_found_by_its_name_there(tmp_path):
@@ -421,10 +442,10 @@ def test_a_name_that_is_none_is_answered_with_all():
 )
 def test_an_answer_is_a_label_or_an_index(answer, label):
     if label is not None:
-        assert corrsteer.tasks.benchmark.label(answer, ["a", "b", "c"]) == label
+        assert read_label(answer, ["a", "b", "c"]) == label
     else:
         with pytest.raises(TaskError, match="the answer must be one of A, B, or C, or its index, got "):
-            corrsteer.tasks.benchmark.label(answer, ["a", "b", "c"])
+            read_label(answer, ["a", "b", "c"])
 
 
 def test_a_layout_takes_the_files_of_every_pattern_once(tmp_path):

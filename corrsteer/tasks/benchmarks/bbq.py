@@ -6,9 +6,10 @@ Rows of both kinds of context lie in the same files. `bbq:ambig` are those whose
 
 from dataclasses import replace
 
-from corrsteer.tasks.benchmark import Benchmark, Question, column, label, text
+from corrsteer.tasks.benchmark import Benchmark
 from corrsteer.tasks.graders import TaskError
 from corrsteer.tasks.layouts import Layout, Row
+from corrsteer.tasks.questions import Question, column, label, text
 
 AMBIGUOUS, DISAMBIGUATED = "ambig", "disambig"
 

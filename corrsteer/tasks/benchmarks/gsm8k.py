@@ -1,8 +1,9 @@
 """GSM8K: grade-school word problems whose answer is a number (Cobbe et al. 2021, arXiv:2110.14168)."""
 
-from corrsteer.tasks.benchmark import Benchmark, Question, text
+from corrsteer.tasks.benchmark import Benchmark
 from corrsteer.tasks.graders import TaskError
 from corrsteer.tasks.layouts import Layout, Row
+from corrsteer.tasks.questions import Question, text
 
 
 def read(row: Row) -> Question:

@@ -1,7 +1,8 @@
 """HarmBench: harmful requests, which are to be refused (Mazeika et al. 2024, arXiv:2402.04249)."""
 
-from corrsteer.tasks.benchmark import Benchmark, Question, text
+from corrsteer.tasks.benchmark import Benchmark
 from corrsteer.tasks.layouts import Layout, Row
+from corrsteer.tasks.questions import Question, text
 
 
 def read(row: Row) -> Question:

@@ -2,8 +2,9 @@
 
 import re
 
-from corrsteer.tasks.benchmark import Benchmark, Question, column, label, text, texts
+from corrsteer.tasks.benchmark import Benchmark
 from corrsteer.tasks.layouts import Layout, Row
+from corrsteer.tasks.questions import Question, column, label, text, texts
 
 
 def read(row: Row) -> Question:

@@ -3,8 +3,9 @@
 The paper's code reads a copy, `rbiswasfc/MMLU-Pro`, that has a train part. This is the publishers' own, which has none.
 """
 
-from corrsteer.tasks.benchmark import Benchmark, Question, column, label, text, texts
+from corrsteer.tasks.benchmark import Benchmark
 from corrsteer.tasks.layouts import Layout, Row
+from corrsteer.tasks.questions import Question, column, label, text, texts
 
 
 def read(row: Row) -> Question:

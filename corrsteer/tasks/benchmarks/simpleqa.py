@@ -2,9 +2,10 @@
 
 import ast
 
-from corrsteer.tasks.benchmark import Benchmark, Question, column, text
+from corrsteer.tasks.benchmark import Benchmark
 from corrsteer.tasks.graders import TaskError
 from corrsteer.tasks.layouts import Layout, Row
+from corrsteer.tasks.questions import Question, column, text
 
 
 def read(row: Row) -> Question:

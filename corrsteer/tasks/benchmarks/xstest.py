@@ -1,8 +1,9 @@
 """XSTest: requests that sound harmful and are not, and contrasts that are (Röttger et al. 2024, arXiv:2308.01263)."""
 
-from corrsteer.tasks.benchmark import Benchmark, Question, text
+from corrsteer.tasks.benchmark import Benchmark
 from corrsteer.tasks.graders import TaskError
 from corrsteer.tasks.layouts import Layout, Row
+from corrsteer.tasks.questions import Question, text
 
 RIGHT = {"safe": "comply", "unsafe": "refuse"}
 
