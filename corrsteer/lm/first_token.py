@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -22,9 +22,8 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> l
     """
     found: set[int] = set()
     for label in labels:
-        tokens = {ids[0] for ids in _written(tokenizer, label) if len(ids) == 1}
         # An unknown token, or half a character, is one token too, but does not say the label.
-        tokens = {token for token in tokens if str(tokenizer.decode([token])).strip() == label}
+        tokens = {token for token in _candidates(tokenizer, label) if str(tokenizer.decode([token])).strip() == label}
         if not tokens:
             raise CorrSteerError(
                 f"first_token_among has {label!r}, which is no single token of this tokenizer, alone or after a space; "
@@ -34,8 +33,14 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> l
     return sorted(found)
 
 
-def _written(tokenizer: PreTrainedTokenizerBase, label: str) -> list[list[int]]:
-    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (label, f" {label}")]
+def _candidates(tokenizer: PreTrainedTokenizerBase, label: str) -> set[int]:
+    """What may be a label's token: the whole of what it is written as, and the piece of the vocabulary that it is.
+
+    Some tokenizers put a space before all that they read, so that a label without one is only in their vocabulary.
+    """
+    written: list[list[int]] = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (label, f" {label}")]
+    piece: Any = tokenizer.convert_tokens_to_ids(label)
+    return {ids[0] for ids in written if len(ids) == 1} | ({piece} if isinstance(piece, int) else set())
 
 
 class FirstTokenAmong:

@@ -10,6 +10,8 @@ import tiny_pipeline
 import tiny_text
 import torch
 from scipy import stats
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from corrsteer import CorrSteerError, Decoding, Steering, Trial, collect, evaluate, generate_rollouts, run_trials
 from corrsteer.experiments.trials import UNSTEERED
@@ -60,6 +62,17 @@ def test_a_labels_tokens_are_those_alone_and_after_a_space(tiny):
     assert label_tokens(tiny[1], ("E",)) == ids_of(["E"]) and len(ids_of(["E"])) == 1
     digits = tiny_pipeline.tokenizer()("37", add_special_tokens=False)["input_ids"]
     assert label_tokens(tiny_pipeline.tokenizer(), ("3", "7")) == sorted(digits)
+
+
+def test_a_tokenizer_that_puts_a_space_before_everything_has_labels_without_one_too():
+    pieces = ["<unk>", "▁", "A", "▁A", "B", "▁B", "▁▁"]
+    merges = [("▁", "A"), ("▁", "B")]
+    spaced = Tokenizer(models.BPE({piece: at for at, piece in enumerate(pieces)}, merges, unk_token="<unk>"))
+    spaced.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    spaced.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=spaced, unk_token="<unk>")
+    assert tokenizer("A")["input_ids"] == [pieces.index("▁A")]
+    assert label_tokens(tokenizer, ("A", "B")) == sorted(map(pieces.index, ("A", "▁A", "B", "▁B")))
 
 
 @pytest.mark.parametrize("label", ["AB", "é", "10"])
