@@ -13,7 +13,10 @@ from corrsteer.version import __version__
 
 _HOME = {
     "SparseEncoder": "sae.encoder",
+    "Benchmark": "tasks",
     "Task": "tasks",
+    "benchmarks": "tasks",
+    "load_benchmark": "tasks",
     "Moments": "ops",
     "encode": "ops",
     "encode_pool": "ops",
@@ -60,6 +63,7 @@ _HOME = {
 }
 __all__ = [
     "BackendUnavailable",
+    "Benchmark",
     "Capture",
     "CorrSteerError",
     "Decoding",
@@ -79,6 +83,7 @@ __all__ = [
     "accelerated",
     "apply_rows",
     "baselines",
+    "benchmarks",
     "calibrate_best",
     "calibrate_scale",
     "collect",
@@ -91,6 +96,7 @@ __all__ = [
     "generate_rollouts",
     "import_steering",
     "inference",
+    "load_benchmark",
     "pack",
     "planning",
     "read_rollouts",
@@ -133,7 +139,7 @@ if TYPE_CHECKING:
     from corrsteer.stats import inference, planning, scores, stability
     from corrsteer.stats.evidence import Evidence
     from corrsteer.steering.steering import Steering, apply_rows
-    from corrsteer.tasks import Task
+    from corrsteer.tasks import Benchmark, Task, benchmarks, load_benchmark
 
 
 def __getattr__(name: str) -> Any:

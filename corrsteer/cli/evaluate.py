@@ -13,6 +13,7 @@ from corrsteer import processes
 from corrsteer.cli.app import Force, Json, command, emit
 from corrsteer.cli.options import Given
 from corrsteer.cli.settings import EvaluateSettings
+from corrsteer.cli.task_defaults import defaults
 from corrsteer.errors import CorrSteerError
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def evaluate(
         inputs.check_file(out)
     loaded = {str(path): Steering_.load(path) for path in steering}
     first = next(iter(loaded.values()))
-    settings = given.read(inputs.recorded(first.provenance, "test"))
+    settings = given.read(defaults(given, inputs.recorded(first.provenance, "test")))
     of_validation = {"part": "validation", "limit": validation_limit}  # whatever part is evaluated on
     task, run = inputs.load_task(settings), None if baselines is None else Run.load(baselines)
     validation = None if run is None else inputs.load_task(settings.model_copy(update=of_validation))

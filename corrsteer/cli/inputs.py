@@ -24,7 +24,9 @@ from corrsteer.ops import pack, registry
 from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.sae.formats import recognise
 from corrsteer.sae.releases import check_names
-from corrsteer.tasks import GraderSpec, Task
+from corrsteer.tasks import Benchmark, GraderSpec, Task, TaskError, benchmarks, load_benchmark
+from corrsteer.tasks.benchmark import OWN
+from corrsteer.tasks.registry import is_benchmark, near_names
 
 # Within `one_model`, the last model by what it was asked for.
 _last_model: ContextVar[dict[tuple[str, str, str], tuple[nn.Module, Any]] | None] = ContextVar("model", default=None)
@@ -34,18 +36,11 @@ def load_task(given: TaskSettings) -> Task:
     """The part of a task that was asked for."""
     if given.task is None:
         raise CorrSteerError("task is missing: give --task or put it in the YAML file")
-    options = {
-        "grader": parse_graders(given.grader), "prompt_field": given.prompt_field, "answer_field": given.answer_field,
-        "category_field": given.category_field or None, "chat": given.chat, "system": given.system,
-    }  # fmt: skip
-    if given.task.endswith((".jsonl", ".json")) or Path(given.task).is_file():
-        task = Task.from_jsonl(given.task, **options)
-    else:
-        name, _, config = given.task.partition(":")
-        task = Task.from_dataset(name, config or None, split=given.split, **options)
+    benchmark = is_benchmark(given.task)
+    task = _benchmark_task(given, load_benchmark(given.task)) if benchmark else _own_task(given)
     if given.reward is not None:
         task = task.rewarded_by(given.reward)
-    if given.part != "all":
+    if given.part != "all" and not benchmark:
         parts = dict(zip(("train", "validation", "test"), task.split(seed=given.split_seed)))
         if len(parts[given.part]) == 0:
             raise CorrSteerError(
@@ -53,6 +48,37 @@ def load_task(given: TaskSettings) -> Task:
             )
         task = parts[given.part]
     return task if given.limit is None else task.take(given.limit)
+
+
+def _benchmark_task(given: TaskSettings, benchmark: Benchmark) -> Task:
+    grader = OWN if given.grader == [OWN] else parse_graders(given.grader)
+    return benchmark.task(
+        given.part, given.data, shots=given.shots, grader=grader, chat=given.chat, system=given.system,
+        category_field=given.category_field or None, seed=given.split_seed,
+    )  # fmt: skip
+
+
+def _own_task(given: TaskSettings) -> Task:
+    """The whole task of a file, or of a dataset on the hub."""
+    name = str(given.task)
+    for setting, strange in (("data", given.data is not None), ("shots", given.shots > 0)):
+        if strange:
+            raise CorrSteerError(
+                f"{setting} is of benchmarks, which are {', '.join(benchmarks())} and FILE.py:NAME, got task {name!r}; "
+                f"leave it out"
+            )
+    options = {
+        "grader": parse_graders(given.grader), "prompt_field": given.prompt_field, "answer_field": given.answer_field,
+        "category_field": given.category_field or None, "chat": given.chat, "system": given.system,
+    }  # fmt: skip
+    if name.endswith((".jsonl", ".json")) or Path(name).is_file():
+        return Task.from_jsonl(name, **options)
+    dataset, _, config = name.partition(":")
+    try:
+        return Task.from_dataset(dataset, config or None, split=given.split, **options)
+    except TaskError as error:
+        near = [] if "/" in name else near_names(name)
+        raise TaskError(f"{error}; did you mean the benchmark {' or '.join(near)}?") from error if near else error
 
 
 def parse_graders(entries: list[str]) -> GraderSpec:
@@ -240,7 +266,13 @@ def statistics_options(given: StatisticsSettings) -> dict[str, Any]:
 def decoding(given: ModelSettings) -> Decoding:
     """How completions are generated."""
     names = ("max_new_tokens", "temperature", "top_p", "seed", "batch_tokens", "batch_size", "cache_bytes")
-    return Decoding(**{name: getattr(given, name) for name in names})
+    if given.options_only and not given.option:
+        raise CorrSteerError(
+            "options_only needs the labels of the options, which benchmarks of multiple choice have; give --option A "
+            "--option B, or leave it out"
+        )
+    labels = tuple(given.option) if given.options_only else None
+    return Decoding(**{name: getattr(given, name) for name in names}, first_token_among=labels)
 
 
 def recorded(provenance: dict[str, Any], part: str) -> dict[str, Any]:
