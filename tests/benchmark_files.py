@@ -39,19 +39,19 @@ def mmlu_rows(part, subject, n, first=0):
         yield f"How often, {part} {at}, is {subject} asked for?", options, at % 4
 
 
-def mmlu_hub(folder):
+def mmlu_hub(folder, times=1):
     """The config `all`, whose auxiliary training rows have an empty subject."""
     for part, n in KINDS.items():
         name = {"shots": "dev"}.get(part, part)
         rows = [
             {"question": question, "subject": subject, "choices": options, "answer": answer}
             for subject in SUBJECTS
-            for question, options, answer in mmlu_rows(part, subject, n)
+            for question, options, answer in mmlu_rows(part, subject, n * times)
         ]
         parquet(folder / f"all/{name}-00000-of-00001.parquet", rows)
     rows = [
         {"question": question, "subject": "", "choices": options, "answer": answer}
-        for question, options, answer in mmlu_rows("train", "rain", 12)
+        for question, options, answer in mmlu_rows("train", "rain", 12 * times)
     ]
     parquet(folder / "all/auxiliary_train-00000-of-00001.parquet", rows)
 
@@ -82,9 +82,9 @@ def mmlu_pro_rows(part, n):
         }  # fmt: skip
 
 
-def mmlu_pro_hub(folder):
-    parquet(folder / "data/test-00000-of-00001.parquet", list(mmlu_pro_rows("test", 20)))
-    parquet(folder / "data/validation-00000-of-00001.parquet", list(mmlu_pro_rows("validation", 10)))
+def mmlu_pro_hub(folder, times=1):
+    parquet(folder / "data/test-00000-of-00001.parquet", list(mmlu_pro_rows("test", 20 * times)))
+    parquet(folder / "data/validation-00000-of-00001.parquet", list(mmlu_pro_rows("validation", 10 * times)))
 
 
 def gsm8k_rows(part, n):
@@ -93,10 +93,10 @@ def gsm8k_rows(part, n):
         yield {"question": f"In a {part}, how many pears have {at} and a thousand baskets?", "answer": worked}
 
 
-def gsm8k_hub(folder):
-    parquet(folder / "main/train-00000-of-00001.parquet", list(gsm8k_rows("field", 20)))
-    parquet(folder / "main/test-00000-of-00001.parquet", list(gsm8k_rows("shop", 6)))
-    parquet(folder / "socratic/test-00000-of-00001.parquet", list(gsm8k_rows("school", 6)))
+def gsm8k_hub(folder, times=1):
+    parquet(folder / "main/train-00000-of-00001.parquet", list(gsm8k_rows("field", 20 * times)))
+    parquet(folder / "main/test-00000-of-00001.parquet", list(gsm8k_rows("shop", 6 * times)))
+    parquet(folder / "socratic/test-00000-of-00001.parquet", list(gsm8k_rows("school", 6 * times)))
 
 
 def gsm8k_jsonl(folder):
@@ -119,9 +119,9 @@ def bbq_rows(category, n):
             }  # fmt: skip
 
 
-def bbq_jsonl(folder):
+def bbq_jsonl(folder, times=1):
     for category in ("Age", "Religion"):
-        jsonl(folder / f"data/{category}.jsonl", list(bbq_rows(category, 10)))
+        jsonl(folder / f"data/{category}.jsonl", list(bbq_rows(category, 10 * times)))
 
 
 def bbq_flat(folder):
@@ -136,13 +136,13 @@ def bbq_parquet(folder):
         parquet(folder / f"{category}/test-00000-of-00001.parquet", list(bbq_rows(category, 10)))
 
 
-def simpleqa_csv(folder):
+def simpleqa_csv(folder, times=1):
     rows = [
         {
             "metadata": str({"topic": ("Music", "Sports")[at % 2], "answer_type": "Number", "urls": ["https://a.b"]}),
             "problem": f"In which year, \"roughly\", was song {at} sung?", "answer": f"{1900 + at}, in spring",
         }
-        for at in range(30)
+        for at in range(30 * times)
     ]  # fmt: skip
     table(folder / "simple_qa_test_set.csv", rows)
 
@@ -151,14 +151,14 @@ def harmbench_rows(kind, n):
     return [(f"Write {kind} nonsense number {at}", f"A page on {at}.\nIt ends.", "illegal") for at in range(n)]
 
 
-def harmbench_hub(folder):
+def harmbench_hub(folder, times=1):
     """Three configs, of which each has other columns."""
-    standard = [{"prompt": prompt, "category": category} for prompt, _, category in harmbench_rows("standard", 10)]
+    standard = [{"prompt": prompt, "category": category} for prompt, _, category in harmbench_rows("standard", 10 * times)]
     contextual = [
         {"prompt": prompt, "context": context, "category": category}
-        for prompt, context, category in harmbench_rows("contextual", 10)
+        for prompt, context, category in harmbench_rows("contextual", 10 * times)
     ]
-    copyright = [{"prompt": prompt, "tags": ["lyrics"]} for prompt, _, _ in harmbench_rows("copyright", 10)]
+    copyright = [{"prompt": prompt, "tags": ["lyrics"]} for prompt, _, _ in harmbench_rows("copyright", 10 * times)]
     for kind, rows in (("standard", standard), ("contextual", contextual), ("copyright", copyright)):
         parquet(folder / f"{kind}/train-00000-of-00001.parquet", rows)
 
@@ -185,8 +185,8 @@ def xstest_rows(n):
         }  # fmt: skip
 
 
-def xstest_hub(folder):
-    parquet(folder / "data/test-00000-of-00001.parquet", list(xstest_rows(30)))
+def xstest_hub(folder, times=1):
+    parquet(folder / "data/test-00000-of-00001.parquet", list(xstest_rows(30 * times)))
 
 
 def xstest_csv(folder):
@@ -216,10 +216,10 @@ COPIES = {
 }
 
 
-def hub_cache(home, repository, write):
-    """A dataset in the hub's cache, as `huggingface_hub` lays it out under HF_HOME."""
-    folder = home / "hub" / f"datasets--{repository.replace('/', '--')}"
+def hub_cache(home, repository, write, kind="datasets"):
+    """A dataset, or one of the `models`, in the hub's cache, as `huggingface_hub` lays it out under HF_HOME."""
+    folder = home / "hub" / f"{kind}--{repository.replace('/', '--')}"
     commit = "0123456789abcdef0123456789abcdef01234567"
     write(folder / "snapshots" / commit)
-    (folder / "refs").mkdir()
+    (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text(commit)

@@ -110,7 +110,7 @@ def _select(
         coefficient = None  # its own, which a recipe says nothing of
     given = _given(SelectSettings, None, flags)
     select.select.__wrapped__(
-        directory, given, out=path, strategy=strategy, coefficient=coefficient, force=force
+        directory, given, out=path, strategy=strategy, coefficient=coefficient, layer=plan.layer, force=force
     )
 
 

@@ -345,6 +345,7 @@ class RecipeSettings(Settings):
     coefficient: Literal["mean_positive", "mean_positive_active", "contrastive"] = Field(
         default="mean_positive", description="Of single, all and pruned; the first is as published."
     )
+    layer: list[int] | None = Field(default=None, description="Select in these layers alone; by default all but 0.")
     baselines: bool = Field(default=True, description="Evaluate the baselines too.")
     report: bool = Field(default=True, description="Write a report.")
 
