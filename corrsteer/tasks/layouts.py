@@ -107,7 +107,7 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[Any]:
 
 
 def _csv_rows(file: Any, columns: tuple[str, ...]) -> Iterator[Row]:
-    for row in csv.DictReader(file, columns or None, strict=True):
+    for row in csv.DictReader(file, columns or None):  # which takes odd quotes, as the publishers' own readers do
         if None in row or None in row.values():  # more cells than columns, or fewer
             raise csv.Error(f"line of {sum(cell is not None for cell in row.values())} cells, not {len(row)}: {row}")
         yield row
