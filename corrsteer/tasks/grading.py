@@ -115,6 +115,7 @@ class Grading:
         """Raise TaskError if a grader could never match this answer, or would match anything."""
         for grader in self.graders:
             graders.check_answer(grader.label, answer)
+            getattr(grader.grade, "check_answer", _any_answer)(answer)
 
     def rewarded_by(self, name: str) -> Grading:
         """The same with another reward first.
@@ -173,8 +174,13 @@ class Grading:
 
 def _named(name: str, grader: AnyGrader, label: str | None = None) -> _Named:
     known_as, grade, needs_answer = graders.resolve(grader)
-    gives_numbers = needs_answer or known_as.startswith("regex:") and not callable(grader)
+    needs_answer = needs_answer or bool(getattr(grade, "needs_answer", False))
+    gives_numbers = isinstance(grader, str) and graders.gives_number(grader)
     return _Named(name, label or known_as, grade, needs_answer, gives_numbers, _takes_batch(grade))
+
+
+def _any_answer(answer: str | tuple[str, ...]) -> None:
+    """What a grader thinks of an answer that says nothing of answers."""
 
 
 def _source(grade: Callable[..., Any]) -> str | None:
