@@ -19,10 +19,12 @@ from corrsteer.errors import CorrSteerError
 from corrsteer.lm.decoding import Decoding
 from corrsteer.lm.hook_points import input_device, width
 from corrsteer.ops import pack, registry
+from corrsteer.rollouts.model_graders import with_models
 from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.sae.formats import recognise
 from corrsteer.sae.releases import check_names
 from corrsteer.tasks import GraderSpec, Task
+from corrsteer.tasks.graders import WITH_MODELS
 
 
 def load_task(given: TaskSettings) -> Task:
@@ -30,7 +32,8 @@ def load_task(given: TaskSettings) -> Task:
     if given.task is None:
         raise CorrSteerError("task is missing: give --task or put it in the YAML file")
     options = {
-        "grader": parse_graders(given.grader), "prompt_field": given.prompt_field, "answer_field": given.answer_field,
+        "grader": parse_graders(given.grader, _device(given)),
+        "prompt_field": given.prompt_field, "answer_field": given.answer_field,
         "category_field": given.category_field or None, "chat": given.chat, "system": given.system,
     }  # fmt: skip
     if given.task.endswith((".jsonl", ".json")) or Path(given.task).is_file():
@@ -50,23 +53,39 @@ def load_task(given: TaskSettings) -> Task:
     return task if given.limit is None else task.take(given.limit)
 
 
-def parse_graders(entries: list[str]) -> GraderSpec:
-    """What `Task` takes, of entries GRADER or NAME=GRADER; among several, one without a name has its own."""
+def parse_graders(entries: list[str], device: str = "auto") -> GraderSpec:
+    """What `Task` takes, of entries GRADER or NAME=GRADER; among several, one without a name has its own.
+
+    Parameters
+    ----------
+    device : of graders with a model.
+    """
     if entries == ["none"]:
         return None
     found: dict[str, str] = {}
     for entry in entries:
         # A name comes before any colon: regex:a=b has none.
         named = re.fullmatch(r"([^:=\s]+)=(.+)", entry, re.DOTALL)
-        name, grader = named.groups() if named else (entry.rpartition(":")[2] or entry, entry)
+        name, grader = named.groups() if named else (_own_name(entry), entry)
         if not named and len(entries) == 1:
-            return entry
+            return with_models(entry, device)
         if grader == "none":
             raise CorrSteerError("grader none is for a task without rewards; give it alone")
         if name in found:
             raise CorrSteerError(f"grader gives the reward {name!r} twice; name them: --grader NAME={grader}")
         found[name] = grader
-    return found
+    return with_models(found, device)
+
+
+def _own_name(grader: str) -> str:
+    """What the reward of a grader is called that was given none: that of its function, or the kind of its model."""
+    kind, _, _ = grader.partition(":")
+    return kind if kind in WITH_MODELS else grader.rpartition(":")[2] or grader
+
+
+def _device(given: TaskSettings) -> str:
+    """Where a task's graders with a model run: where the run's model does, if there is one."""
+    return given.device if isinstance(given, ModelSettings) else "auto"
 
 
 def parse_saes(entries: list[str]) -> dict[int, str]:

@@ -245,7 +245,7 @@ def _f1(words: list[str], answer: list[str]) -> float:
     return 2 * shared / (len(words) + len(answer))
 
 
-def _check_refusal(answer: str) -> None:
+def check_refusal(answer: str) -> None:
     """Raise for what means refuse or comply and is not one of these words; another answer is another grader's."""
     if re.fullmatch(r"refus(al|ed|es|ing)|compl(iance|ied|ies|ying)", answer.strip().casefold()):
         raise TaskError(f"a grader of refusals takes the answers refuse and comply, got {answer!r}")
@@ -278,6 +278,7 @@ _NAMED: dict[str, Callable[[str, Example], float | dict[str, float]]] = {
 }
 WITHOUT_ANSWER = ("refusal_phrases", "length")
 WITH_MODELS = ("refusal", "similarity", "judge")  # see `corrsteer.rollouts.model_graders`, which this room cannot know
+STAND_INS = {"token_f1": "similarity", "refusal_phrases": "refusal"}  # for which grader with a model
 SEVERAL_REWARDS = ("token_f1",)
 _ANSWER_CHECKS: dict[str, Callable[[str], object]] = {
     "choice": _label,
@@ -285,5 +286,5 @@ _ANSWER_CHECKS: dict[str, Callable[[str], object]] = {
     "contains": _check_text,
     "regex": _check_pattern,
     "token_f1": _check_text,
-    "refusal_phrases": _check_refusal,
+    "refusal_phrases": check_refusal,
 }

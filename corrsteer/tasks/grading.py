@@ -111,6 +111,15 @@ class Grading:
         """The label of a grader that needs an answer, if there is one."""
         return next((grader.label for grader in self.graders if grader.needs_answer), None)
 
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of rewards should know of who gave them."""
+        return [
+            f"graded by {grader.label}, which needs no model and stands in for {graders.STAND_INS[grader.label]}"
+            for grader in self.graders
+            if grader.label in graders.STAND_INS
+        ]
+
     def check_answer(self, answer: str | tuple[str, ...]) -> None:
         """Raise TaskError if a grader could never match this answer, or would match anything."""
         for grader in self.graders:
