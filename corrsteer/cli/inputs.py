@@ -16,6 +16,7 @@ from torch import nn
 from corrsteer import processes
 from corrsteer.cli.settings import ModelSettings, RolloutsSettings, StatisticsSettings, TaskSettings
 from corrsteer.errors import CorrSteerError
+from corrsteer.integrations.lm_eval_tasks import is_lm_eval, load_lm_eval
 from corrsteer.lm.decoding import Decoding
 from corrsteer.lm.hook_points import input_device, width
 from corrsteer.ops import pack, registry
@@ -36,7 +37,9 @@ def load_task(given: TaskSettings) -> Task:
         "prompt_field": given.prompt_field, "answer_field": given.answer_field,
         "category_field": given.category_field or None, "chat": given.chat, "system": given.system,
     }  # fmt: skip
-    if given.task.endswith((".jsonl", ".json")) or Path(given.task).is_file():
+    if is_lm_eval(given.task):
+        task = _lm_eval_task(given)
+    elif given.task.endswith((".jsonl", ".json")) or Path(given.task).is_file():
         task = Task.from_jsonl(given.task, **options)
     else:
         name, _, config = given.task.partition(":")
@@ -51,6 +54,15 @@ def load_task(given: TaskSettings) -> Task:
             )
         task = parts[given.part]
     return task if given.limit is None else task.take(given.limit)
+
+
+def _lm_eval_task(given: TaskSettings) -> Task:
+    """A task of lm-evaluation-harness, graded by itself unless by another grader than the settings' default."""
+    default = given.grader == TaskSettings.model_fields["grader"].default
+    return load_lm_eval(
+        str(given.task), grader=None if default else parse_graders(given.grader, _device(given)), chat=given.chat,
+        system=given.system, category_field=given.category_field or None,
+    )  # fmt: skip
 
 
 def parse_graders(entries: list[str], device: str = "auto") -> GraderSpec:
