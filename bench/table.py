@@ -371,6 +371,13 @@ def formats(study: Path) -> str:
     return "\n\n".join([*_markdown(formats.DOCUMENTED, formats.format_rows(result)), f"Compared with {versions}."])
 
 
+def exports(study: Path) -> str:
+    """How alike other tools continue prompts under exported steerings, as measured; or how to measure it."""
+    from bench import exports
+
+    return _jobs(study, "bench.exports --model FOLDER", exports.lines, ((exports.HEADER, exports.rows),))
+
+
 def packing(study: Path) -> str:
     """What encoders hold in memory, as they are and packed."""
     from bench import packing
@@ -415,6 +422,7 @@ DOCUMENTS: dict[str, tuple[tuple[str, Callable[[Path], str], str], ...]] = {
         ("packing", packing, "studies/packing.json"),
         ("benchmarks", lambda folder: section(load(folder)), "."),
     ),
+    "docs/howto/exports.md": (("exports", exports, "studies/exports.json"),),
     "docs/supported.md": (("formats", formats, "studies/formats.json"),),
     "docs/statistics.md": (
         ("clusters", clusters, "studies/calibration.json"),

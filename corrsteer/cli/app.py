@@ -94,7 +94,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     shown = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in shown]
     run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in shown}
-    return app.command(name=function.__name__)(run)
+    return app.command(name=function.__name__.rstrip("_"))(run)  # import_, as Python has the word
 
 
 def _say_what_was_spent() -> None:

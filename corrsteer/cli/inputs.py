@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +26,24 @@ from corrsteer.rollouts.model_graders import with_models
 from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.sae.formats import recognise
 from corrsteer.sae.releases import check_names
-from corrsteer.tasks import GraderSpec, Task
+from corrsteer.tasks import Benchmark, GraderSpec, Task, TaskError, benchmarks, load_benchmark
+from corrsteer.tasks.benchmark import OWN
 from corrsteer.tasks.graders import WITH_MODELS
+from corrsteer.tasks.registry import is_benchmark, near_names
+
+# Within `one_model`, the last model by what it was asked for.
+_last_model: ContextVar[dict[tuple[str, str, str], tuple[nn.Module, Any]] | None] = ContextVar("model", default=None)
 
 
 def load_task(given: TaskSettings) -> Task:
     """The part of a task that was asked for."""
     if given.task is None:
         raise CorrSteerError("task is missing: give --task or put it in the YAML file")
-    options = {
-        "grader": parse_graders(given.grader, _device(given)),
-        "prompt_field": given.prompt_field, "answer_field": given.answer_field,
-        "category_field": given.category_field or None, "chat": given.chat, "system": given.system,
-    }  # fmt: skip
-    if is_lm_eval(given.task):
-        task = _lm_eval_task(given)
-    elif given.task.endswith((".jsonl", ".json")) or Path(given.task).is_file():
-        task = Task.from_jsonl(given.task, **options)
-    else:
-        name, _, config = given.task.partition(":")
-        task = Task.from_dataset(name, config or None, split=given.split, **options)
+    benchmark = is_benchmark(given.task)
+    task = _benchmark_task(given, load_benchmark(given.task)) if benchmark else _own_task(given)
     if given.reward is not None:
         task = task.rewarded_by(given.reward)
-    if given.part != "all":
+    if given.part != "all" and not benchmark:
         parts = dict(zip(("train", "validation", "test"), task.split(seed=given.split_seed)))
         if len(parts[given.part]) == 0:
             raise CorrSteerError(
@@ -56,13 +53,40 @@ def load_task(given: TaskSettings) -> Task:
     return task if given.limit is None else task.take(given.limit)
 
 
-def _lm_eval_task(given: TaskSettings) -> Task:
-    """A task of lm-evaluation-harness, graded by itself unless by another grader than the settings' default."""
-    default = given.grader == TaskSettings.model_fields["grader"].default
-    return load_lm_eval(
-        str(given.task), grader=None if default else parse_graders(given.grader, _device(given)), chat=given.chat,
-        system=given.system, category_field=given.category_field or None,
+def _benchmark_task(given: TaskSettings, benchmark: Benchmark) -> Task:
+    grader = OWN if given.grader == [OWN] else parse_graders(given.grader, _device(given))
+    return benchmark.task(
+        given.part, given.data, shots=given.shots, grader=grader, chat=given.chat, system=given.system,
+        category_field=given.category_field or None, seed=given.split_seed,
     )  # fmt: skip
+
+
+def _own_task(given: TaskSettings) -> Task:
+    """The whole task of a file, or of a dataset on the hub."""
+    name = str(given.task)
+    for setting, strange in (("data", given.data is not None), ("shots", given.shots > 0)):
+        if strange:
+            raise CorrSteerError(
+                f"{setting} is of benchmarks, which are {', '.join(benchmarks())} and FILE.py:NAME, got task {name!r}; "
+                f"leave it out"
+            )
+    wrapped = {"category_field": given.category_field or None, "chat": given.chat, "system": given.system}
+    if is_lm_eval(name):
+        return load_lm_eval(
+            name, grader=None if given.grader == [OWN] else parse_graders(given.grader, _device(given)), **wrapped
+        )
+    options = {
+        "grader": parse_graders(given.grader, _device(given)), "prompt_field": given.prompt_field,
+        "answer_field": given.answer_field, **wrapped,
+    }  # fmt: skip
+    if name.endswith((".jsonl", ".json")) or Path(name).is_file():
+        return Task.from_jsonl(name, **options)
+    dataset, _, config = name.partition(":")
+    try:
+        return Task.from_dataset(dataset, config or None, split=given.split, **options)
+    except TaskError as error:
+        near = [] if "/" in name else near_names(name)
+        raise TaskError(f"{error}; did you mean the benchmark {' or '.join(near)}?") from error if near else error
 
 
 def parse_graders(entries: list[str], device: str = "auto") -> GraderSpec:
@@ -101,15 +125,23 @@ def _device(given: TaskSettings) -> str:
 
 
 def parse_saes(entries: list[str]) -> dict[int, str]:
-    """Sources by layer, of entries LAYER=SOURCE."""
+    """Sources by layer, of entries LAYER=SOURCE, or FIRST-LAST=SOURCE whose {layer} is each layer's number."""
     sources: dict[int, str] = {}
     for entry in entries:
-        layer, separator, source = entry.partition("=")
-        if not separator or not re.fullmatch("[0-9]+", layer):
-            raise CorrSteerError(f"sae must be LAYER=SOURCE, got {entry!r}")
-        if int(layer) in sources:
-            raise CorrSteerError(f"sae gives layer {layer} twice; give one SAE a layer")
-        sources[int(layer)] = source
+        layers, separator, source = entry.partition("=")
+        named = re.fullmatch("([0-9]+)(?:-([0-9]+))?", layers)
+        if not separator or not named:
+            raise CorrSteerError(f"sae must be LAYER=SOURCE, or FIRST-LAST=SOURCE with {{layer}} in it, got {entry!r}")
+        first, last = int(named[1]), int(named[2] or named[1])
+        if last < first or (first < last and "{layer}" not in source):
+            raise CorrSteerError(
+                f"sae must name layers from the first to the last and have {{layer}} in their source, such as "
+                f"1-25=RELEASE:layer_{{layer}}/width_16k/canonical, got {entry!r}"
+            )
+        for layer in range(first, last + 1):
+            if layer in sources:
+                raise CorrSteerError(f"sae gives layer {layer} twice; give one SAE a layer")
+            sources[layer] = source.replace("{layer}", str(layer)) if named[2] else source
     return sources
 
 
@@ -172,8 +204,28 @@ def pack_where_read(
     return {layer: packed(encoder) for layer, encoder in encoders.items()}
 
 
+@contextlib.contextmanager
+def one_model() -> Iterator[None]:
+    """Have a model that was loaded last be the one that is meant, where the same is asked for again."""
+    token = _last_model.set({})
+    try:
+        yield
+    finally:
+        _last_model.reset(token)
+
+
 def load_model(given: ModelSettings) -> tuple[nn.Module, Any]:
     """A model and its tokenizer."""
+    last, asked = _last_model.get(), (given.model, given.dtype, given.device)
+    if last is None:
+        return _load_model(given)
+    if asked not in last:
+        last.clear()  # before the next is there
+        last[asked] = _load_model(given)
+    return last[asked]
+
+
+def _load_model(given: ModelSettings) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     check_model(given)
@@ -238,7 +290,13 @@ def statistics_options(given: StatisticsSettings) -> dict[str, Any]:
 def decoding(given: ModelSettings) -> Decoding:
     """How completions are generated."""
     names = ("max_new_tokens", "temperature", "top_p", "seed", "batch_tokens", "batch_size", "cache_bytes")
-    return Decoding(**{name: getattr(given, name) for name in names})
+    if given.options_only and not given.option:
+        raise CorrSteerError(
+            "options_only needs the labels of the options, which benchmarks of multiple choice have; give --option A "
+            "--option B, or leave it out"
+        )
+    labels = tuple(given.option) if given.options_only else None
+    return Decoding(**{name: getattr(given, name) for name in names}, first_token_among=labels)
 
 
 def recorded(provenance: dict[str, Any], part: str) -> dict[str, Any]:

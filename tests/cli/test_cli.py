@@ -18,8 +18,8 @@ import corrsteer
 from corrsteer import Run, Steering, Task
 from corrsteer.cli import app, settings
 
-COMMANDS = ("demo", "rollouts", "collect", "select", "calibrate", "evaluate", "generate", "report", "figure",
-            "plan", "doctor")  # fmt: skip
+COMMANDS = ("demo", "run", "rollouts", "collect", "select", "calibrate", "evaluate", "generate", "export",
+            "import", "report", "figure", "plan", "doctor")  # fmt: skip
 
 
 def run(*arguments, ok=True):

@@ -1,7 +1,6 @@
 """Tasks of lm-evaluation-harness: prompts and rewards against what the harness itself asks and scores; no hub."""
 
 import json
-import random
 
 import pytest
 import yaml
@@ -209,11 +208,13 @@ def test_the_harness_own_names_are_known_and_near_ones_are_told():
 def test_the_command_line_takes_a_task_of_the_harness(sums, tmp_path):
     model, tokenizer, _ = demo.load()
     model.save_pretrained(tmp_path / "model"), tokenizer.save_pretrained(tmp_path / "model")
-    random.seed(0)
-    found = CliRunner().invoke(
-        app,
-        ["rollouts", "--model", str(tmp_path / "model"), "--task", f"lm-eval:{sums},shots=0", "--part", "all",
-         "--limit", "3", "--max-new-tokens", "2", "--out", str(tmp_path / "r.jsonl"), "--json"],
-    )  # fmt: skip
-    assert found.exit_code == 0, found.output
-    assert set(json.loads(found.stdout)["rewards"]) == {"exact_match,strict", "exact_match,flexible"}
+
+    def rewards(*more):
+        task = ["--model", tmp_path / "model", "--task", f"lm-eval:{sums},shots=0", "--part", "all", "--limit", 3]
+        out = ["--max-new-tokens", 2, "--out", tmp_path / "r.jsonl", "--force", "--json"]
+        found = CliRunner().invoke(app, ["rollouts", *map(str, [*task, *out, *more])])
+        assert found.exit_code == 0, found.output
+        return set(json.loads(found.stdout)["rewards"])
+
+    assert rewards() == {"exact_match,strict", "exact_match,flexible"}
+    assert rewards("--grader", "exact") == {"reward"}
