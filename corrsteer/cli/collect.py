@@ -107,7 +107,7 @@ def _samples(settings: CollectSettings) -> dict[str, Any]:
         )
     rollouts = read_rollouts(settings.rollouts)[: settings.limit]
     regrades = "grader" in settings.model_fields_set
-    task = task_of(rollouts, inputs.parse_graders(settings.grader) if regrades else None)
+    task = task_of(rollouts, inputs.parse_graders(settings.grader, settings.device) if regrades else None)
     if settings.reward is not None and regrades:
         task = task.rewarded_by(settings.reward)
     elif settings.reward is not None:

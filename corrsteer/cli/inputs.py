@@ -18,14 +18,17 @@ from torch import nn
 from corrsteer import processes
 from corrsteer.cli.settings import ModelSettings, RolloutsSettings, StatisticsSettings, TaskSettings
 from corrsteer.errors import CorrSteerError
+from corrsteer.integrations.lm_eval_tasks import is_lm_eval, load_lm_eval
 from corrsteer.lm.decoding import Decoding
 from corrsteer.lm.hook_points import input_device, width
 from corrsteer.ops import pack, registry
+from corrsteer.rollouts.model_graders import with_models
 from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.sae.formats import recognise
 from corrsteer.sae.releases import check_names
 from corrsteer.tasks import Benchmark, GraderSpec, Task, TaskError, benchmarks, load_benchmark
 from corrsteer.tasks.benchmark import OWN
+from corrsteer.tasks.graders import WITH_MODELS
 from corrsteer.tasks.registry import is_benchmark, near_names
 
 # Within `one_model`, the last model by what it was asked for.
@@ -51,7 +54,7 @@ def load_task(given: TaskSettings) -> Task:
 
 
 def _benchmark_task(given: TaskSettings, benchmark: Benchmark) -> Task:
-    grader = OWN if given.grader == [OWN] else parse_graders(given.grader)
+    grader = OWN if given.grader == [OWN] else parse_graders(given.grader, _device(given))
     return benchmark.task(
         given.part, given.data, shots=given.shots, grader=grader, chat=given.chat, system=given.system,
         category_field=given.category_field or None, seed=given.split_seed,
@@ -67,9 +70,14 @@ def _own_task(given: TaskSettings) -> Task:
                 f"{setting} is of benchmarks, which are {', '.join(benchmarks())} and FILE.py:NAME, got task {name!r}; "
                 f"leave it out"
             )
+    wrapped = {"category_field": given.category_field or None, "chat": given.chat, "system": given.system}
+    if is_lm_eval(name):
+        return load_lm_eval(
+            name, grader=None if given.grader == [OWN] else parse_graders(given.grader, _device(given)), **wrapped
+        )
     options = {
-        "grader": parse_graders(given.grader), "prompt_field": given.prompt_field, "answer_field": given.answer_field,
-        "category_field": given.category_field or None, "chat": given.chat, "system": given.system,
+        "grader": parse_graders(given.grader, _device(given)), "prompt_field": given.prompt_field,
+        "answer_field": given.answer_field, **wrapped,
     }  # fmt: skip
     if name.endswith((".jsonl", ".json")) or Path(name).is_file():
         return Task.from_jsonl(name, **options)
@@ -81,23 +89,39 @@ def _own_task(given: TaskSettings) -> Task:
         raise TaskError(f"{error}; did you mean the benchmark {' or '.join(near)}?") from error if near else error
 
 
-def parse_graders(entries: list[str]) -> GraderSpec:
-    """What `Task` takes, of entries GRADER or NAME=GRADER; among several, one without a name has its own."""
+def parse_graders(entries: list[str], device: str = "auto") -> GraderSpec:
+    """What `Task` takes, of entries GRADER or NAME=GRADER; among several, one without a name has its own.
+
+    Parameters
+    ----------
+    device : of graders with a model.
+    """
     if entries == ["none"]:
         return None
     found: dict[str, str] = {}
     for entry in entries:
         # A name comes before any colon: regex:a=b has none.
         named = re.fullmatch(r"([^:=\s]+)=(.+)", entry, re.DOTALL)
-        name, grader = named.groups() if named else (entry.rpartition(":")[2] or entry, entry)
+        name, grader = named.groups() if named else (_own_name(entry), entry)
         if not named and len(entries) == 1:
-            return entry
+            return with_models(entry, device)
         if grader == "none":
             raise CorrSteerError("grader none is for a task without rewards; give it alone")
         if name in found:
             raise CorrSteerError(f"grader gives the reward {name!r} twice; name them: --grader NAME={grader}")
         found[name] = grader
-    return found
+    return with_models(found, device)
+
+
+def _own_name(grader: str) -> str:
+    """What the reward of a grader is called that was given none: that of its function, or the kind of its model."""
+    kind, _, _ = grader.partition(":")
+    return kind if kind in WITH_MODELS else grader.rpartition(":")[2] or grader
+
+
+def _device(given: TaskSettings) -> str:
+    """Where a task's graders with a model run: where the run's model does, if there is one."""
+    return given.device if isinstance(given, ModelSettings) else "auto"
 
 
 def parse_saes(entries: list[str]) -> dict[int, str]:

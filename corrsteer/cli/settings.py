@@ -51,8 +51,9 @@ class TaskSettings(ChatSettings):
 
     task: str | None = Field(
         default=None,
-        description="A benchmark by name, such as mmlu or bbq:ambig, or your own as FILE.py:NAME; a JSONL file; or a "
-        "dataset on the hub as NAME or NAME:CONFIG. A benchmark has defaults of its own for several options.",
+        description="A benchmark by name, such as mmlu or bbq:ambig, or your own as FILE.py:NAME; lm-eval:NAME, a task "
+        "of lm-evaluation-harness; a JSONL file; or a dataset on the hub as NAME or NAME:CONFIG. A benchmark has "
+        "defaults of its own for several options.",
     )
     data: Path | None = Field(
         default=None,
@@ -63,8 +64,9 @@ class TaskSettings(ChatSettings):
     grader: list[str] = Field(
         default=["exact"],
         min_length=1,
-        description="exact, choice, number, contains, regex, regex:PATTERN, module:function, or none. Give it again "
-        "for more rewards, as NAME=GRADER to name them.",
+        description="exact, choice, number, contains, regex, regex:PATTERN, token_f1, refusal_phrases, length, "
+        "module:function, or none; refusal, similarity or judge:URL,model=NAME, which have a model, with options as in "
+        "refusal:threshold=0.7. Give it again for more rewards, as NAME=GRADER to name them.",
     )
     reward: str | None = Field(default=None, description="Which of the graders' rewards to use; by default the first.")
     split: str = Field(default="train", description="Split of a hub dataset.")

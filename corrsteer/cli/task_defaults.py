@@ -1,4 +1,4 @@
-"""What a benchmark says of its own settings: defaults, which a YAML file and flags override."""
+"""What a benchmark, or a task of lm-evaluation-harness, says of its own settings: defaults, which are overridden."""
 
 from __future__ import annotations
 
@@ -27,10 +27,14 @@ def defaults(given: Given[Any], recorded: Mapping[str, Any] | None = None) -> di
     ------
     CorrSteerError : for a setting that a benchmark does not have.
     """
+    from corrsteer.integrations.lm_eval_tasks import is_lm_eval
+    from corrsteer.tasks.benchmark import OWN
     from corrsteer.tasks.registry import is_benchmark, load_benchmark
 
     known, asked = dict(recorded or {}), given.asked("task")
     task = known.get("task") if asked is None else asked
+    if isinstance(task, str) and is_lm_eval(task) and task != known.get("task"):
+        return known | {"grader": [OWN]}
     if not isinstance(task, str) or not is_benchmark(task):
         return known
     for name in OF_OTHERS:
