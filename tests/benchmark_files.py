@@ -153,12 +153,13 @@ def harmbench_rows(kind, n):
 
 def harmbench_hub(folder, times=1):
     """Three configs, of which each has other columns."""
-    standard = [{"prompt": prompt, "category": category} for prompt, _, category in harmbench_rows("standard", 10 * times)]
+    n = 10 * times
+    standard = [{"prompt": prompt, "category": category} for prompt, _, category in harmbench_rows("standard", n)]
     contextual = [
         {"prompt": prompt, "context": context, "category": category}
-        for prompt, context, category in harmbench_rows("contextual", 10 * times)
+        for prompt, context, category in harmbench_rows("contextual", n)
     ]
-    copyright = [{"prompt": prompt, "tags": ["lyrics"]} for prompt, _, _ in harmbench_rows("copyright", 10 * times)]
+    copyright = [{"prompt": prompt, "tags": ["lyrics"]} for prompt, _, _ in harmbench_rows("copyright", n)]
     for kind, rows in (("standard", standard), ("contextual", contextual), ("copyright", copyright)):
         parquet(folder / f"{kind}/train-00000-of-00001.parquet", rows)
 

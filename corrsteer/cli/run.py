@@ -7,6 +7,7 @@ import json as json_
 import sys
 import time
 from collections.abc import Iterator
+from inspect import unwrap
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -67,7 +68,7 @@ def _steps(recipe: Path, plan: RecipeSettings, directory: Path, asked: dict[str,
 
     with inputs.one_model():
         with _stage(directory, "collect"):
-            collect.collect.__wrapped__(_given(CollectSettings, recipe, asked | {"out": directory}), force=force)
+            unwrap(collect.collect)(_given(CollectSettings, recipe, asked | {"out": directory}), force=force)
         steerings = []
         for strategy in plan.strategies:
             path = directory / f"{strategy}.safetensors"
@@ -81,7 +82,7 @@ def _steps(recipe: Path, plan: RecipeSettings, directory: Path, asked: dict[str,
         if steerings:
             evaluation = directory / "evaluation.json"
             with _stage(directory, "evaluate"):
-                evaluate.evaluate.__wrapped__(
+                unwrap(evaluate.evaluate)(
                     steerings, _given(EvaluateSettings, None, {"limit": asked["limit"]}),
                     baselines=directory if plan.baselines else None, out=evaluation,
                     validation_limit=asked["limit"], force=force,
@@ -90,7 +91,7 @@ def _steps(recipe: Path, plan: RecipeSettings, directory: Path, asked: dict[str,
     if plan.report and processes.rank() == 0:
         page = directory / "report.html"
         with _stage(directory, "report"):
-            report.report.__wrapped__([directory], page, title=recipe.stem)
+            unwrap(report.report)([directory], page, title=recipe.stem)
     return {
         "out": str(directory), "steerings": list(map(str, steerings)),
         "evaluation": evaluation and str(evaluation), "report": page and str(page),
@@ -109,7 +110,7 @@ def _select(
         flags |= {name: getattr(searched, name) for name in SEARCH if name in searched.model_fields_set}
         coefficient = None  # its own, which a recipe says nothing of
     given = _given(SelectSettings, None, flags)
-    select.select.__wrapped__(
+    unwrap(select.select)(
         directory, given, out=path, strategy=strategy, coefficient=coefficient, layer=plan.layer, force=force
     )
 
