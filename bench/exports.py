@@ -43,10 +43,14 @@ def load(folder: Path) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(folder)
 
 
+def _row(tokens: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([tokens], dtype=torch.int64, device="cpu")
+
+
 @torch.no_grad()
 def steering_for(model: Any, prompts: Sequence[list[int]]) -> Steering:
     """A random direction at each layer, as long as a share of what the layer puts out."""
-    states = model(torch.tensor([prompts[0]]), output_hidden_states=True).hidden_states
+    states = model(_row(prompts[0]), output_hidden_states=True).hidden_states
     generator = torch.Generator().manual_seed(0)
     vectors: dict[str, torch.Tensor] = {}
     for layer in LAYERS:
@@ -65,7 +69,7 @@ def ours(model: Any, steering: Steering | None) -> Continue:
     def go_on(prompts: Sequence[list[int]]) -> list[list[int]]:
         found = []
         for prompt in prompts:
-            tokens = torch.tensor([prompt])
+            tokens = _row(prompt)
             made = model.generate(
                 tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=TOKENS, min_new_tokens=TOKENS,
                 do_sample=False, pad_token_id=0,
@@ -138,7 +142,7 @@ def by_lm_eval(steering: Steering, folder: Path, model: Any, scratch: Path) -> d
             for prompt in prompts:
                 tokens = list(prompt)
                 for _ in range(TOKENS):
-                    tokens.append(int(harness._model_call(torch.tensor([tokens]))[0, -1].argmax()))
+                    tokens.append(int(harness._model_call(_row(tokens))[0, -1].argmax()))
                 found.append(tokens[len(prompt) :])
             return found
 
@@ -220,7 +224,11 @@ def lines(result: dict[str, Any]) -> list[str]:
     """What the table does not say."""
     changed = [one["changed_by_steering"] for one in result["consumers"].values()]
     prompts = next(iter(result["consumers"].values()))["prompts"]
-    return [f"The steering changes {min(changed)} of {prompts} greedy continuations."]
+    left = [name for name in CONSUMERS if name not in result["consumers"]]
+    return [
+        f"The steering changes {min(changed)} of {prompts} greedy continuations.",
+        *([f"Not measured yet: {', '.join(left)}."] if left else []),
+    ]
 
 
 def main(arguments: list[str] | None = None) -> None:

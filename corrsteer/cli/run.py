@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json as json_
 import sys
 import time
 from collections.abc import Iterator
@@ -22,8 +21,6 @@ from corrsteer.cli.settings import read as read_settings
 from corrsteer.errors import CorrSteerError
 
 S = TypeVar("S", bound=Settings)
-
-STAGES = "stages.json"  # of the directory: seconds that each stage has taken, over all the times it was gone on with
 
 
 @command
@@ -124,6 +121,7 @@ def _given(kind: type[S], config: Path | None, flags: dict[str, Any]) -> Given[S
 def _stage(directory: Path, name: str) -> Iterator[None]:
     """Say which step begins, and add what it takes to the directory's record, however it ends."""
     from corrsteer.files import to_json, write_utf8
+    from corrsteer.report.page.found import STAGES, read_stages
 
     say(f"{name} ...")
     begun = time.perf_counter()
@@ -132,15 +130,6 @@ def _stage(directory: Path, name: str) -> Iterator[None]:
     finally:
         if processes.rank() == 0 and directory.is_dir():
             path = directory / STAGES
-            taken = _read(path)
+            taken = read_stages(path)
             taken[name] = taken.get(name, 0.0) + time.perf_counter() - begun
             write_utf8(path, to_json(taken, indent=1) + "\n")
-
-
-def _read(path: Path) -> dict[str, float]:
-    try:
-        return dict(json_.loads(path.read_bytes()))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError):
-        raise CorrSteerError(f"{path} is damaged; remove it, as it holds only how long each step took") from None

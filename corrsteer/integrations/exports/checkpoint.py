@@ -23,7 +23,7 @@ FORM = Form(
     "model",
     "a checkpoint with the steering folded into the model's biases",
     ("all",),
-    "logits of the checkpoint equal `apply`'s; vLLM reads it on SmolLM2",
+    "logits of the checkpoint equal `apply`'s, as far as rounding goes; not run in vLLM",
     write,
     needs="weights",
 )

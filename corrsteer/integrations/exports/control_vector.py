@@ -61,6 +61,6 @@ FORM = Form(
     "gguf",
     "a control vector of llama.cpp, as repeng writes them",
     ("all",),
-    "read by gguf 0.19.0, and by llama.cpp on SmolLM2",
+    "gguf 0.19.0 reads it back the same to the bit; not run in llama.cpp",
     write,
 )

@@ -20,7 +20,7 @@ def write(export: Export) -> str:
     """`corrsteer.pt`, `[layers, d]` float32 with a row for each layer up to the last that is steered, and
     `request.json`."""
     vectors = export.outputs(FORM.name)
-    rows = torch.zeros(max(vectors) + 1, export.steering.directions.shape[1])
+    rows = torch.zeros(max(vectors) + 1, export.steering.directions.shape[1], dtype=torch.float32, device="cpu")
     for layer, vector in vectors.items():
         rows[layer] = vector
     file, request = export.path / "corrsteer.pt", export.path / "request.json"

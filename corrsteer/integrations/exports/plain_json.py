@@ -31,7 +31,7 @@ def read(described: dict[str, Any]) -> Steering:
     """
     if described.get("format") != FORMAT:
         raise CorrSteerError(f"format must be {FORMAT!r}, got {described.get('format')!r}; export it again")
-    rows: list[Tensor] = [torch.tensor(row, dtype=torch.float32) for row in described["directions"]]
+    rows: list[Tensor] = [torch.tensor(row, dtype=torch.float32, device="cpu") for row in described["directions"]]
     return Steering.from_described(described, torch.stack(rows))
 
 
