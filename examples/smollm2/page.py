@@ -108,11 +108,14 @@ def comparison_rows(result: dict[str, Any]) -> Rows:
 
 def opening(result: dict[str, Any]) -> list[str]:
     """What was measured on what."""
-    asked, made = result["options"], result["activations"]
-    texts = f"{made['texts']} texts of at most {asked['text_tokens']} tokens and the tasks' train prompts"
+    asked, made, device = result["options"], result["activations"], result["device"]
+    versions = ", ".join(f"{name} {version}" for name, version in result["packages"].items() if version)
     return [
-        f"{texts}: {made['tokens']} tokens, of which {made['training']} are trained on and the others held out.",
-        f"Top-{asked['k']} of {asked['d_sae']} features, {asked['steps']} steps of {asked['batch']} tokens.",
+        f"{device['name']}, {device['instructions']}, {device['threads']} thread(s); {versions}; corrsteer "
+        f"{result['corrsteer']} at {(result['commit'] or 'an unknown commit')[:12]}; {result['date'][:10]}",
+        f"{made['texts']} texts of at most {asked['text_tokens']} tokens and the tasks' train prompts: "
+        f"{made['tokens']} tokens, of which {made['training']} are trained on and the others held out",
+        f"top {asked['k']} of {asked['d_sae']} features, {asked['steps']} steps of {asked['batch']} tokens",
     ]
 
 
@@ -143,15 +146,27 @@ def verdicts(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-TABLES: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any]], Rows]], ...] = (
-    (SAES, sae_rows), (FOUND, found_rows), (RESULTS, result_rows), (FEATURES, feature_rows), (TIMES, time_rows),
-    (COMPARED, comparison_rows),
-)  # fmt: skip
+def nothing(result: dict[str, Any]) -> list[str]:
+    """For tables that speak for themselves."""
+    return []
+
+
+# By name: what is said before a table, its header and its rows.
+PARTS: dict[str, tuple[Callable[[dict[str, Any]], list[str]], tuple[str, ...], Callable[[dict[str, Any]], Rows]]] = {
+    "saes": (opening, SAES, sae_rows),
+    "found": (nothing, FOUND, found_rows),
+    "results": (verdicts, RESULTS, result_rows),
+    "features": (nothing, FEATURES, feature_rows),
+    "times": (nothing, TIMES, time_rows),
+    "compared": (agreement, COMPARED, comparison_rows),
+}
 
 
 def text(result: dict[str, Any]) -> str:
-    """All tables, for a terminal."""
-    return "\n\n".join(table(header, rows(result), indent="") for header, rows in TABLES)
+    """All of it, for a terminal."""
+    return "\n\n".join(
+        "\n".join([*lines(result), table(header, rows(result), indent="")]) for lines, header, rows in PARTS.values()
+    )
 
 
 def _steerings(of_task: dict[str, Any]) -> dict[str, dict[str, Any]]:

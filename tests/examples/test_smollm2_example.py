@@ -7,7 +7,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bench import record
+from bench import record, table
 from examples.smollm2 import activations, job, page, tasks, top_tokens
 from examples.smollm2.stages import stage
 
@@ -57,12 +57,14 @@ def test_every_stage_leaves_what_the_page_shows(made, tmp_path):
     path = record.write_study(result, tmp_path, "smollm2")
     read = json.loads(path.read_text())
     assert set(read["saes"]) == {"1", "2"} and all(0 < one["tokens"] for one in read["saes"].values())
-    for header, rows in page.TABLES:
+    for _, header, rows in page.PARTS.values():
         found = rows(read)
         assert found and all(len(row) == len(header) for row in found), header
     shown = page.text(read)
     assert all(name in shown for name in ("CorrSteer-S", "CorrSteer-A", "CorrSteer-P", "search", "difference of means"))
-    assert page.verdicts(read) and page.opening(read)
+    for part in page.PARTS:
+        assert table.smollm2(part)(path).count("\n| ") >= 2
+    assert "make example-smollm2" in table.smollm2("saes")(tmp_path / "none.json")
 
 
 def test_both_ways_of_working_find_the_same(made):
