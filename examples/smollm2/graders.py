@@ -20,8 +20,9 @@ def first_word(completion: str, example: Example) -> float:
 
 
 def one_bare_word(completion: str, example: Example) -> float:
-    """One word, and nothing else: no full stop, no second line."""
-    return float(re.fullmatch(r"[^\W\d_]+(-[^\W\d_]+)*", completion.strip()) is not None)
+    """One word, and nothing else: no full stop, no second line. No stutter either, as in `AsAsAs`, which is no word."""
+    word = completion.strip()
+    return float(bool(re.fullmatch(r"[^\W\d_]+(-[^\W\d_]+)*", word)) and not re.search(r"(?i)(.+?)\1\1", word))
 
 
 def has_word(completion: str, example: Example) -> float:

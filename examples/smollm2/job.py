@@ -33,7 +33,8 @@ class Options:
     layers : behind which SAEs are trained.
     d_sae, k, steps : their features, how many of them a token has, and training steps.
     permutations, completions : see `Study`.
-    compared : samples of collection, of checking and of pruning for the comparison with the published way.
+    compared : samples of collection, of checking and of pruning for the comparison with the published way, on the
+        task with the longest answers.
     """
 
     cache: Path
@@ -46,8 +47,8 @@ class Options:
     k: int = 32
     steps: int = 400
     permutations: int = 1000
-    completions: int | None = 3000
-    compared: tuple[int, int, int] = (32, 64, 4)
+    completions: int | None = 10_000
+    compared: tuple[int, int, int] = (16, 32, 2)
     progress: bool = True
 
     @property
@@ -92,7 +93,7 @@ def study(model: Any, tokenizer: Any, encoders: dict[int, SparseEncoder], kind: 
     parts = tasks.parts(kind, options.samples)
     folder = options.cache / "tasks" / "-".join([kind, *map(str, options.samples)])
     return Study(
-        model, tokenizer, encoders, *parts, Decoding(max_new_tokens=tasks.KINDS[kind].new_tokens, batch_size=64),
+        model, tokenizer, encoders, *parts, Decoding(max_new_tokens=tasks.KINDS[kind].new_tokens),
         folder, options.activations, options.permutations, options.completions, options.progress,
     )  # fmt: skip
 
@@ -105,8 +106,8 @@ def run(model: Any, tokenizer: Any, options: Options) -> dict[str, Any]:
     encoders = {layer: encoder for layer, (encoder, _) in loaded.items()}
     studies = {kind: study(model, tokenizer, encoders, kind, options) for kind in options.kinds}
     found = {kind: one.run() for kind, one in studies.items()}
-    first = next(iter(studies.values()))
-    compared = stage(options.cache, "comparison", lambda: comparison.compare(first, *options.compared))
+    longest = max(studies.values(), key=lambda one: one.decoding.max_new_tokens)
+    compared = stage(longest.folder, "comparison", lambda: comparison.compare(longest, *options.compared))
     quality = {layer: of_one for layer, (_, of_one) in loaded.items()}
     return {**head(), **result_of(options, prepared, quality, found, compared)}
 

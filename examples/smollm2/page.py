@@ -58,7 +58,7 @@ def result_rows(result: dict[str, Any]) -> Rows:
             rows.append((
                 "", shown, str(len(kept[shown]["features"])), f"{kept[shown]['scale']:g}", _interval(one, "steered"),
                 _interval(one, "difference", "+"), f"{one['p_holm']:.3f}", str(moved["right_to_wrong"]),
-                str(moved["wrong_to_right"]), "-" if ratio is None else f"{ratio:.2f}",
+                str(moved["wrong_to_right"]), _number(ratio, ".2f"),
             ))  # fmt: skip
     return rows
 
@@ -77,10 +77,8 @@ def feature_rows(result: dict[str, Any]) -> Rows:
         for (layer, index), (by, feature) in sorted(chosen.items()):
             seen = top[layer, index]
             tokens = " ".join(f"`{_shown(one['token'])}`" for one in seen["top"])
-            rows.append((
-                name, f"L{layer} #{index}", ", ".join(by), f"{feature['r']:+.2f}", f"{feature['p_adjusted']:.3f}",
-                f"{seen['active']:.1%}", tokens,
-            ))  # fmt: skip
+            r, p = _number(feature["r"], "+.2f"), _number(feature["p_adjusted"], ".3f")
+            rows.append((name, f"L{layer} #{index}", ", ".join(by), r, p, f"{seen['active']:.1%}", tokens))
             name = ""
     return rows
 
@@ -175,6 +173,10 @@ def _steerings(of_task: dict[str, Any]) -> dict[str, dict[str, Any]]:
                                            (("pruning", "pruned"), ("search", "search"))}  # fmt: skip
     named = {("search" if name == "search" else f"CorrSteer-{STRATEGIES[name]}"): of_ours[name] for name in STRATEGIES}
     return named | {name: one for name, one in of_task["baselines"].items() if isinstance(one, dict)}
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _interval(one: dict[str, Any], name: str, sign: str = "") -> str:

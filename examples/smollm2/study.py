@@ -27,8 +27,6 @@ from examples.smollm2 import top_tokens
 from examples.smollm2.stages import stage
 
 NAMES = {"single": "CorrSteer-S", "all": "CorrSteer-A", "pruned": "CorrSteer-P", "search": "search"}
-COMPARED = ("difference of means", "residual dimension", "random feature 1")
-CANDIDATES = 2  # of each layer, pooling and sign, that search tries
 SHOWN = 6  # changed completions, of each steering
 
 
@@ -46,7 +44,7 @@ class Study:
     folder: Path
     activations: Path  # whose tokens say what a feature is active at
     permutations: int = 1000
-    completions: int | None = 3000  # the most that search may generate
+    completions: int | None = 10_000  # the most that search may generate
     progress: bool = True
 
     @property
@@ -97,7 +95,7 @@ class Study:
 
     def search(self) -> dict[str, Any]:
         """What trials find."""
-        options = SearchOptions(candidates=CANDIDATES, completions=self.completions)
+        options = SearchOptions(completions=self.completions)
         found = select(self.collected, "search", options=options, **self._validated())
         trials = found.provenance["search"]
         return {"search": self._keep("search", found)} | {
@@ -109,17 +107,18 @@ class Study:
         of_all = Steering.load(self.folder / "all.safetensors")
         if not of_all.features:
             return {}
-        found = baselines(self.collected, of_all, draws=1)
-        candidates = {name: [one for one in found[name] if _pooled(one)] for name in COMPARED if name in found}
-        best = calibrate_best(
-            *self.lm, candidates, self.validation, decoding=self.decoding, progress=self.progress
-        )  # fmt: skip
-        return {name: self._keep(name.replace(" ", "_"), steering) for name, steering in best.items()}
+        candidates = baselines(self.collected, of_all, draws=1)
+        best = calibrate_best(*self.lm, candidates, self.validation, decoding=self.decoding, progress=self.progress)
+        return {
+            name: self._keep(name, one) | {"candidates": one.provenance["calibration"]["candidates"]}
+            for name, one in best.items()
+        }
 
     def evaluation(self) -> dict[str, Any]:
         """All of them against no steering, on the test part."""
         named = {shown: self._load(name) for name, shown in NAMES.items()}
-        named |= {name: self._load(name.replace(" ", "_")) for name in COMPARED if self._path(name).exists()}
+        others = stage(self.folder, "baselines", self.baselines)
+        named |= {name: self._load(name) for name, one in others.items() if isinstance(one, dict)}
         results = evaluate(*self.lm, self.test, named, decoding=self.decoding, progress=self.progress)
         described = {}
         for name, result in results.items():
@@ -167,9 +166,3 @@ class Study:
                 "p_adjusted": said and said.p_adjusted, "pool": said and said.pool,
             })  # fmt: skip
         return {"features": features, "scale": steering.scale, "notes": steering.notes}
-
-
-def _pooled(baseline: Steering) -> bool:
-    """Whether a baseline is of all that was written, where it is one of residuals. (Those of the last prompt token
-    alone would double the trials.)"""
-    return baseline.provenance["selection"].get("pool", "mean") == "mean"

@@ -80,6 +80,8 @@ def test_an_unknown_kind_is_refused_by_name():
         (graders.one_bare_word, "Paris.", None, 0),
         (graders.one_bare_word, "New York", None, 0),
         (graders.one_bare_word, "", None, 0),
+        (graders.one_bare_word, "AsAsAsAsAs", None, 0),
+        (graders.one_bare_word, "Mississippi", None, 1),
         (graders.has_word, "The opposite is Top.", ("top", "peak"), 1),
         (graders.has_word, "The opposite is stop.", "top", 0),
         (graders.has_word, "s'il vous plaît!", "s'il vous plaît", 1),
