@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench import record
-from corrsteer import Decoding, SparseEncoder
+from corrsteer import CorrSteerError, Decoding, SparseEncoder
 from corrsteer.compatibility import installed
 from corrsteer.lm.generation import tokenize
 from examples.smollm2 import activations, comparison, saes, tasks, texts
@@ -34,7 +34,7 @@ class Options:
     d_sae, k, steps : their features, how many of them a token has, and training steps.
     permutations, completions : see `Study`.
     compared : samples of collection, of checking and of pruning for the comparison with the published way, on the
-        task with the longest answers.
+        task with the longest answers; None leaves it out.
     """
 
     cache: Path
@@ -48,7 +48,7 @@ class Options:
     steps: int = 400
     permutations: int = 1000
     completions: int | None = 10_000
-    compared: tuple[int, int, int] = (16, 32, 2)
+    compared: tuple[int, int, int] | None = (16, 32, 2)
     progress: bool = True
 
     @property
@@ -106,8 +106,15 @@ def run(model: Any, tokenizer: Any, options: Options) -> dict[str, Any]:
     encoders = {layer: encoder for layer, (encoder, _) in loaded.items()}
     studies = {kind: study(model, tokenizer, encoders, kind, options) for kind in options.kinds}
     found = {kind: one.run() for kind, one in studies.items()}
-    longest = max(studies.values(), key=lambda one: one.decoding.max_new_tokens)
-    compared = stage(longest.folder, "comparison", lambda: comparison.compare(longest, *options.compared))
+    for kind, one in studies.items():
+        found[kind] |= {"samples": list(map(len, (one.train, one.validation, one.test))), "budget": one.completions}
+    longest, compared, sizes = (
+        max(studies.values(), key=lambda one: one.decoding.max_new_tokens),
+        None,
+        options.compared,
+    )
+    if sizes is not None:
+        compared = stage(longest.folder, "comparison", lambda: comparison.compare(longest, *sizes))
     quality = {layer: of_one for layer, (_, of_one) in loaded.items()}
     return {**head(), **result_of(options, prepared, quality, found, compared)}
 
@@ -129,12 +136,23 @@ def result_of(
 ) -> dict[str, Any]:
     """The numbers of a result."""
     asked = {
-        "samples": list(options.samples), "layers": list(options.layers), "d_sae": options.d_sae, "k": options.k,
-        "steps": options.steps, "batch": saes.BATCH, "permutations": options.permutations,
-        "completions": options.completions, "text_tokens": options.text_tokens,
+        "layers": list(options.layers), "d_sae": options.d_sae, "k": options.k, "steps": options.steps,
+        "batch": saes.BATCH, "permutations": options.permutations, "text_tokens": options.text_tokens,
     }  # fmt: skip
     kinds = {kind: {"about": tasks.KINDS[kind].about, **of_one} for kind, of_one in found.items()}
     return {
         "options": asked, "activations": prepared, "saes": {str(layer): of_one for layer, of_one in quality.items()},
         "tasks": kinds, "comparison": compared,
     }  # fmt: skip
+
+
+def added_to(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A result with the tasks of an older one that it lacks, and the older one's comparison where it has none.
+
+    Raises
+    ------
+    CorrSteerError : where the older one is of other SAEs.
+    """
+    if any(old.get(name) != new[name] for name in ("schema", "saes", "options")):
+        raise CorrSteerError("out holds a result of other SAEs or options; give another folder, or remove the file")
+    return new | {"tasks": {**old["tasks"], **new["tasks"]}, "comparison": new["comparison"] or old["comparison"]}

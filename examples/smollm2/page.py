@@ -17,11 +17,20 @@ RESULTS = (
     "side effects",
 )  # fmt: skip
 FEATURES = ("task", "feature", "chosen by", "r", "p", "active tokens", "most active at")
-TIMES = ("task", "prompts", "rollouts", "collection", "pruning", "search", "baselines", "evaluation", "all")
+TIMES = (
+    "task",
+    "prompts",
+    "search, completions",
+    "rollouts",
+    "collection",
+    "pruning",
+    "search",
+    "baselines",
+    "evaluation",
+    "all",
+)
 COMPARED = ("job", "samples", "published, s a sample", "corrsteer, s a sample", "published / corrsteer")
-STRATEGIES = {
-    "single": "S", "all": "A", "pruned": "P", "search": "search"
-}  # fmt: skip
+STRATEGIES = {"single": "S", "all": "A", "pruned": "P", "search": "search"}
 
 
 def sae_rows(result: dict[str, Any]) -> Rows:
@@ -87,16 +96,16 @@ def time_rows(result: dict[str, Any]) -> Rows:
     """CPU seconds of each stage."""
     rows = []
     for name, of_task in result["tasks"].items():
-        seconds = [of_task[stage]["cpu_seconds"] for stage in TIMES[2:-1]]
-        parts = (of_task["rollouts"]["n"], next(iter(of_task["evaluation"]["steerings"].values()))["n"])
-        rows.append((name, f"{parts[0]} + {parts[1]}", *(f"{s:.0f}" for s in seconds), f"{sum(seconds):.0f}"))
+        seconds = [of_task[stage]["cpu_seconds"] for stage in TIMES[3:-1]]
+        prompts, spent = " + ".join(map(str, of_task["samples"])), f"{of_task['search']['completions']}"
+        rows.append((name, prompts, f"{spent} of {of_task['budget']}", *map("{:.0f}".format, [*seconds, sum(seconds)])))
     return rows
 
 
 def comparison_rows(result: dict[str, Any]) -> Rows:
     """Seconds a sample by each way."""
     rows = []
-    for job in ("collection", "pruning"):
+    for job in ("collection", "pruning") if result["comparison"] else ():
         of_job = result["comparison"][job]
         seconds = of_job["cpu_seconds_a_sample"]
         said = (f"{seconds['published']:.3g}", f"{seconds['corrsteer']:.3g}", f"{of_job['ratio']:.1f}")
@@ -120,6 +129,8 @@ def opening(result: dict[str, Any]) -> list[str]:
 def agreement(result: dict[str, Any]) -> list[str]:
     """Whether the published way and ours find the same."""
     compared = result["comparison"]
+    if compared is None:
+        return ["not measured yet"]
     found = compared["check"]
     rewards = "the same rewards" if found["same_rewards"] else "other rewards"
     return [

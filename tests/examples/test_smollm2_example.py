@@ -8,6 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bench import record, table
+from corrsteer import CorrSteerError
 from examples.smollm2 import activations, job, page, tasks, top_tokens
 from examples.smollm2.stages import stage
 
@@ -65,6 +66,16 @@ def test_every_stage_leaves_what_the_page_shows(made, tmp_path):
     for part in page.PARTS:
         assert table.smollm2(part)(path).count("\n| ") >= 2
     assert "make example-smollm2" in table.smollm2("saes")(tmp_path / "none.json")
+
+
+def test_a_result_keeps_the_tasks_of_an_older_one_of_the_same_saes(made):
+    new = made[0]
+    old = new | {"tasks": {"sums": "of before", "sizes": "of before"}}
+    both = job.added_to(old, new | {"comparison": None})
+    assert both["tasks"] == {"sums": "of before", "sizes": new["tasks"]["sizes"]}
+    assert both["comparison"] == new["comparison"]
+    with pytest.raises(CorrSteerError, match="out holds a result of other SAEs"):
+        job.added_to(old | {"saes": {}}, new)
 
 
 def test_both_ways_of_working_find_the_same(made):
