@@ -10,7 +10,15 @@ from corrsteer.steering.features import CHANCE
 
 Rows = list[tuple[str, ...]]
 
-SAES = ("layer", "norm, first token", "norm, median", "norm, largest", "explained variance", "dead features")
+SAES = (
+    "layer",
+    "norm, first token",
+    "norm, median",
+    "norm, largest",
+    "explained variance",
+    "dead features",
+    "training, s",
+)
 FOUND = ("task", "prompts", "right", "layer", "significant features", "best r", "its p")
 RESULTS = (
     "task", "steering", "features", "scale", "test", "difference", "p (Holm)", "right to wrong", "wrong to right",
@@ -29,7 +37,9 @@ TIMES = (
     "evaluation",
     "all",
 )
-COMPARED = ("job", "samples", "published, s a sample", "corrsteer, s a sample", "published / corrsteer")
+COMPARED = (
+    "job", "samples", "published, s a sample", "corrsteer, s a sample", "published / corrsteer", "by round"
+)  # fmt: skip
 STRATEGIES = {"single": "S", "all": "A", "pruned": "P", "search": "search"}
 
 
@@ -38,7 +48,8 @@ def sae_rows(result: dict[str, Any]) -> Rows:
     norms, rows = result["activations"]["norms"], []
     for layer, quality in result["saes"].items():
         seen = (f"{norms[layer][name]:.0f}" for name in ("first", "median", "most"))
-        rows.append((layer, *seen, f"{quality['explained']:.3f}", f"{quality['dead']} of {quality['d_sae']}"))
+        good = (f"{quality['explained']:.3f}", f"{quality['dead']} of {quality['d_sae']}")
+        rows.append((layer, *seen, *good, f"{quality['cpu_seconds']:.0f}"))
     return rows
 
 
@@ -49,7 +60,7 @@ def found_rows(result: dict[str, Any]) -> Rows:
         rollouts = of_task["rollouts"]
         first = (name, str(rollouts["n"]), f"{rollouts['reward']:.2f}")
         for layer, found in of_task["collection"]["layers"].items():
-            said = (layer, str(found["significant"]), f"{found['r']:+.2f}", f"{found['p_adjusted']:.3f}")
+            said = (layer, str(found["significant"]), f"{found['r']:+.2f}", _p(found["p_adjusted"]))
             rows.append((*first, *said))
             first = ("", "", "")
     return rows
@@ -66,7 +77,7 @@ def result_rows(result: dict[str, Any]) -> Rows:
             moved, ratio = one["transitions"], one["side_effect_ratio"]
             rows.append((
                 "", shown, str(len(kept[shown]["features"])), f"{kept[shown]['scale']:g}", _interval(one, "steered"),
-                _interval(one, "difference", "+"), f"{one['p_holm']:.3f}", str(moved["right_to_wrong"]),
+                _interval(one, "difference", "+"), _p(one["p_holm"]), str(moved["right_to_wrong"]),
                 str(moved["wrong_to_right"]), _number(ratio, ".2f"),
             ))  # fmt: skip
     return rows
@@ -86,7 +97,7 @@ def feature_rows(result: dict[str, Any]) -> Rows:
         for (layer, index), (by, feature) in sorted(chosen.items()):
             seen = top[layer, index]
             tokens = " ".join(f"`{_shown(one['token'])}`" for one in seen["top"])
-            r, p = _number(feature["r"], "+.2f"), _number(feature["p_adjusted"], ".3f")
+            r, p = _number(feature["r"], "+.2f"), _p(feature["p_adjusted"])
             rows.append((name, f"L{layer} #{index}", ", ".join(by), r, p, f"{seen['active']:.1%}", tokens))
             name = ""
     return rows
@@ -108,7 +119,8 @@ def comparison_rows(result: dict[str, Any]) -> Rows:
     for job in ("collection", "pruning") if result["comparison"] else ():
         of_job = result["comparison"][job]
         seconds = of_job["cpu_seconds_a_sample"]
-        said = (f"{seconds['published']:.3g}", f"{seconds['corrsteer']:.3g}", f"{of_job['ratio']:.1f}")
+        spread = f"{min(of_job['ratios']):.1f} to {max(of_job['ratios']):.1f}"
+        said = (f"{seconds['published']:.3g}", f"{seconds['corrsteer']:.3g}", f"{of_job['ratio']:.1f}", spread)
         rows.append((job, str(of_job["n"]), *said))
     return rows
 
@@ -151,7 +163,7 @@ def verdicts(result: dict[str, Any]) -> list[str]:
             for word, sign in (("better", 1), ("worse", -1))
         }
         words = [f"{word} than unsteered: {', '.join(names)}" for word, names in told.items() if names]
-        lines.append(f"`{name}`, {of_task['about']}. {'; '.join(words) or 'No steering differs from none'}.")
+        lines.append(f"`{name}` ({of_task['about']}): {'; '.join(words) or 'no steering differs from none'}")
     return lines
 
 
@@ -188,6 +200,10 @@ def _steerings(of_task: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _p(value: float | None) -> str:
+    return "<0.001" if value is not None and value < 0.001 else _number(value, ".3f")
 
 
 def _interval(one: dict[str, Any], name: str, sign: str = "") -> str:
