@@ -12,6 +12,7 @@ import pytest
 import tiny_pipeline
 import torch
 import yaml
+from command_line import run
 from typer.testing import CliRunner
 
 import corrsteer
@@ -20,12 +21,6 @@ from corrsteer.cli import app, settings
 
 COMMANDS = ("demo", "run", "rollouts", "collect", "select", "calibrate", "evaluate", "generate", "export",
             "import", "report", "figure", "plan", "doctor")  # fmt: skip
-
-
-def run(*arguments, ok=True):
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    assert (result.exit_code == 0) == ok, result.output
-    return result
 
 
 @pytest.fixture(scope="module")

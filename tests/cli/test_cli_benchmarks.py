@@ -11,16 +11,9 @@ import benchmark_files as files
 import pytest
 import tiny_text
 import yaml
-from typer.testing import CliRunner
+from command_line import run
 
 from corrsteer import Steering, read_rollouts
-from corrsteer.cli import app
-
-
-def run(*arguments, ok=True):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert (result.exit_code == 0) == ok, result.output
-    return result
 
 
 @pytest.fixture(scope="module")

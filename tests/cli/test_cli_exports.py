@@ -5,16 +5,9 @@ import json
 import pytest
 import tiny_pipeline
 import torch
-from typer.testing import CliRunner
+from command_line import run
 
 from corrsteer import Steering
-from corrsteer.cli import app
-
-
-def run(*arguments, ok=True):
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    assert (result.exit_code == 0) == ok, result.output
-    return result
 
 
 @pytest.fixture(scope="module")

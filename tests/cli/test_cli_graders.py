@@ -4,12 +4,12 @@ import json
 
 import pytest
 import yaml
+from command_line import run
 from judge_server import right, serving
 from tiny_classifiers import save_roberta
-from typer.testing import CliRunner
 
 from corrsteer import demo
-from corrsteer.cli import app, inputs
+from corrsteer.cli import inputs
 from corrsteer.cli.settings import EvaluateSettings
 from corrsteer.rollouts import spending
 from corrsteer.rollouts.model_graders import Refusal
@@ -18,12 +18,6 @@ from corrsteer.rollouts.model_graders import Refusal
 @pytest.fixture(autouse=True)
 def counted(monkeypatch):
     monkeypatch.setattr(spending, "_SPENT", {})
-
-
-def run(*arguments, ok=True):
-    result = CliRunner().invoke(app, [*map(str, arguments)])
-    assert (result.exit_code == 0) == ok, result.output
-    return result
 
 
 @pytest.fixture(scope="module")

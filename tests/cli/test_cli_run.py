@@ -6,18 +6,12 @@ import random
 import pytest
 import tiny_pipeline
 import yaml
-from typer.testing import CliRunner
+from command_line import run
 
 from corrsteer import Run, Steering
-from corrsteer.cli import app, evaluate
+from corrsteer.cli import evaluate
 
 MADE = {"run.json", "single.safetensors", "all.safetensors", "evaluation.json", "report.html", "stages.json"}
-
-
-def run(*arguments, ok=True):
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    assert (result.exit_code == 0) == ok, result.output
-    return result
 
 
 @pytest.fixture(scope="module")
