@@ -57,9 +57,9 @@ def test_rollouts_are_collected_regraded_and_evaluated_by_graders_with_models(wo
 
 def test_a_grader_with_a_model_runs_on_the_runs_device(world):
     settings = EvaluateSettings(
-        model="m", device="cpu", task=str(world / "task.jsonl"), grader=[f"refusal:model={world / 'roberta'}"]
+        model="m", device="cpu", task=str(world / "task.jsonl"), grader=["exact", f"refusal:model={world / 'roberta'}"]
     )
-    (grader,) = inputs.load_task(settings).grading.graders
+    _, grader = inputs.load_task(settings).grading.graders
     assert grader.grade == Refusal(str(world / "roberta"), device="cpu")
 
 
