@@ -17,6 +17,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 
+# Processes that share the tests, one thread each.
+WORKERS ?= auto
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 QUIET := --quiet --disable-pip-version-check
@@ -30,7 +33,7 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # The extension is built apart, and the tests import it from there. Leaks are not looked for: Python's own are many.
 SANITIZED := build/sanitized

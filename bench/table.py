@@ -371,6 +371,20 @@ def formats(study: Path) -> str:
     return "\n\n".join([*_markdown(formats.DOCUMENTED, formats.format_rows(result)), f"Compared with {versions}."])
 
 
+def exports(study: Path) -> str:
+    """How alike other tools continue prompts under exported steerings, as measured; or how to measure it."""
+    from bench import exports
+
+    return _jobs(study, "bench.exports --model FOLDER", exports.lines, ((exports.HEADER, exports.rows),))
+
+
+def upstream(study: Path) -> str:
+    """How many of SAELens' own tests pass with every SAE accelerated; or how to run them."""
+    from bench import upstream
+
+    return _jobs(study, "bench.upstream --checkout FOLDER", upstream.lines, ((upstream.HEADER, upstream.rows),))
+
+
 def packing(study: Path) -> str:
     """What encoders hold in memory, as they are and packed."""
     from bench import packing
@@ -431,6 +445,8 @@ DOCUMENTS: dict[str, tuple[tuple[str, Callable[[Path], str], str], ...]] = {
         ("packing", packing, "studies/packing.json"),
         ("benchmarks", lambda folder: section(load(folder)), "."),
     ),
+    "docs/howto/saelens.md": (("upstream", upstream, "studies/upstream.json"),),
+    "docs/howto/exports.md": (("exports", exports, "studies/exports.json"),),
     "docs/howto/smollm2.md": tuple(
         (f"smollm2-{part}", smollm2(part), "studies/smollm2.json")
         for part in ("saes", "found", "results", "features", "times", "compared")

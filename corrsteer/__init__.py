@@ -13,7 +13,10 @@ from corrsteer.version import __version__
 
 _HOME = {
     "SparseEncoder": "sae.encoder",
+    "Benchmark": "tasks",
     "Task": "tasks",
+    "benchmarks": "tasks",
+    "load_benchmark": "tasks",
     "Moments": "ops",
     "encode": "ops",
     "encode_pool": "ops",
@@ -47,6 +50,8 @@ _HOME = {
     "accelerate": "integrations.saelens",
     "accelerated": "integrations.saelens",
     "restore": "integrations.saelens",
+    "export_steering": "integrations.exports",
+    "import_steering": "integrations.imports",
     "CorrSteerError": "errors",
     "BackendUnavailable": "errors",
     # modules
@@ -58,6 +63,7 @@ _HOME = {
 }
 __all__ = [
     "BackendUnavailable",
+    "Benchmark",
     "Capture",
     "CorrSteerError",
     "Decoding",
@@ -77,6 +83,7 @@ __all__ = [
     "accelerated",
     "apply_rows",
     "baselines",
+    "benchmarks",
     "calibrate_best",
     "calibrate_scale",
     "collect",
@@ -85,8 +92,11 @@ __all__ = [
     "encode_pool",
     "encode_update",
     "evaluate",
+    "export_steering",
     "generate_rollouts",
+    "import_steering",
     "inference",
+    "load_benchmark",
     "pack",
     "planning",
     "read_rollouts",
@@ -111,6 +121,8 @@ if TYPE_CHECKING:
     from corrsteer.experiments.search import SearchOptions
     from corrsteer.experiments.selection import select
     from corrsteer.experiments.trials import Trial, run_trials
+    from corrsteer.integrations.exports import export_steering
+    from corrsteer.integrations.imports import import_steering
     from corrsteer.integrations.saelens import accelerate, accelerated, restore
     from corrsteer.lm.capture import Capture
     from corrsteer.lm.decoding import Decoding
@@ -127,7 +139,7 @@ if TYPE_CHECKING:
     from corrsteer.stats import inference, planning, scores, stability
     from corrsteer.stats.evidence import Evidence
     from corrsteer.steering.steering import Steering, apply_rows
-    from corrsteer.tasks import Task
+    from corrsteer.tasks import Benchmark, Task, benchmarks, load_benchmark
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ A user's mistake ends with one line and exit status 1; `--traceback` shows where
 
 # each registers its command, in the order of the help
 from corrsteer.cli import demo, rollouts, collect, regrade, show, select, calibrate, evaluate, generate  # noqa: F401, I001
-from corrsteer.cli import report, figure, plan, doctor  # noqa: F401, I001
+from corrsteer.cli import export, import_, report, figure, run, plan, doctor  # noqa: F401, I001
 from corrsteer.cli.app import app, end_when_asked, take_every_character
 
 __all__ = ["app", "main"]

@@ -20,6 +20,7 @@ from corrsteer import processes
 from corrsteer.cli.options import Given, flags
 from corrsteer.errors import CorrSteerError
 from corrsteer.files import to_json
+from corrsteer.rollouts.spending import spent
 from corrsteer.version import __version__
 
 if TYPE_CHECKING:
@@ -86,12 +87,20 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 traceback.print_exception(error)
             typer.echo(f"error: {_in_one_line(error, kept)}", err=True)
             raise typer.Exit(_status(error)) from None
+        finally:
+            _say_what_was_spent()
 
     shown = [p for own in parameters.values() for p in (derived if own.name == "given" else [own])]
     shown = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in shown]
     run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in shown}
-    return app.command(name=function.__name__)(run)
+    return app.command(name=function.__name__.rstrip("_"))(run)  # import_, as Python has the word
+
+
+def _say_what_was_spent() -> None:
+    """Tokens and cost of judges, also where a command fails."""
+    for line in spent():
+        say(line)
 
 
 class Terminated(KeyboardInterrupt):

@@ -11,6 +11,7 @@ from corrsteer import processes
 from corrsteer.cli.app import Force, Json, command, emit
 from corrsteer.cli.options import Given
 from corrsteer.cli.settings import CalibrateSettings
+from corrsteer.cli.task_defaults import defaults
 
 
 @command
@@ -40,7 +41,7 @@ def calibrate(
     inputs.check_file(out)
     loaded = Steering.load(steering)
     check_scaling(loaded, try_scale or [1.0])  # before a model is loaded
-    settings = given.read(inputs.recorded(loaded.provenance, "validation"))
+    settings = given.read(defaults(given, inputs.recorded(loaded.provenance, "validation")))
     validation = inputs.load_task(settings)
     model, tokenizer = inputs.load_model(settings)
     loaded.check(model)

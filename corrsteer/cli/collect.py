@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,12 +13,14 @@ from corrsteer import processes
 from corrsteer.cli.app import Json, command
 from corrsteer.cli.options import Given
 from corrsteer.cli.settings import CollectSettings
+from corrsteer.cli.task_defaults import defaults
 from corrsteer.errors import CorrSteerError
 
 if TYPE_CHECKING:
     from corrsteer.rollouts.rollout import Rollout
 
-OF_TASKS = ("task", "part", "split", "split_seed", "prompt_field", "answer_field", "samples_per_prompt")
+OF_TASKS = ("task", "data", "shots", "part", "split", "split_seed", "prompt_field", "answer_field",
+            "samples_per_prompt")  # fmt: skip
 
 
 @command
@@ -36,7 +39,7 @@ def collect(
 
     The same command goes on with a collection that was not finished.
     """
-    settings = given.read()
+    settings = given.read(defaults(given))
     from corrsteer.cli import collected, inputs
     from corrsteer.experiments.selection import selectable
     from corrsteer.runs.collect import collect as collect_
@@ -104,7 +107,7 @@ def _samples(settings: CollectSettings) -> dict[str, Any]:
         )
     rollouts = read_rollouts(settings.rollouts)[: settings.limit]
     regrades = "grader" in settings.model_fields_set
-    task = task_of(rollouts, inputs.parse_graders(settings.grader) if regrades else None)
+    task = task_of(rollouts, inputs.parse_graders(settings.grader, settings.device) if regrades else None)
     if settings.reward is not None and regrades:
         task = task.rewarded_by(settings.reward)
     elif settings.reward is not None:
@@ -117,9 +120,8 @@ def _samples(settings: CollectSettings) -> dict[str, Any]:
 def _recorded(settings: CollectSettings, rollouts: Sequence[Rollout] | None) -> dict[str, Any]:
     """The settings that it takes to evaluate on the same task with the same model."""
     recorded = settings.model_dump(mode="json", exclude={"out", "sae", "rollouts"})
-    for name in ("task", "model"):
-        if recorded[name] is not None and Path(recorded[name]).exists():
-            recorded[name] = str(Path(recorded[name]).resolve())
+    for name in ("task", "data", "model"):
+        recorded[name] = recorded[name] and _from_anywhere(recorded[name])
     if rollouts is not None and "grader" not in settings.model_fields_set:
         recorded["grader"] = ["none"]  # rewards came with the rollouts
     if rollouts is not None:  # what is generated later is generated as they were
@@ -127,4 +129,13 @@ def _recorded(settings: CollectSettings, rollouts: Sequence[Rollout] | None) -> 
 
         theirs = decoding_of(rollouts) or {}
         recorded |= {name: theirs[name] for name in theirs if name in recorded.keys() - settings.model_fields_set}
+        if (labels := theirs.get("first_token_among")) and "options_only" not in settings.model_fields_set:
+            recorded |= {"option": labels, "options_only": True}
     return recorded
+
+
+def _from_anywhere(name: str) -> str:
+    """A name whose path, if it has one, is whole, so that a later command may run in another folder."""
+    in_file = re.fullmatch(r"(.+\.py)(:\w+)", name)  # a benchmark of the user's own
+    path, rest = in_file.groups() if in_file else (name, "")
+    return str(Path(path).resolve()) + rest if Path(path).exists() else name

@@ -13,13 +13,12 @@ from corrsteer import processes
 from corrsteer.cli.app import Force, Json, command, emit
 from corrsteer.cli.options import Given
 from corrsteer.cli.settings import EvaluateSettings
+from corrsteer.cli.task_defaults import defaults
 from corrsteer.errors import CorrSteerError
 
 if TYPE_CHECKING:
     from corrsteer.rollouts.journal import Journal
     from corrsteer.steering.steering import Steering
-
-VALIDATION = {"part": "validation", "limit": None}  # of the task, whatever part is evaluated on
 
 
 @command
@@ -41,6 +40,10 @@ def evaluate(
             help="JSON file to write the result to, with every completion. With it, what was generated is kept as it "
             "comes, and the same command goes on with it."
         ),
+    ] = None,
+    validation_limit: Annotated[
+        int | None,
+        typer.Option(help="With --baselines: use only the first so many examples of the validation part.", min=1),
     ] = None,
     force: Force = False,
     json: Json = False,
@@ -66,9 +69,10 @@ def evaluate(
         inputs.check_file(out)
     loaded = {str(path): Steering_.load(path) for path in steering}
     first = next(iter(loaded.values()))
-    settings = given.read(inputs.recorded(first.provenance, "test"))
+    settings = given.read(defaults(given, inputs.recorded(first.provenance, "test")))
+    of_validation = {"part": "validation", "limit": validation_limit}  # whatever part is evaluated on
     task, run = inputs.load_task(settings), None if baselines is None else Run.load(baselines)
-    validation = None if run is None else inputs.load_task(settings.model_copy(update=VALIDATION))
+    validation = None if run is None else inputs.load_task(settings.model_copy(update=of_validation))
     model, tokenizer = inputs.load_model(settings)
     for one in loaded.values():
         one.check(model)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +18,32 @@ from torch import nn
 from corrsteer import processes
 from corrsteer.cli.settings import ModelSettings, RolloutsSettings, StatisticsSettings, TaskSettings
 from corrsteer.errors import CorrSteerError
+from corrsteer.integrations.lm_eval_tasks import is_lm_eval, load_lm_eval
 from corrsteer.lm.decoding import Decoding
 from corrsteer.lm.hook_points import input_device, width
 from corrsteer.ops import pack, registry
+from corrsteer.rollouts.model_graders import with_models
 from corrsteer.sae.encoder import SparseEncoder
 from corrsteer.sae.formats import recognise
 from corrsteer.sae.releases import check_names
-from corrsteer.tasks import GraderSpec, Task
+from corrsteer.tasks import Benchmark, GraderSpec, Task, TaskError, benchmarks, load_benchmark
+from corrsteer.tasks.benchmark import OWN
+from corrsteer.tasks.graders import WITH_MODELS
+from corrsteer.tasks.registry import is_benchmark, near_names
+
+# Within `one_model`, the last model by what it was asked for.
+_last_model: ContextVar[dict[tuple[str, str, str], tuple[nn.Module, Any]] | None] = ContextVar("model", default=None)
 
 
 def load_task(given: TaskSettings) -> Task:
     """The part of a task that was asked for."""
     if given.task is None:
         raise CorrSteerError("task is missing: give --task or put it in the YAML file")
-    options = {
-        "grader": parse_graders(given.grader), "prompt_field": given.prompt_field, "answer_field": given.answer_field,
-        "category_field": given.category_field or None, "chat": given.chat, "system": given.system,
-    }  # fmt: skip
-    if given.task.endswith((".jsonl", ".json")) or Path(given.task).is_file():
-        task = Task.from_jsonl(given.task, **options)
-    else:
-        name, _, config = given.task.partition(":")
-        task = Task.from_dataset(name, config or None, split=given.split, **options)
+    benchmark = is_benchmark(given.task)
+    task = _benchmark_task(given, load_benchmark(given.task)) if benchmark else _own_task(given)
     if given.reward is not None:
         task = task.rewarded_by(given.reward)
-    if given.part != "all":
+    if given.part != "all" and not benchmark:
         parts = dict(zip(("train", "validation", "test"), task.split(seed=given.split_seed)))
         if len(parts[given.part]) == 0:
             raise CorrSteerError(
@@ -50,35 +53,95 @@ def load_task(given: TaskSettings) -> Task:
     return task if given.limit is None else task.take(given.limit)
 
 
-def parse_graders(entries: list[str]) -> GraderSpec:
-    """What `Task` takes, of entries GRADER or NAME=GRADER; among several, one without a name has its own."""
+def _benchmark_task(given: TaskSettings, benchmark: Benchmark) -> Task:
+    grader = OWN if given.grader == [OWN] else parse_graders(given.grader, _device(given))
+    return benchmark.task(
+        given.part, given.data, shots=given.shots, grader=grader, chat=given.chat, system=given.system,
+        category_field=given.category_field or None, seed=given.split_seed,
+    )  # fmt: skip
+
+
+def _own_task(given: TaskSettings) -> Task:
+    """The whole task of a file, or of a dataset on the hub."""
+    name = str(given.task)
+    for setting, strange in (("data", given.data is not None), ("shots", given.shots > 0)):
+        if strange:
+            raise CorrSteerError(
+                f"{setting} is of benchmarks, which are {', '.join(benchmarks())} and FILE.py:NAME, got task {name!r}; "
+                f"leave it out"
+            )
+    wrapped = {"category_field": given.category_field or None, "chat": given.chat, "system": given.system}
+    if is_lm_eval(name):
+        return load_lm_eval(
+            name, grader=None if given.grader == [OWN] else parse_graders(given.grader, _device(given)), **wrapped
+        )
+    options = {
+        "grader": parse_graders(given.grader, _device(given)), "prompt_field": given.prompt_field,
+        "answer_field": given.answer_field, **wrapped,
+    }  # fmt: skip
+    if name.endswith((".jsonl", ".json")) or Path(name).is_file():
+        return Task.from_jsonl(name, **options)
+    dataset, _, config = name.partition(":")
+    try:
+        return Task.from_dataset(dataset, config or None, split=given.split, **options)
+    except TaskError as error:
+        near = [] if "/" in name else near_names(name)
+        raise TaskError(f"{error}; did you mean the benchmark {' or '.join(near)}?") from error if near else error
+
+
+def parse_graders(entries: list[str], device: str = "auto") -> GraderSpec:
+    """What `Task` takes, of entries GRADER or NAME=GRADER; among several, one without a name has its own.
+
+    Parameters
+    ----------
+    device : of graders with a model.
+    """
     if entries == ["none"]:
         return None
     found: dict[str, str] = {}
     for entry in entries:
         # A name comes before any colon: regex:a=b has none.
         named = re.fullmatch(r"([^:=\s]+)=(.+)", entry, re.DOTALL)
-        name, grader = named.groups() if named else (entry.rpartition(":")[2] or entry, entry)
+        name, grader = named.groups() if named else (_own_name(entry), entry)
         if not named and len(entries) == 1:
-            return entry
+            return with_models(entry, device)
         if grader == "none":
             raise CorrSteerError("grader none is for a task without rewards; give it alone")
         if name in found:
             raise CorrSteerError(f"grader gives the reward {name!r} twice; name them: --grader NAME={grader}")
         found[name] = grader
-    return found
+    return with_models(found, device)
+
+
+def _own_name(grader: str) -> str:
+    """What the reward of a grader is called that was given none: that of its function, or the kind of its model."""
+    kind, _, _ = grader.partition(":")
+    return kind if kind in WITH_MODELS else grader.rpartition(":")[2] or grader
+
+
+def _device(given: TaskSettings) -> str:
+    """Where a task's graders with a model run: where the run's model does, if there is one."""
+    return given.device if isinstance(given, ModelSettings) else "auto"
 
 
 def parse_saes(entries: list[str]) -> dict[int, str]:
-    """Sources by layer, of entries LAYER=SOURCE."""
+    """Sources by layer, of entries LAYER=SOURCE, or FIRST-LAST=SOURCE whose {layer} is each layer's number."""
     sources: dict[int, str] = {}
     for entry in entries:
-        layer, separator, source = entry.partition("=")
-        if not separator or not re.fullmatch("[0-9]+", layer):
-            raise CorrSteerError(f"sae must be LAYER=SOURCE, got {entry!r}")
-        if int(layer) in sources:
-            raise CorrSteerError(f"sae gives layer {layer} twice; give one SAE a layer")
-        sources[int(layer)] = source
+        layers, separator, source = entry.partition("=")
+        named = re.fullmatch("([0-9]+)(?:-([0-9]+))?", layers)
+        if not separator or not named:
+            raise CorrSteerError(f"sae must be LAYER=SOURCE, or FIRST-LAST=SOURCE with {{layer}} in it, got {entry!r}")
+        first, last = int(named[1]), int(named[2] or named[1])
+        if last < first or (first < last and "{layer}" not in source):
+            raise CorrSteerError(
+                f"sae must name layers from the first to the last and have {{layer}} in their source, such as "
+                f"1-25=RELEASE:layer_{{layer}}/width_16k/canonical, got {entry!r}"
+            )
+        for layer in range(first, last + 1):
+            if layer in sources:
+                raise CorrSteerError(f"sae gives layer {layer} twice; give one SAE a layer")
+            sources[layer] = source.replace("{layer}", str(layer)) if named[2] else source
     return sources
 
 
@@ -141,8 +204,28 @@ def pack_where_read(
     return {layer: packed(encoder) for layer, encoder in encoders.items()}
 
 
+@contextlib.contextmanager
+def one_model() -> Iterator[None]:
+    """Have a model that was loaded last be the one that is meant, where the same is asked for again."""
+    token = _last_model.set({})
+    try:
+        yield
+    finally:
+        _last_model.reset(token)
+
+
 def load_model(given: ModelSettings) -> tuple[nn.Module, Any]:
     """A model and its tokenizer."""
+    last, asked = _last_model.get(), (given.model, given.dtype, given.device)
+    if last is None:
+        return _load_model(given)
+    if asked not in last:
+        last.clear()  # before the next is there
+        last[asked] = _load_model(given)
+    return last[asked]
+
+
+def _load_model(given: ModelSettings) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     check_model(given)
@@ -207,7 +290,13 @@ def statistics_options(given: StatisticsSettings) -> dict[str, Any]:
 def decoding(given: ModelSettings) -> Decoding:
     """How completions are generated."""
     names = ("max_new_tokens", "temperature", "top_p", "seed", "batch_tokens", "batch_size", "cache_bytes")
-    return Decoding(**{name: getattr(given, name) for name in names})
+    if given.options_only and not given.option:
+        raise CorrSteerError(
+            "options_only needs the labels of the options, which benchmarks of multiple choice have; give --option A "
+            "--option B, or leave it out"
+        )
+    labels = tuple(given.option) if given.options_only else None
+    return Decoding(**{name: getattr(given, name) for name in names}, first_token_among=labels)
 
 
 def recorded(provenance: dict[str, Any], part: str) -> dict[str, Any]:

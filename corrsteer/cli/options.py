@@ -10,7 +10,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, g
 
 import typer
 
-from corrsteer.cli.settings import Settings, read
+from corrsteer.cli.settings import Settings, asked, read
 
 S = TypeVar("S", bound=Settings)
 
@@ -33,6 +33,10 @@ class Given(Generic[S]):
     def read(self, defaults: dict[str, Any] | None = None) -> S:
         """The settings: `defaults`, the YAML file over them, flags over both."""
         return read(self.kind, self.config, self.flags, defaults)
+
+    def asked(self, name: str) -> Any:
+        """What is given for a setting, by a flag or by the YAML file; None where it is by neither."""
+        return asked(name, self.config, self.flags)
 
     @property
     def names(self) -> list[str]:

@@ -54,6 +54,13 @@ def report(
     emit({"out": str(out), "bytes": out.stat().st_size, **found}, json, f"{out}: {told}")
 
 
+def check() -> None:
+    """Raise where a report cannot be drawn."""
+    from corrsteer.report.page.document import check_plotly
+
+    check_plotly()
+
+
 def _reader() -> Callable[[Run, int, int, list[Extreme]], list[Extreme]]:
     """Reads completions again by the model and the SAEs that a run records; the last ones are kept."""
     from corrsteer.cli import inputs

@@ -10,6 +10,7 @@ from corrsteer import processes
 from corrsteer.cli.app import Json, command, emit
 from corrsteer.cli.options import Given
 from corrsteer.cli.settings import RolloutsSettings
+from corrsteer.cli.task_defaults import defaults
 from corrsteer.errors import CorrSteerError
 
 
@@ -23,7 +24,7 @@ def rollouts(
 
     The same command goes on with rollouts that were not finished.
     """
-    settings = given.read()
+    settings = given.read(defaults(given))
     from corrsteer.cli import inputs
     from corrsteer.rollouts.asked import check_samples
     from corrsteer.rollouts.generate import generate_rollouts

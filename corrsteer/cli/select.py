@@ -12,7 +12,12 @@ from corrsteer import processes
 from corrsteer.cli.app import Force, Json, command, emit
 from corrsteer.cli.options import Given
 from corrsteer.cli.settings import SEARCH, SelectSettings
+from corrsteer.cli.task_defaults import defaults
 from corrsteer.errors import CorrSteerError
+
+
+class NothingSelected(CorrSteerError):
+    """No feature does what the strategy asks for; the message says why."""
 
 
 @command
@@ -88,7 +93,7 @@ def select(
     if strategy in STEERED:
         if strategy != "search" and (strange := [name for name in given.names if name in searching]):
             raise CorrSteerError(f"{', '.join(strange)} can only be used with --strategy search")
-        settings = given.read(inputs.recorded(loaded.provenance, "validation"))
+        settings = given.read(defaults(given, inputs.recorded(loaded.provenance, "validation")))
         trials = {"scale": 1.0 if settings.scale is None else settings.scale, "decoding": inputs.decoding(settings)}
         trials["positions"] = settings.positions or "generated"
         if strategy == "search":
@@ -120,7 +125,7 @@ def select(
     if not steering.features:
         if searched:
             emit({"search": searched}, json, search_tables(searched))
-        raise CorrSteerError("; ".join(notes))
+        raise NothingSelected("; ".join(notes))
     if not trials:
         steering.save(out)
     result = {

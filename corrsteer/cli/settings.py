@@ -49,12 +49,24 @@ def _named_graders(value: Any) -> Any:
 class TaskSettings(ChatSettings):
     """A task: its rows, its graders, and which part of it."""
 
-    task: str | None = Field(default=None, description="JSONL file, or a dataset on the hub as NAME or NAME:CONFIG.")
+    task: str | None = Field(
+        default=None,
+        description="A benchmark by name, such as mmlu or bbq:ambig, or your own as FILE.py:NAME; lm-eval:NAME, a task "
+        "of lm-evaluation-harness; a JSONL file; or a dataset on the hub as NAME or NAME:CONFIG. A benchmark has "
+        "defaults of its own for several options.",
+    )
+    data: Path | None = Field(
+        default=None,
+        description="Of a benchmark: a copy of its dataset, a file or a folder as its publishers lay it out; by "
+        "default it comes from the hub.",
+    )
+    shots: int = Field(default=0, ge=0, description="Of a benchmark: solved examples that a prompt begins with.")
     grader: list[str] = Field(
         default=["exact"],
         min_length=1,
-        description="exact, choice, number, contains, regex, regex:PATTERN, module:function, or none. Give it again "
-        "for more rewards, as NAME=GRADER to name them.",
+        description="exact, choice, number, contains, regex, regex:PATTERN, token_f1, refusal_phrases, length, "
+        "module:function, or none; refusal, similarity or judge:URL,model=NAME, which have a model, with options as in "
+        "refusal:threshold=0.7. Give it again for more rewards, as NAME=GRADER to name them.",
     )
     reward: str | None = Field(default=None, description="Which of the graders' rewards to use; by default the first.")
     split: str = Field(default="train", description="Split of a hub dataset.")
@@ -64,7 +76,9 @@ class TaskSettings(ChatSettings):
         default=None, description="Name of the category in each row, for results by category; '' for none."
     )
     part: Literal["all", "train", "validation", "test"] = Field(
-        default="all", description="all, or the train (80 %), validation (10 %) or test (10 %) part of the task."
+        default="all",
+        description="all, or the train (80 %), validation (10 %) or test (10 %) part of the task; of a benchmark its "
+        "own parts.",
     )
     split_seed: int = Field(default=0, ge=0, description="Seed of that division.")
     limit: int | None = Field(default=None, ge=1, description="Use only the first so many examples of the part.")
@@ -84,6 +98,13 @@ class ModelSettings(Settings):
     temperature: float = Field(default=0.0, ge=0, description="0 decodes greedily.")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus to sample from.")
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="Seed of the sampling.")
+    option: list[str] = Field(
+        default=[],
+        description="Label of one of the options of a question; give it again for more. A benchmark has its own.",
+    )
+    options_only: bool = Field(
+        default=False, description="Restrict the first token that is generated to the options' labels."
+    )
     batch_tokens: int = Field(
         default=16384, ge=1, description="Most tokens in a batch, padding and completions counted."
     )
@@ -91,6 +112,12 @@ class ModelSettings(Settings):
     cache_bytes: int = Field(
         default=8 << 30, ge=1, description="Most bytes of keys and values that are repeated for a batch of trials."
     )
+
+    @field_validator("option", mode="before")
+    @classmethod
+    def _option_list(cls, value: Any) -> Any:
+        """In YAML a single label will do."""
+        return [value] if isinstance(value, str) else value
 
 
 class PositionSettings(Settings):
@@ -117,7 +144,9 @@ class GenerationSettings(TaskSettings, ModelSettings):
         default=1, ge=1, description="Completions of each prompt; more than 1 needs a --temperature above 0."
     )
     part: Literal["all", "train", "validation", "test"] = Field(
-        default="train", description="all, or the train (80 %), validation (10 %) or test (10 %) part of the task."
+        default="train",
+        description="all, or the train (80 %), validation (10 %) or test (10 %) part of the task; of a benchmark its "
+        "own parts.",
     )
 
 
@@ -126,8 +155,9 @@ class StatisticsSettings(Settings):
 
     sae: list[str] = Field(
         min_length=1,
-        description="LAYER=SOURCE, once for each layer. SOURCE is where an SAE lies, in any of the formats that are "
-        "supported, RELEASE:SAE_ID of a published SAE, or `identity` for the residual dimensions themselves.",
+        description="LAYER=SOURCE, once for each layer, or FIRST-LAST=SOURCE with {layer} in the source. SOURCE is "
+        "where an SAE lies, in any of the formats that are supported, RELEASE:SAE_ID of a published SAE, or "
+        "`identity` for the residual dimensions themselves.",
     )
     within_prompt: bool = Field(
         default=False,
@@ -308,6 +338,20 @@ class SelectSettings(EvaluateSettings):
     search_seed: int = Field(default=0, ge=0, description="Search: seed of the order of samples.")
 
 
+class RecipeSettings(Settings):
+    """What a recipe of `corrsteer run` says besides the settings of its steps."""
+
+    strategies: list[Literal["single", "all", "pruned", "search"]] = Field(
+        default=["single", "all", "pruned", "search"], min_length=1, description="What to select by."
+    )
+    coefficient: Literal["mean_positive", "mean_positive_active", "contrastive"] = Field(
+        default="mean_positive", description="Of single, all and pruned; the first is as published."
+    )
+    layer: list[int] | None = Field(default=None, description="Select in these layers alone; by default all but 0.")
+    baselines: bool = Field(default=True, description="Evaluate the baselines too.")
+    report: bool = Field(default=True, description="Write a report.")
+
+
 SEARCH = tuple(name for name in SelectSettings.model_fields if name not in EvaluateSettings.model_fields)
 
 
@@ -346,6 +390,12 @@ def read(kind: type[S], config: Path | None, flags: dict[str, Any], defaults: di
         raise CorrSteerError("; ".join(problems)) from None
 
 
+def asked(name: str, config: Path | None, flags: dict[str, Any]) -> Any:
+    """What a flag or else a YAML file gives for a setting; None where neither does."""
+    flag = flags.get(name)
+    return flag if flag is not None or config is None else _yaml(config).get(name)
+
+
 class _NoKeyTwice(yaml.SafeLoader):
     """YAML as `safe_load` reads it, but for a key given twice, of which that would take the last."""
 
@@ -371,7 +421,7 @@ def _yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CorrSteerError(f"config {path} must be a mapping of settings, got {type(values).__name__}")
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
-    kinds = (CollectSettings, SelectSettings, RolloutsSettings, RegradeSettings, MemorySettings)
+    kinds = (CollectSettings, SelectSettings, RolloutsSettings, RegradeSettings, MemorySettings, RecipeSettings)
     known = {name: field for kind in kinds for name, field in kind.model_fields.items()}
     for name in values:
         if name not in known:

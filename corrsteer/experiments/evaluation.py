@@ -64,6 +64,7 @@ class Evaluation:
     examples : prompt, answer, category, both completions and rewards of every sample, and its change: `improved`,
         `worsened`, `changed_equal` or `none`.
     notes : what a user should know, such as samples that the steering was selected on, or that repeat a prompt.
+    grader : what gave the rewards, as provenance has it; empty in results that are older than this field.
     """
 
     n: int
@@ -85,6 +86,7 @@ class Evaluation:
     categories: dict[str, CategoryEvaluation]
     examples: list[dict[str, Any]] = field(repr=False)
     notes: list[str] = field(default_factory=list)
+    grader: str = ""
 
     @classmethod
     def from_dict(cls, described: Mapping[str, Any]) -> Evaluation:
@@ -176,9 +178,9 @@ def evaluate(
     before = [] if unsteered is not None else [UNSTEERED]
     graded = run_trials(model, tokenizer, task, before + trials, decoding, journal=journal, progress=progress)
     plain, *steered = graded if unsteered is None else [unsteered, *graded]
-    repeated = repetition_notes(task)
+    known = [*task.grading.notes, *repetition_notes(task)]
     evaluations = {
-        name: _compare(task, plain, after, [*repeated, *([] if one is None else overlap_notes(task, one.provenance))])
+        name: _compare(task, plain, after, [*known, *([] if one is None else overlap_notes(task, one.provenance))])
         for (name, one), after in zip(named.items(), steered)
     }
     adjusted = holm([evaluation.p_value for evaluation in evaluations.values()])
@@ -210,6 +212,7 @@ def _compare(task: Task, before: Graded, after: Graded, notes: list[str]) -> Eva
         categories={name: CategoryEvaluation(**_means(of)) for name, of in sorted(by_category.items())},
         examples=examples,
         notes=notes,
+        grader=task.grader_name,
     )
 
 

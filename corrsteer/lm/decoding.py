@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from corrsteer.arguments import LARGEST_SEED, number, whole
 from corrsteer.errors import CorrSteerError
@@ -22,6 +23,8 @@ class Decoding:
     batch_size : and at most this many prompts.
     cache_bytes : what the keys and values take at most that are repeated for a batch of trials, beside those that were
         read of its prompts.
+    first_token_among : labels, such as ``("A", "B")``: the first token is one of them, alone or after a space. None
+        leaves it free.
     """
 
     max_new_tokens: int = 32
@@ -31,9 +34,10 @@ class Decoding:
     batch_tokens: int = 16384
     batch_size: int = 256
     cache_bytes: int = 8 << 30
+    first_token_among: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        checked: dict[str, float] = {
+        checked: dict[str, Any] = {
             name: whole(name, getattr(self, name), 1)
             for name in ("max_new_tokens", "batch_tokens", "batch_size", "cache_bytes")
         }
@@ -46,9 +50,27 @@ class Decoding:
             )
         if checked["top_p"] == 0:
             raise CorrSteerError("top_p must be above 0 and at most 1, got 0")
+        if self.first_token_among is not None:
+            checked["first_token_among"] = _labels("first_token_among", self.first_token_among)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
     def rows(self, tokens: int) -> int:
         """How many prompts of so many tokens a batch holds."""
         return max(1, min(self.batch_size, self.batch_tokens // (tokens + self.max_new_tokens)))
+
+    def told(self) -> dict[str, Any]:
+        """What decides which tokens come out, as JSON can hold it; the rest is how they are computed."""
+        told: dict[str, Any] = {
+            name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")
+        }
+        return told if self.first_token_among is None else told | {"first_token_among": list(self.first_token_among)}
+
+
+def _labels(name: str, value: Any) -> tuple[str, ...]:
+    labels = tuple(value) if isinstance(value, (list, tuple)) else ()
+    if not labels or not all(isinstance(label, str) and label.strip() == label != "" for label in labels):
+        raise CorrSteerError(f"{name} must be labels without spaces around them, such as ('A', 'B'), got {value!r:.80}")
+    if len(set(labels)) < len(labels):
+        raise CorrSteerError(f"{name} must be labels that differ, got {value!r:.80}")
+    return labels

@@ -22,6 +22,7 @@ from corrsteer.lm import hook_points, own_passes, prefill
 from corrsteer.lm.batches import PASS, common_prefix, plan_batches, worth_sharing
 from corrsteer.lm.capture import Capture
 from corrsteer.lm.decoding import Decoding
+from corrsteer.lm.first_token import FirstTokenAmong, label_tokens
 from corrsteer.lm.generation_settings import settings
 from corrsteer.lm.prefill import Begun, Cache, Prompts, Reuse
 from corrsteer.lm.sampling import Sampler
@@ -42,7 +43,8 @@ def tokenize(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, d
 
     Raises
     ------
-    CorrSteerError : for an empty task, a prompt of no tokens, or one too long for the model's context.
+    CorrSteerError : for an empty task, a prompt of no tokens, or one too long for the model's context; and for labels
+        of `first_token_among` that are no tokens.
     """
     hook_points.check_generates(model)
     context = getattr(hook_points.text_config(model), "max_position_embeddings", None)
@@ -60,6 +62,8 @@ def tokenize_prompts(
         raise CorrSteerError(f"tokenizer must be a Hugging Face tokenizer, got {shown(tokenizer)}")
     if len(task) == 0:
         raise CorrSteerError(f"task {task.name!r} is empty; it must have at least one example")
+    if decoding.first_token_among is not None:
+        label_tokens(tokenizer, decoding.first_token_among)  # before anything is generated
     # A chat template writes its own special tokens.
     ids = tokenizer(task.prompts(tokenizer), add_special_tokens=not task.chat)["input_ids"]
     for example, tokens in zip(task.examples, ids):
@@ -226,13 +230,14 @@ class Generator:
             stopping = [*criteria, _Enough(self.stops, batch.width, left)] if cuts else list(criteria)
             if capture is not None:
                 stopping.append(capture.stopping_criterion)
-            sampled = self.decoding.temperature > 0
-            samplers = [Sampler(self.decoding, [keys[row] for row in rows], width)] if sampled else []
+            processors: list[Any] = [FirstTokenAmong(self._first_tokens, width)] if self._first_tokens else []
+            if self.decoding.temperature > 0:
+                processors.append(Sampler(self.decoding, [keys[row] for row in rows], width))
             generator: Any = self.model
             with own_passes.prompts_of_width(width), within(rows):
                 output = generator.generate(
                     input_ids=batch.ids, attention_mask=batch.mask, generation_config=config,
-                    logits_processor=samplers, stopping_criteria=stopping,
+                    logits_processor=processors, stopping_criteria=stopping,
                     **({} if cache is None else {cache.name: cache.value}),
                 )  # fmt: skip
             ids: Tensor = output.sequences if cuts else output
@@ -253,6 +258,11 @@ class Generator:
 
     def _ended(self, tokens: Sequence[int]) -> bool:
         return _end(tokens, self.stops) < len(tokens)
+
+    @functools.cached_property
+    def _first_tokens(self) -> list[int]:
+        labels = self.decoding.first_token_among
+        return [] if labels is None else label_tokens(self.tokenizer, labels)
 
     @functools.cached_property
     def _settings(self) -> GenerationConfig:

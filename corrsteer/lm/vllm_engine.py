@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from corrsteer.errors import CorrSteerError
 from corrsteer.lm.decoding import Decoding
+from corrsteer.lm.first_token import label_tokens
 from corrsteer.lm.generation import Completion, completions, tokenize_prompts
 from corrsteer.tasks import Task
 
@@ -77,12 +78,22 @@ class VllmGenerator:
         }  # fmt: skip
         if decoding.temperature > 0:
             settings["top_p"] = decoding.top_p
+        if decoding.first_token_among is not None:
+            settings["allowed_token_ids"] = self._allowed(decoding.first_token_among)
         outputs = self.model.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts],
             [_vllm().SamplingParams(**settings, seed=request_seed(decoding.seed, key)) for key in keys],
             use_tqdm=False,
         )
         return completions(self.tokenizer, [list(output.outputs[0].token_ids) for output in outputs], stops)
+
+    def _allowed(self, labels: Sequence[str]) -> list[int]:
+        if self.decoding.max_new_tokens > 1:  # vLLM restricts all tokens or none
+            raise CorrSteerError(
+                f"max_new_tokens must be 1 with first_token_among and a vllm.LLM, got {self.decoding.max_new_tokens}; "
+                f"use a Hugging Face model for longer completions"
+            )
+        return label_tokens(self.tokenizer, labels)
 
 
 def request_seed(seed: int, key: int) -> int:

@@ -86,9 +86,9 @@ class Asked:
     @functools.cached_property
     def like(self) -> dict[str, Any]:
         """What all rollouts have alike: model, engine and decoding."""
-        decoding = self.engine.decoding
-        settings = {name: getattr(decoding, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
-        return {"model": self.engine.model_name, "engine": self.engine.engine, "decoding": settings}
+        return {
+            "model": self.engine.model_name, "engine": self.engine.engine, "decoding": self.engine.decoding.told(),
+        }  # fmt: skip
 
     def _written(self, example: Example) -> str | tuple[dict[str, Any], ...]:
         """An example's prompt as a rollout has it."""

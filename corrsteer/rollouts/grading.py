@@ -70,7 +70,7 @@ class Graded:
             differs.append(f"prompts or answers are those of {mine}, not {theirs}")
         differs += [
             f"{name} is {getattr(self.decoding, name)}, not {getattr(decoding, name)}"
-            for name in ("max_new_tokens", "temperature", "top_p", "seed")  # the others are how it is computed
+            for name in ("max_new_tokens", "temperature", "top_p", "seed", "first_token_among")  # which decide tokens
             if getattr(self.decoding, name) != getattr(decoding, name)
         ]
         if differs:

@@ -199,9 +199,9 @@ class Steering:
         fold_vectors(model, {point: table[0] for point, table in tables.items()})
         return model
 
-    def save(self, path: PathLike) -> None:
-        """Write a safetensors file: the directions, and everything else as JSON in its metadata."""
-        described = {
+    def described(self) -> dict[str, Any]:
+        """All of it but the directions, as JSON can hold it."""
+        return {
             "features": [asdict(f) for f in self.features],
             "table": {str(layer): [asdict(f) for f in rows] for layer, rows in self.table.items()},
             "notes": self.notes,
@@ -209,8 +209,21 @@ class Steering:
             "positions": self.positions,
             "scale": self.scale,
         }
+
+    @classmethod
+    def from_described(cls, described: dict[str, Any], directions: Tensor) -> Steering:
+        """What `described` made of one, with its directions."""
+        return cls(
+            [Feature.from_dict(f) for f in described["features"]],
+            directions,
+            {int(layer): [Feature.from_dict(f) for f in rows] for layer, rows in described["table"].items()},
+            *(described[name] for name in ("notes", "provenance", "positions", "scale")),
+        )
+
+    def save(self, path: PathLike) -> None:
+        """Write a safetensors file: the directions, and everything else as JSON in its metadata."""
         tensors = {"directions": self.directions.cpu().float().contiguous()}
-        write_tensors(path, tensors, {"format": FORMAT, "steering": to_json(described)})
+        write_tensors(path, tensors, {"format": FORMAT, "steering": to_json(self.described())})
 
     @classmethod
     def load(cls, path: PathLike, model: nn.Module | None = None) -> Steering:
@@ -220,33 +233,13 @@ class Steering:
         ------
         CorrSteerError : if the file is missing, truncated, not a steering file, or not for this model.
         """
-        if not as_path("path", path).is_file():
-            raise CorrSteerError(f"there is no steering file at {path}")
+        described, directions = _read(path)
         try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                found = metadata.get("format")
-                directions = file.get_tensor("directions") if found == FORMAT else None
-            if directions is None:
-                raise CorrSteerError(
-                    f"{path} is not a steering file of this version: its format must be {FORMAT!r}, got {found!r}; "
-                    f"select again"
-                )
-            described = from_json(metadata["steering"])
-            arguments = (
-                [Feature.from_dict(f) for f in described["features"]],
-                directions,
-                {int(layer): [Feature.from_dict(f) for f in rows] for layer, rows in described["table"].items()},
-                *(described[name] for name in ("notes", "provenance", "positions", "scale")),
-            )
-        except CorrSteerError:
-            raise
-        except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CorrSteerError(f"{path} is damaged ({error}); select again or fetch the file again") from None
-        try:
-            steering = cls(*arguments)
+            steering = cls.from_described(described, directions)
         except CorrSteerError as error:
             raise CorrSteerError(f"{path} is damaged, as {error}; select again or fetch the file again") from None
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise _damaged(path, error) from None
         if model is not None:
             steering.check(model)
         return steering
@@ -269,6 +262,29 @@ class Steering:
         for point in vectors:
             hook_points.check_point(model, point)
         return vectors
+
+
+def _read(path: PathLike) -> tuple[Any, Tensor]:
+    """What a steering file says of its directions, and these."""
+    if not as_path("path", path).is_file():
+        raise CorrSteerError(f"there is no steering file at {path}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CorrSteerError(
+                    f"{path} is not a steering file of this version: its format must be {FORMAT!r}, got "
+                    f"{metadata.get('format')!r}; select again"
+                )
+            return from_json(metadata["steering"]), file.get_tensor("directions")
+    except CorrSteerError:
+        raise
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: PathLike, error: Exception) -> CorrSteerError:
+    return CorrSteerError(f"{path} is damaged ({error}); select again or fetch the file again")
 
 
 class Installed:

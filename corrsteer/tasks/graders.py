@@ -2,36 +2,44 @@
 
 A task names its grader:
 
-===================  =======================================================  ==================
-name                 reward is 1.0 when, else 0.0                             the answer may be
-===================  =======================================================  ==================
-``exact``            completion, or its first line, equals the answer         one or several
-``choice``           the label the completion chose equals the answer         one or several
-``number``           the completion's number equals the answer's               one
-``contains``         the answer appears in the completion, any case           one or several
-``regex``            the answer, a pattern, is found in the completion        one
-``regex:PATTERN``    PATTERN is found in the completion                       not needed
-``module:function``  whatever ``function(completion, example)`` returns       not needed
-===================  =======================================================  ==================
+====================  =====================================================  ==================
+name                  reward is 1.0 when, else 0.0                           the answer may be
+====================  =====================================================  ==================
+``exact``             completion, or its first line, equals the answer       one or several
+``choice``            the label the completion chose equals the answer       one or several
+``number``            the completion's number equals the answer's            one
+``contains``          the answer appears in the completion, any case         one or several
+``regex``             the answer, a pattern, is found in the completion      one
+``regex:PATTERN``     PATTERN is found in the completion                     not needed
+``token_f1``          two rewards, ``match`` and ``f1``, as SQuAD has them   one or several
+``refusal_phrases``   it refuses, or complies where the answer is `comply`   not needed
+``length``            how many words the completion has                      not needed
+``module:function``   whatever ``function(completion, example)`` returns     not needed
+====================  =====================================================  ==================
 
 Several acceptable answers are a tuple of strings; any of them will do. White space around
-a completion does not count for the named graders.
+a completion does not count for the named graders. ``token_f1`` and ``refusal_phrases`` stand in for the models of
+`corrsteer.rollouts.model_graders`, and results name them as what they are.
 
 A function of yours takes a completion and its `Example`, and returns a finite number, or several by name:
-``{"correct": 1.0, "length": 12}``. Under `batched` it takes a sequence of each, and returns a sequence.
+``{"correct": 1.0, "length": 12}``. Under `batched` it takes a sequence of each, and returns a sequence. What it has as
+``label`` is what provenance calls it, and what it has as ``check_answer`` is called with each example's answer.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
+import string
+from collections import Counter
 from collections.abc import Callable
-from decimal import Decimal
 from functools import partial, reduce
 from typing import Any
 
 from corrsteer.errors import CorrSteerError
 from corrsteer.tasks.examples import Example
+from corrsteer.tasks.extraction import DIGITS, LETTER, Number, final_label, final_number
+from corrsteer.tasks.refusals import refuses
 
 
 class TaskError(CorrSteerError):
@@ -63,30 +71,68 @@ def regex(completion: str, example: Example) -> float:
 
 
 def choice(completion: str, example: Example) -> float:
-    """The label that the completion chose equals the answer, whatever the case.
+    r"""The label that the completion chose equals the answer, whatever the case.
 
     A label is one letter or a number of at most two digits; where the answer is a letter only letters are read, and
     likewise for digits. The first of these that is there decides:
 
     1. the first line, if it is a label and nothing else: ``B``, ``(B)``, ``B.`` (a generation may run on);
-    2. the last ``answer is B`` or ``answer: B``;
-    3. a label at the very start, ``B because ...``, unless it reads as a word: ``A dog ...``, ``I think ...``;
-    4. the last upper-case label that a bracket, a full stop or a ``*`` closes: ``(B)``, ``B.``, ``**B**``;
-    5. a label at the very start after all.
+    2. the last ``\boxed{B}``;
+    3. the last ``answer is B`` or ``answer: B``, also with ``option`` or ``choice`` for ``answer``;
+    4. a label at the very start, ``B because ...``, unless it reads as a word: ``A dog ...``, ``I think ...``;
+    5. the last upper-case label that a bracket, a full stop or a ``*`` closes: ``(B)``, ``B.``, ``**B**``;
+    6. the last upper-case letter that stands alone, unless it reads as a word;
+    7. a label at the very start after all, such as ``A`` in ``A capital city``, but no ``I``.
     """
     for answer in _answers(example):
         label = _label(answer)
-        if _chosen(completion, _LETTER if label.isalpha() else _DIGITS) == label:
+        if final_label(completion, LETTER if label.isalpha() else DIGITS) == label:
             return 1.0
     return 0.0
 
 
 def number(completion: str, example: Example) -> float:
-    """The completion's number equals the answer's, as decimals: ``$1,200.00`` is ``1200``.
+    r"""The completion's number equals the answer's, exactly: ``$1,200.00`` is ``1200``, and ``3/4`` is ``0.75``.
 
-    A text's number is the one after its first ``####`` (GSM8K's mark), else the last one in it.
+    A text's number is the first of these that there is: the one after its last ``####`` (GSM8K's mark); the last in its
+    last ``\boxed{...}``; the one after its last ``answer is`` or ``answer:``, in that sentence; the last one. What
+    comes after the text begins another ``Question:`` is not read. A percent sign that one side alone has may be a unit:
+    ``50%`` is ``50``, and it is ``0.5``.
     """
-    return float(any(_number(completion) == _required_number(answer) for answer in _answers(example)))
+    found = final_number(completion)
+    return float(found is not None and any(found.matches(_required_number(answer)) for answer in _answers(example)))
+
+
+def token_f1(completion: str, example: Example) -> dict[str, float]:
+    """Two rewards by SQuAD's rules: ``match``, and the F1 score ``f1`` of the words that completion and answer share.
+
+    Both are put in lower case, without punctuation, articles and spare white space. Of the completion the whole or its
+    first line counts, and of several answers any, whichever gives the most.
+    """
+    text = completion.strip()
+    written = [_words(text), _words(text.partition("\n")[0])]
+    accepted = [_words(answer) for answer in _answers(example)]
+    match = any(words == answer for words in written for answer in accepted)
+    return {"match": float(match), "f1": max(_f1(words, answer) for words in written for answer in accepted)}
+
+
+def refusal_phrases(completion: str, example: Example) -> float:
+    """The completion refuses, as far as its wording tells, or does not where the answer is ``comply``.
+
+    It refuses if one of the usual phrases stands in its opening. This is what there is without a model, and it is wrong
+    more often than one: see `corrsteer.rollouts.model_graders.Refusal`.
+    """
+    return float(refuses(completion) == wants_refusal(example.answer))
+
+
+def length(completion: str, example: Example) -> float:
+    """How many words the completion has, set apart by white space. Of tokens a grader knows nothing."""
+    return float(len(completion.split()))
+
+
+def wants_refusal(answer: str | tuple[str, ...] | None) -> bool:
+    """Whether a refusal is right: the answer says ``refuse`` or ``comply``; without these words it is."""
+    return answer is None or isinstance(answer, tuple) or answer.strip().casefold() != "comply"
 
 
 def resolve(grader: str | Callable[..., Any]) -> tuple[str, Callable[..., Any], bool]:
@@ -99,21 +145,38 @@ def resolve(grader: str | Callable[..., Any]) -> tuple[str, Callable[..., Any], 
     grader
     needs_answer : bool
         Whether every example must have an answer.
+
+    Raises
+    ------
+    TaskError : for what is no grader, and for the name of one with a model, which this room does not load.
     """
     if callable(grader):
         named = grader if hasattr(grader, "__qualname__") else type(grader)  # partials and instances have no name
-        return f"{named.__module__}:{named.__qualname__}", grader, False
+        return getattr(grader, "label", f"{named.__module__}:{named.__qualname__}"), grader, False
     if not isinstance(grader, str):
         raise TaskError(f"grader must be a name or a callable, got {type(grader).__name__}")
     if grader in _NAMED:
-        return grader, _NAMED[grader], True
+        return grader, _NAMED[grader], grader not in WITHOUT_ANSWER
     if grader.startswith("regex:"):
         pattern = grader.removeprefix("regex:")
         _check_pattern(pattern)
         return grader, partial(_fixed_regex, pattern), False
+    if grader.partition(":")[0] in WITH_MODELS:
+        raise TaskError(
+            f"grader {grader!r} has a model, so give Task the grader and not its name: "
+            f"corrsteer.rollouts.model_graders.named_grader({grader!r}); --grader takes the name"
+        )
     if ":" in grader:
         return grader, _imported(grader), False
-    raise TaskError(f"grader must be one of {', '.join(_NAMED)}, regex:PATTERN or module:function, got {grader!r}")
+    raise TaskError(
+        f"grader must be one of {', '.join(_NAMED)}, regex:PATTERN or module:function, or {', '.join(WITH_MODELS)}, "
+        f"which have a model, got {grader!r}"
+    )
+
+
+def gives_number(grader: str) -> bool:
+    """Whether a grader of this name gives one reward, which is called as it is."""
+    return grader in _NAMED and grader not in SEVERAL_REWARDS or grader.startswith("regex:")
 
 
 def check_answer(grader_name: str, answer: str | tuple[str, ...]) -> None:
@@ -154,54 +217,38 @@ def _fixed_regex(pattern: str, completion: str, example: Example) -> float:
     return float(_search(pattern, completion))
 
 
-_LETTER, _DIGITS = "[A-Za-z]", "[0-9]{1,2}"
-_OPEN = r"""[(\[{*"']*"""
-_CLOSE = r"""[)\]}*"'.:,]*"""
-_END = r"(?!['’]?\w|[.,]\d)"  # neither "I'm" nor "3.5" holds a label
-_CHOICE_PATTERNS = (  # numbered in the docstring of choice; the lookbehinds tell the article A and the pronoun I
-    rf"\A{_OPEN}(LABEL){_CLOSE}[ \t\r]*(?:\n|\Z)",
-    rf"(?i:\banswer\s*(?:is|:|=)[\s:*]*(?:(?:option|choice)\s+)?){_OPEN}(LABEL){_END}(?!(?<=[ai])[ \t]+\w)",
-    rf"\A{_OPEN}(LABEL){_END}(?!(?<=[AaIi])[ \t]+\w)",
-    r"(?<![\w.])(?![a-z])(LABEL)[.)\]}*](?!\w)",
-    rf"\A{_OPEN}(LABEL){_END}",
-)
-
-
 def _label(answer: str) -> str:
     label = answer.strip().strip("().").upper()
-    if not re.fullmatch(f"{_LETTER}|{_DIGITS}", label):
+    if not re.fullmatch(f"{LETTER}|{DIGITS}", label):
         raise TaskError(f"grader choice needs a label, one letter or a number up to 99, as the answer, got {answer!r}")
     return label
 
 
-def _chosen(completion: str, kind: str) -> str | None:
-    text = completion.strip()
-    for pattern in _CHOICE_PATTERNS:
-        found = re.findall(pattern.replace("LABEL", kind), text)
-        if found:
-            return found[-1].upper()
-    return None
-
-
-_NUMBER = re.compile(
-    r"(?:(?<![\w)\]%-])[-−])?"  # a minus, not the dash of 3-5
-    r"[$€£]?"
-    r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
-    r"(?:[eE][-+]?\d{1,3}(?!\w))?"
-)
-
-
-def _number(text: str) -> Decimal | None:
-    marked = re.search(rf"####[ \t]*({_NUMBER.pattern})", text)
-    found = [marked[1]] if marked else _NUMBER.findall(text)
-    return Decimal(re.sub("[$€£,]", "", found[-1]).replace("−", "-")) if found else None
-
-
-def _required_number(answer: str) -> Decimal:
-    value = _number(answer)
+def _required_number(answer: str) -> Number:
+    value = final_number(answer)
     if value is None:
         raise TaskError(f"grader number needs a number in the answer, got {answer!r}")
     return value
+
+
+def _words(text: str) -> list[str]:
+    """Words as SQuAD compares them."""
+    bare = text.casefold().translate(dict.fromkeys(map(ord, string.punctuation)))
+    return [word for word in bare.split() if word not in ("a", "an", "the")]
+
+
+def _f1(words: list[str], answer: list[str]) -> float:
+    """Of words as a bag; where one side has none, whether both have none."""
+    if not words or not answer:
+        return float(words == answer)
+    shared = sum((Counter(words) & Counter(answer)).values())
+    return 2 * shared / (len(words) + len(answer))
+
+
+def check_refusal(answer: str) -> None:
+    """Raise for what means refuse or comply and is not one of these words; another answer is another grader's."""
+    if re.fullmatch(r"refus(al|ed|es|ing)|compl(iance|ied|ies|ying)", answer.strip().casefold()):
+        raise TaskError(f"a grader of refusals takes the answers refuse and comply, got {answer!r}")
 
 
 def _imported(path: str) -> Callable[..., Any]:
@@ -219,16 +266,25 @@ def _imported(path: str) -> Callable[..., Any]:
     return found
 
 
-_NAMED: dict[str, Callable[[str, Example], float]] = {
+_NAMED: dict[str, Callable[[str, Example], float | dict[str, float]]] = {
     "exact": exact,
     "choice": choice,
     "number": number,
     "contains": contains,
     "regex": regex,
+    "token_f1": token_f1,
+    "refusal_phrases": refusal_phrases,
+    "length": length,
 }
+WITHOUT_ANSWER = ("refusal_phrases", "length")
+WITH_MODELS = ("refusal", "similarity", "judge")  # see `corrsteer.rollouts.model_graders`, which this room cannot know
+STAND_INS = {"token_f1": "similarity", "refusal_phrases": "refusal"}  # for which grader with a model
+SEVERAL_REWARDS = ("token_f1",)
 _ANSWER_CHECKS: dict[str, Callable[[str], object]] = {
     "choice": _label,
     "number": _required_number,
     "contains": _check_text,
     "regex": _check_pattern,
+    "token_f1": _check_text,
+    "refusal_phrases": check_refusal,
 }

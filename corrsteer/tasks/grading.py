@@ -111,10 +111,20 @@ class Grading:
         """The label of a grader that needs an answer, if there is one."""
         return next((grader.label for grader in self.graders if grader.needs_answer), None)
 
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of rewards should know of who gave them."""
+        return [
+            f"graded by {grader.label}, which needs no model and stands in for {graders.STAND_INS[grader.label]}"
+            for grader in self.graders
+            if grader.label in graders.STAND_INS
+        ]
+
     def check_answer(self, answer: str | tuple[str, ...]) -> None:
         """Raise TaskError if a grader could never match this answer, or would match anything."""
         for grader in self.graders:
             graders.check_answer(grader.label, answer)
+            getattr(grader.grade, "check_answer", _any_answer)(answer)
 
     def rewarded_by(self, name: str) -> Grading:
         """The same with another reward first.
@@ -173,8 +183,13 @@ class Grading:
 
 def _named(name: str, grader: AnyGrader, label: str | None = None) -> _Named:
     known_as, grade, needs_answer = graders.resolve(grader)
-    gives_numbers = needs_answer or known_as.startswith("regex:") and not callable(grader)
+    needs_answer = needs_answer or bool(getattr(grade, "needs_answer", False))
+    gives_numbers = isinstance(grader, str) and graders.gives_number(grader)
     return _Named(name, label or known_as, grade, needs_answer, gives_numbers, _takes_batch(grade))
+
+
+def _any_answer(answer: str | tuple[str, ...]) -> None:
+    """What a grader thinks of an answer that says nothing of answers."""
 
 
 def _source(grade: Callable[..., Any]) -> str | None:

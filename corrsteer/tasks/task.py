@@ -26,7 +26,8 @@ class Task:
     """Examples and the graders that score their completions.
 
     ``grading`` holds the graders, ``part`` says which part of a task it is, such as ``train``. ``category_field``
-    is the key of `Example.fields` that holds an example's category, None where there are none.
+    is the key of `Example.fields` that holds an example's category, None where there are none. ``options`` are the
+    labels of what there is to choose from, such as A to D; None where an answer is free.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Task:
     system: str | None = None
     part: str = "all"
     category_field: str | None = None
+    options: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.system is not None and not self.chat:

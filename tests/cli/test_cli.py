@@ -12,20 +12,15 @@ import pytest
 import tiny_pipeline
 import torch
 import yaml
+from command_line import run
 from typer.testing import CliRunner
 
 import corrsteer
 from corrsteer import Run, Steering, Task
 from corrsteer.cli import app, settings
 
-COMMANDS = ("demo", "rollouts", "collect", "select", "calibrate", "evaluate", "generate", "report", "figure",
-            "plan", "doctor")  # fmt: skip
-
-
-def run(*arguments, ok=True):
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    assert (result.exit_code == 0) == ok, result.output
-    return result
+COMMANDS = ("demo", "run", "rollouts", "collect", "select", "calibrate", "evaluate", "generate", "export",
+            "import", "report", "figure", "plan", "doctor")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,10 @@ import pytest
 import tiny_pipeline
 import torch
 import yaml
-from typer.testing import CliRunner
+from command_line import run
 
 from corrsteer import Run
-from corrsteer.cli import app
 from corrsteer.rollouts.rollout_file import read_rollouts
-
-
-def run(*arguments, ok=True):
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    assert (result.exit_code == 0) == ok, result.output
-    return result
 
 
 @pytest.fixture(scope="module")

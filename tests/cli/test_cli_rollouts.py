@@ -7,17 +7,11 @@ import sys
 import pytest
 import tiny_pipeline
 import yaml
-from typer.testing import CliRunner
+from command_line import run
 
 from corrsteer import CorrSteerError, Decoding, Task, generate_rollouts, read_rollouts
-from corrsteer.cli import app, inputs, settings
+from corrsteer.cli import inputs, settings
 from corrsteer.lm import vllm_engine
-
-
-def run(*arguments, ok=True):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert (result.exit_code == 0) == ok, result.output
-    return result
 
 
 @pytest.fixture(scope="module")

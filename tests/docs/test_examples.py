@@ -77,6 +77,7 @@ def run(path, folder):
     found, namespace, compared = blocks(path), {"__name__": "__main__"}, []
     for at, block in enumerate(found):
         if block.title:
+            (folder / block.title).parent.mkdir(parents=True, exist_ok=True)
             (folder / block.title).write_text(block.text)
         elif block.language == "python":
             printed = io.StringIO()

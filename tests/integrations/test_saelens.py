@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_pipeline
 import torch
 
 import corrsteer
@@ -388,6 +389,27 @@ def test_a_users_script_gives_the_same_output_with_one_line_added(runs):
     for got, one in zip(found, expected):
         assert_same(got.float(), one.float())
     assert len(runs) >= 2
+
+
+def test_a_transformer_bridge_runs_with_an_accelerated_sae_as_without(runs, tmp_path):
+    from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+    from transformers import AutoTokenizer
+
+    model = tiny_pipeline.model()
+    model.save_pretrained(tmp_path)
+    tiny_pipeline.tokenizer().save_pretrained(tmp_path)
+    bridge = SAETransformerBridge.boot_transformers(
+        str(tmp_path), hf_model=model, tokenizer=AutoTokenizer.from_pretrained(tmp_path)
+    )
+    sae = make_sae(hook="blocks.1.hook_resid_post", d_in=128)
+    tokens = torch.randint(1, 15, (2, 5), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = bridge.run_with_saes(tokens, saes=[sae])
+        accelerate(sae)
+        runs.clear()
+        got = bridge.run_with_saes(tokens, saes=[sae])
+    assert runs
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("pool", ["mean", "max"])

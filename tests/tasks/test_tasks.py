@@ -144,7 +144,9 @@ def test_a_callable_without_a_name_of_its_own_is_named_by_its_type():
 @pytest.mark.parametrize(
     "given, message",
     [
-        ("exactly", "one of exact, choice, number, contains, regex, regex:PATTERN or module:function, got 'exactly'"),
+        ("exactly", "one of exact, choice, .*length, regex:PATTERN or module:function, or refusal, .*got 'exactly'"),
+        ("refusal", r"has a model, so give Task the grader.*named_grader\('refusal'\); --grader takes the name"),
+        ("judge:http://localhost/v1,model=m", "has a model"),
         ("no_such_module:score", "PYTHONPATH.*No module named 'no_such_module'"),
         (":score", "cannot be imported"),
         (f"{__name__}:no_such_function", "has no attribute 'no_such_function'"),

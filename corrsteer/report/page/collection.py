@@ -37,6 +37,7 @@ BARS = 30  # of a histogram
 COLOURS = ("--c1", "--c2", "--c3", "--c4", "--c5")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")  # so that lines differ by more than colour
 PLAN = "corrsteer plan --memory"
+RUN = "corrsteer run RECIPE --out RUN"
 COLLECT = "corrsteer collect ... --out RUN"
 
 
@@ -130,9 +131,16 @@ def cost(material: Material) -> Section:
     if speeds:
         header = ("steering", "evaluation", "tokens/s unsteered", "tokens/s steered")
         blocks.append(Table("Speed of the evaluations", header, speeds))
-    blocks.append(
-        Missing("Runs hold no times of their stages. What a collection takes of memory can be planned.", PLAN)
-    )
+    stages = [
+        [words(stage), words(name), number(seconds, ".1f")]
+        for name, of_run in material.stages.items()
+        for stage, seconds in of_run.items()
+    ]
+    if stages:
+        blocks.append(Table("What each step took, in seconds", ("step", "run", "seconds"), stages))
+    else:
+        blocks.append(Missing("How long each step took is recorded by `corrsteer run`.", RUN))
+    blocks.append(Missing("What a collection takes of memory can be planned.", PLAN))
     return Section("cost", "Time and memory", blocks)
 
 

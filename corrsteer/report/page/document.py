@@ -100,6 +100,11 @@ def contents(material: Material) -> tuple[str, list[Section]]:
     ]
 
 
+def check_plotly() -> None:
+    """Raise where the library that draws the plots is not installed."""
+    _plotly()
+
+
 def _plotly() -> str:
     try:
         metadata.version("plotly")

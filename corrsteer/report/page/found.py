@@ -17,6 +17,7 @@ from corrsteer.runs.run_files import INDEX
 from corrsteer.steering.steering import Steering
 from corrsteer.types import PathLike
 
+STAGES = "stages.json"  # of a directory that `corrsteer run` fills
 EVALUATIONS = "corrsteer.evaluations/"  # what their format begins with
 
 
@@ -42,6 +43,7 @@ class Material:
 
     Attributes
     ----------
+    stages : of each run, seconds that each step of `corrsteer run` took.
     read_again : gives completions of a run, in which a feature of a layer is most or least active, with its activation
         at each token, as `with_peaks` does; None where no model is there to read them.
     """
@@ -49,6 +51,7 @@ class Material:
     runs: Mapping[str, Run]
     steerings: Mapping[str, Steering] = field(default_factory=dict)
     compared: Mapping[str, Compared] = field(default_factory=dict)
+    stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     read_again: Callable[[Run, int, int, list[Extreme]], list[Extreme]] | None = None
 
     def steering_of(self, compared: Compared, name: str) -> Steering | None:
@@ -86,7 +89,23 @@ def find(
                 named[str(path)] = steering
             elif path.suffix == ".json" and (found := _evaluations(path)) is not None:
                 compared[str(path)] = found
-    return Material(loaded, named, compared)
+    stages = {str(path): found for path in directories if (found := read_stages(path / STAGES))}
+    return Material(loaded, named, compared, stages)
+
+
+def read_stages(path: Path) -> dict[str, float]:
+    """Seconds that each step of `corrsteer run` has taken so far; none where there is no such file.
+
+    Raises
+    ------
+    CorrSteerError : for a file that is damaged.
+    """
+    try:
+        return {str(stage): float(seconds) for stage, seconds in json.loads(path.read_bytes()).items()}
+    except FileNotFoundError:
+        return {}
+    except (AttributeError, TypeError, ValueError):
+        raise CorrSteerError(f"{path} is damaged; remove it, as it holds only how long each step took") from None
 
 
 def read_evaluations(path: Path) -> Compared:

@@ -153,19 +153,29 @@ class TorchFile:
 
     def _load(self) -> dict[str, Tensor]:
         _check_file(self.path)
-        mapped = zipfile.is_zipfile(self.path)  # what torch has written since 1.6 is read only where it is looked at
-        try:
-            found = torch.load(str(self.path), map_location="cpu", weights_only=True, mmap=mapped)
-        except pickle.UnpicklingError:
-            raise CorrSteerError(
-                f"{self.path} holds more than tensors, which only unpickling reads, and that can run any code; load it "
-                f"where you trust it, and save its state dict alone"
-            ) from None
-        except (RuntimeError, OSError, EOFError, ValueError) as error:
-            raise _damaged(self.path, error) from None
+        found = load_torch(self.path)
         if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
             raise CorrSteerError(f"{self.path} must hold a mapping of names to tensors; save the state dict alone")
         return found
+
+
+def load_torch(path: Path) -> Any:
+    """What `torch.save` wrote, as far as that is tensors in mappings and lists.
+
+    Raises
+    ------
+    CorrSteerError : for a file that is damaged, or holds more.
+    """
+    mapped = zipfile.is_zipfile(path)  # what torch has written since 1.6 is read only where it is looked at
+    try:
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError:
+        raise CorrSteerError(
+            f"{path} holds more than tensors, which only unpickling reads, and that can run any code; load it where "
+            f"you trust it, and save its state dict alone"
+        ) from None
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        raise _damaged(path, error) from None
 
 
 def _header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

@@ -1,0 +1,29 @@
+"""A checkpoint with the steering folded into the model's biases, for whatever loads checkpoints."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from corrsteer.errors import CorrSteerError
+from corrsteer.integrations.exports.form import Export, Form
+
+
+def write(export: Export) -> str:
+    """A folder as `save_pretrained` makes it; the model is left as it was."""
+    model: Any = export.model
+    if export.path.exists() and any(export.path.iterdir()):
+        raise CorrSteerError(f"path {export.path} must be a folder that is new or empty; give another")
+    folded = export.steering.fold_into(copy.deepcopy(model), export.scale)
+    folded.save_pretrained(export.path)
+    return f"vllm serve {export.path}"
+
+
+FORM = Form(
+    "model",
+    "a checkpoint with the steering folded into the model's biases",
+    ("all",),
+    "logits of the checkpoint equal `apply`'s, as far as rounding goes; not run in vLLM",
+    write,
+    needs="weights",
+)
