@@ -245,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
     known = json.loads(path.read_text(encoding="utf-8"))["consumers"] if path.exists() else {}
     result = record.new(torch.device("cpu")) | {"schema": "corrsteer.exports"}
     del result["cases"]
-    at = {name: result[name] for name in ("date", "commit", "dirty")}  # each may be measured in an environment of its own
+    at = {name: result[name] for name in ("date", "commit", "dirty")}  # each has an environment of its own
     result["consumers"] = known | {name: {"at": at, **measure(options.model, name)} for name in there}
     print(record.write_study(result, options.out))
 
