@@ -65,6 +65,8 @@ def evaluate(
 
     if out is None and processes.among_others():
         raise CorrSteerError("out must be given with several processes, which share the work beside it; give --out")
+    if validation_limit is not None and baselines is None:
+        raise CorrSteerError("validation_limit is of --baselines, which nothing else uses the validation part for")
     if out is not None:
         inputs.check_file(out)
     loaded = {str(path): Steering_.load(path) for path in steering}

@@ -43,6 +43,15 @@ def test_a_checkpoint_is_written_of_the_model_that_is_named(world, tmp_path):
     assert (tmp_path / "folded" / "model.safetensors").exists()
 
 
+def test_a_model_that_is_named_is_what_the_steering_must_fit(world, tmp_path):
+    Steering.from_vectors({"model.layers.2": torch.ones(128)}).save(tmp_path / "path.safetensors")
+    Steering.from_vectors({"blocks.2.hook_resid_post": torch.ones(64)}).save(tmp_path / "wide.safetensors")
+    options = ("--to", "vllm-lens", "--positions", "all", "--model", world / "model", "--out", tmp_path / "v.json")
+    run("export", tmp_path / "path.safetensors", *options)
+    assert json.loads((tmp_path / "v.json").read_text())[0]["layer_indices"] == [2]
+    assert "width 64" in run("export", tmp_path / "wide.safetensors", *options, ok=False).stderr
+
+
 def test_mistakes_are_one_line(world, tmp_path):
     steering = world / "s.safetensors"
     for arguments, reason in (

@@ -161,6 +161,21 @@ def test_hotwire_takes_a_row_for_each_layer_and_requests_name_those_that_are_ste
     compile(usage, "usage", "exec")
 
 
+def test_hotwire_is_given_a_slot_for_each_layer(tmp_path):
+    for layers, slots in ((3, 16), (20, 20)):
+        steering = steering_at(*map(HookPoint, range(layers)))
+        usage = export_steering(steering, "hotwire", tmp_path / "vectors")
+        assert f'os.environ["HOTWIRE_SLOTS"] = "{slots}"' in usage
+
+
+@pytest.mark.parametrize("to", ("neuronpedia", "paper"))
+def test_tools_that_multiply_decoder_rows_are_given_none_that_were_divided_by_their_norms(to, tmp_path):
+    steering = steering_at(HookPoint(1), positions=FORMATS[to].positions[0])
+    steering.provenance["saes"] = {"1": SAES["1"] | {"source": {"divide_by_norm": True}}}
+    with pytest.raises(CorrSteerError, match="layer 1 feature 7 is of an SAE that rescales activations"):
+        exported(steering, to, tmp_path / "f.json")
+
+
 def test_neuronpedia_is_asked_for_the_features_by_its_own_names(tmp_path):
     exported(TWO, "neuronpedia", tmp_path / "n.json")
     found = json.loads((tmp_path / "n.json").read_text())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from corrsteer.errors import CorrSteerError
 from corrsteer.files import to_json, write_utf8
 from corrsteer.integrations.exports.form import Export, Form
@@ -40,8 +38,7 @@ def _page(feature: Feature, export: Export) -> str:
     """What Neuronpedia calls the feature's SAE, such as `gemma-2-2b/20-gemmascope-res-16k`."""
     if feature.index is None or feature.layer is None:
         raise CorrSteerError(f"{feature.name} is no feature of an SAE, and Neuronpedia has no others; leave it out")
-    saes: dict[str, Any] = export.steering.provenance.get("saes") or {}
-    metadata = (saes.get(str(feature.layer)) or {}).get("metadata") or {}
+    metadata = export.check_row(feature).get("metadata") or {}
     page = metadata.get("neuronpedia_id")
     if not isinstance(page, str) or "/" not in page:
         raise CorrSteerError(f"{feature.name}: its SAE names no page on Neuronpedia (neuronpedia_id); leave it out")
