@@ -8,6 +8,7 @@ import torch
 from command_line import run
 
 from corrsteer import Steering
+from corrsteer.integrations.exports import FORMATS
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +53,17 @@ def test_a_model_that_is_named_is_what_the_steering_must_fit(world, tmp_path):
     assert "width 64" in run("export", tmp_path / "wide.safetensors", *options, ok=False).stderr
 
 
+def test_the_help_names_every_format():
+    assert all(name in run("export", "--help").stdout for name in FORMATS)
+
+
 def test_mistakes_are_one_line(world, tmp_path):
     steering = world / "s.safetensors"
     for arguments, reason in (
         (("export", steering, "--to", "gguf", "--out", tmp_path / "c.gguf"), "positions must be all for gguf"),
         (("export", steering, "--to", "csv", "--out", tmp_path / "c"), "to must be one of"),
         (("export", tmp_path / "no", "--to", "gguf", "--out", tmp_path / "c"), "there is no steering file"),
-        (("import", tmp_path / "no.gguf"), "there is no file"),
+        (("import", tmp_path / "no.gguf", "--out", tmp_path / "s"), "there is no file"),
     ):
         result = run(*arguments, ok=False)
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and reason in result.stderr

@@ -122,6 +122,8 @@ def test_the_harness_file_names_modules_of_the_base_model_and_what_is_added_to_t
 def test_the_harness_tells_a_file_by_its_ending_so_others_are_refused(tmp_path):
     with pytest.raises(CorrSteerError, match=r"path must end with .pt"):
         exported(TWO, "lm-eval", tmp_path / "s.bin")
+    with pytest.raises(CorrSteerError, match="have no comma"):
+        exported(TWO, "lm-eval", tmp_path / "a,b.pt")
 
 
 def test_a_model_without_weights_will_do_for_its_modules_names(tmp_path):

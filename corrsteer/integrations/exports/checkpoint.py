@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shlex
 from typing import Any
 
 from corrsteer.errors import CorrSteerError
@@ -16,7 +17,7 @@ def write(export: Export) -> str:
         raise CorrSteerError(f"path {export.path} must be a folder that is new or empty; give another")
     folded = export.steering.fold_into(copy.deepcopy(model), export.scale)
     folded.save_pretrained(export.path)
-    return f"vllm serve {export.path} --tokenizer {export.model_name}"
+    return f"vllm serve {shlex.quote(str(export.path))} --tokenizer {export.model_name}"
 
 
 FORM = Form(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def write(export: Export) -> str:
             "0, or use the format model or easysteer"
         )
     write_directions(export.path, vectors, hint(export))
-    return f"llama-cli --model MODEL.gguf --control-vector {export.path}"
+    return f"llama-cli --model MODEL.gguf --control-vector {shlex.quote(str(export.path))}"
 
 
 FORM = Form(

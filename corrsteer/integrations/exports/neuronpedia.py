@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from corrsteer.errors import CorrSteerError
 from corrsteer.files import to_json, write_utf8
 from corrsteer.integrations.exports.form import Export, Form
@@ -31,7 +33,7 @@ def write(export: Export) -> str:
     }  # fmt: skip
     links = [f"{HOST}/{page}/{feature.index}" for feature, page in zip(export.steering.features, pages)]
     write_utf8(export.path, to_json({"links": links, "request": request}, indent=1) + "\n")
-    return f"jq .request {export.path} | curl --json @- {STEER}"
+    return f"jq .request {shlex.quote(str(export.path))} | curl --json @- {STEER}"
 
 
 def _page(feature: Feature, export: Export) -> str:
