@@ -48,7 +48,8 @@ def evaluate(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Score a task unsteered and steered. What is not given is as it was when the run was collected.
+    """Score a task unsteered and steered. What is not given is as it was when the run was collected, but for the
+    settings of another benchmark, which has its own.
 
     By default that is the test part of the task that the (first) steering was collected on. Several steerings are
     compared with the same unsteered completions, and take little longer than one; Holm's p is of all of them together.
