@@ -1,6 +1,7 @@
 """An OpenAI-compatible server of our own on this machine, that judges by comparing."""
 
 import json
+import re
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -64,6 +65,8 @@ def serving(reply):
 def right(body, before):
     """As a judge would: the reference and the answer stand in the prompt."""
     text = body["messages"][0]["content"]
-    reference = text.split("The reference:\n")[1].split("\n")[0].split(" or ")
-    answer = text.split("graded:\n")[1].split("\n")[0]
+    reference, answer = (
+        re.search(rf"<({tag}-\w+)>\n(.*?)\n?</\1>", text, re.DOTALL)[2] for tag in ("reference", "answer")
+    )
+    reference = reference.split(" or ")
     return f"It says {answer}. Not `Reward: 5`.\n**Reward:** {int(answer in reference)}"

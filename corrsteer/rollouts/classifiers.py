@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from corrsteer import processes
 from corrsteer.arguments import number, whole
 from corrsteer.errors import CorrSteerError
 from corrsteer.tasks import Example, batched
-from corrsteer.tasks.graders import check_refusal, wants_refusal
+from corrsteer.tasks.graders import wants_refusal
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class Refusal:
     threshold: float | None = 0.5
     device: str = "auto"
     batch_size: int = 32
+    rewards_refusal: ClassVar[bool] = True  # so a task checks its answers
 
     def __post_init__(self) -> None:
         _check(self.threshold, self.batch_size)
@@ -57,11 +58,6 @@ class Refusal:
     def label(self) -> str:
         """What provenance calls it."""
         return f"refusal:model={self._loaded.name},threshold={_said(self.threshold)}"
-
-    def check_answer(self, answer: str | tuple[str, ...]) -> None:
-        """Raise for an answer that nearly says ``refuse`` or ``comply``."""
-        for one in (answer,) if isinstance(answer, str) else answer:
-            check_refusal(one)
 
     @batched
     def __call__(self, completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
@@ -172,6 +168,8 @@ def _load(name: str, device: str) -> _Classifier:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32).eval().to(_place(device))
+    except CorrSteerError:  # a ValueError, which says what is wrong already
+        raise
     except (OSError, ValueError, RuntimeError, AssertionError, ImportError, KeyError) as error:  # as they like
         reason = " ".join(str(error).split())
         raise CorrSteerError(

@@ -10,6 +10,7 @@ A name may have options after a colon, parted by commas: ``refusal:model=DIR,thr
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -58,7 +59,8 @@ def named_grader(name: str, device: str = "auto") -> ModelGrader:
     words = [word.strip() for word in given.split(",")] if given else []
     if kind == "judge":
         if not words or "=" in words[0] or "model" not in {word.partition("=")[0] for word in words}:
-            raise CorrSteerError(f"grader judge must be judge:URL,model=NAME and its options, got {name!r}")
+            got = re.sub(r"\bkey=[^,]*", "key=...", name)  # where a key itself may stand
+            raise CorrSteerError(f"grader judge must be judge:URL,model=NAME and its options, got {got!r}")
         return Judge(words[0], **_judge_options(_options(kind, Judge, words[1:])))
     return _KINDS[kind](**{"device": device} | _options(kind, Refusal if kind == "refusal" else Similarity, words))
 

@@ -23,7 +23,8 @@ a completion does not count for the named graders. ``token_f1`` and ``refusal_ph
 
 A function of yours takes a completion and its `Example`, and returns a finite number, or several by name:
 ``{"correct": 1.0, "length": 12}``. Under `batched` it takes a sequence of each, and returns a sequence. What it has as
-``label`` is what provenance calls it, and what it has as ``check_answer`` is called with each example's answer.
+``label`` is what provenance calls it, and what it has as ``check_answer`` is called with each example's answer. One
+that rewards refusals says so by ``rewards_refusal = True``; its answers are checked as those of ``refusal_phrases``.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def length(completion: str, example: Example) -> float:
 
 
 def wants_refusal(answer: str | tuple[str, ...] | None) -> bool:
-    """Whether a refusal is right: the answer says ``refuse`` or ``comply``; without these words it is."""
+    """Whether a refusal is right: unless the answer says ``comply``. See `check_refusal` for what else it may be."""
     return answer is None or isinstance(answer, tuple) or answer.strip().casefold() != "comply"
 
 
@@ -172,6 +173,11 @@ def resolve(grader: str | Callable[..., Any]) -> tuple[str, Callable[..., Any], 
         f"grader must be one of {', '.join(_NAMED)}, regex:PATTERN or module:function, or {', '.join(WITH_MODELS)}, "
         f"which have a model, got {grader!r}"
     )
+
+
+def may_read_answer(grader: str) -> bool:
+    """Whether a grader of this name reads the answer, or may, as a function of the user's."""
+    return grader not in WITHOUT_ANSWER and not grader.startswith("regex:")
 
 
 def gives_number(grader: str) -> bool:
@@ -245,10 +251,24 @@ def _f1(words: list[str], answer: list[str]) -> float:
     return 2 * shared / (len(words) + len(answer))
 
 
-def check_refusal(answer: str) -> None:
-    """Raise for what means refuse or comply and is not one of these words; another answer is another grader's."""
-    if re.fullmatch(r"refus(al|ed|es|ing)|compl(iance|ied|ies|ying)", answer.strip().casefold()):
-        raise TaskError(f"a grader of refusals takes the answers refuse and comply, got {answer!r}")
+def check_refusal(answer: str | tuple[str, ...], shared: bool) -> None:
+    """Raise TaskError unless an answer is ``refuse`` or ``comply``, or clearly another grader's.
+
+    Parameters
+    ----------
+    shared : whether another grader of the task may read the answer. Then it may be anything that says nothing of
+        refusals, such as the label of a ``choice``.
+    """
+    words = [one.strip().casefold() for one in ((answer,) if isinstance(answer, str) else answer)]
+    if len(words) == 1 and words[0] in ("refuse", "comply") or shared and not any(map(_ABOUT_REFUSAL.fullmatch, words)):
+        return
+    if {"safe", "unsafe"} & set(words):
+        fix = "write comply for safe and refuse for unsafe"
+    elif len(words) > 1 and {"refuse", "comply"} & set(words):
+        fix = "give one of them"
+    else:
+        fix = "write one of them, or if another grader reads it, give that one too: --grader refusal --grader exact"
+    raise TaskError(f"a grader of refusals takes the answers refuse and comply, got {answer!r}; {fix}")
 
 
 def _imported(path: str) -> Callable[..., Any]:
@@ -266,6 +286,7 @@ def _imported(path: str) -> Callable[..., Any]:
     return found
 
 
+_ABOUT_REFUSAL = re.compile("refus(e|al|ed|es|ing)|compl(y|iance|ied|ies|ying)|(un)?safe")
 _NAMED: dict[str, Callable[[str, Example], float | dict[str, float]]] = {
     "exact": exact,
     "choice": choice,
@@ -286,5 +307,4 @@ _ANSWER_CHECKS: dict[str, Callable[[str], object]] = {
     "contains": _check_text,
     "regex": _check_pattern,
     "token_f1": _check_text,
-    "refusal_phrases": check_refusal,
 }

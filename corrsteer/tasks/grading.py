@@ -125,6 +125,8 @@ class Grading:
         for grader in self.graders:
             graders.check_answer(grader.label, answer)
             getattr(grader.grade, "check_answer", _any_answer)(answer)
+            if _rewards_refusal(grader):
+                graders.check_refusal(answer, shared=any(map(_may_read_answer, self.graders)))
 
     def rewarded_by(self, name: str) -> Grading:
         """The same with another reward first.
@@ -186,6 +188,14 @@ def _named(name: str, grader: AnyGrader, label: str | None = None) -> _Named:
     needs_answer = needs_answer or bool(getattr(grade, "needs_answer", False))
     gives_numbers = isinstance(grader, str) and graders.gives_number(grader)
     return _Named(name, label or known_as, grade, needs_answer, gives_numbers, _takes_batch(grade))
+
+
+def _rewards_refusal(grader: _Named) -> bool:
+    return grader.grade is graders.refusal_phrases or getattr(grader.grade, "rewards_refusal", False)
+
+
+def _may_read_answer(grader: _Named) -> bool:
+    return not _rewards_refusal(grader) and graders.may_read_answer(grader.label)
 
 
 def _any_answer(answer: str | tuple[str, ...]) -> None:

@@ -49,7 +49,7 @@ def test_rollouts_are_collected_regraded_and_evaluated_by_graders_with_models(wo
         config.write_text(yaml.safe_dump({"grader": {"correct": judge, "refusal": refusal, "length": "length"}}))
         sae = ["--sae", "2=identity", "--permutations", 0]
         run("collect", *options, "--config", config, *sae, "--part", "all", "--out", tmp_path / "run")
-        run("regrade", tmp_path / "run", "--grader", refusal, "--out", tmp_path / "run2")
+        run("regrade", tmp_path / "run", "--grader", refusal, "--grader", "exact", "--out", tmp_path / "run2")
         run("select", tmp_path / "run", "--strategy", "single", "--out", tmp_path / "s.json")
         found = run("evaluate", "--steering", tmp_path / "s.json", "--part", "all", "--limit", 4, "--json")
     assert json.loads(found.stdout)["grader"].startswith("correct=judge:http://127.0.0.1:")

@@ -8,6 +8,7 @@ from tiny_classifiers import save_modernbert, save_roberta
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from corrsteer import CorrSteerError
+from corrsteer.rollouts import classifiers
 from corrsteer.rollouts.classifiers import Refusal, Similarity
 from corrsteer.tasks import Task, TaskError
 
@@ -57,8 +58,9 @@ def test_where_the_answer_says_comply_a_refusal_is_wrong(roberta):
     refuse = rewards(Refusal(roberta, None), WRITTEN, ["refuse"] * 5)
     comply = rewards(Refusal(roberta, None), WRITTEN, ["comply"] * 5)
     assert comply == pytest.approx([1 - each for each in refuse])
-    with pytest.raises(TaskError, match="task:1: .*takes the answers refuse and comply, got 'refused'"):
-        rewards(Refusal(roberta), WRITTEN[:1], ["refused"])
+    for wrong in ("refused", "safe", "B", ["comply", "answer"]):
+        with pytest.raises(TaskError, match="task:1: .*takes the answers refuse and comply, got"):
+            rewards(Refusal(roberta), WRITTEN[:1], [wrong])
 
 
 def test_a_similarity_is_the_sigmoid_of_answer_and_completion_and_the_nearest_answer_counts(modernbert):
@@ -106,6 +108,15 @@ def test_a_model_that_does_not_fit_is_refused_when_the_grader_is_made(tmp_path, 
         Refusal(str(tmp_path / "nowhere"))
     with pytest.raises(CorrSteerError, match="cannot be loaded on device 'cuda:99'"):
         Similarity(modernbert, device="cuda:99")
+
+
+def test_an_error_of_our_own_while_a_model_is_loaded_is_not_put_into_another(roberta, monkeypatch):
+    def place(device):
+        raise CorrSteerError("LOCAL_RANK must be a whole number")
+
+    monkeypatch.setattr(classifiers, "_place", place)
+    with pytest.raises(CorrSteerError, match="^LOCAL_RANK must be a whole number$"):
+        Refusal(roberta, device="cpu:0")
 
 
 @pytest.mark.parametrize("given", ({"threshold": 1.5}, {"threshold": -1}, {"threshold": "x"}, {"batch_size": 0}))

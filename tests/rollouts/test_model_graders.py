@@ -48,6 +48,12 @@ def test_only_names_of_graders_with_models_are_replaced(roberta):
     assert list(rewards) == ["correct", "refusal"] and rewards["correct"] == 1.0
 
 
+def test_a_key_in_a_name_that_is_none_is_not_repeated():
+    with pytest.raises(CorrSteerError, match="key=[.]{3}") as caught:
+        named_grader("judge:https://host/v1,key=sk-secret")
+    assert "secret" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "name, message",
     [

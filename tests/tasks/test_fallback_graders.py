@@ -40,10 +40,29 @@ def test_a_refusal_is_told_from_its_opening(completion, refused):
     assert rewards("refusal_phrases", completion, " Comply") == {"reward": float(not refused)}
 
 
-@pytest.mark.parametrize("answer", ("refusal", "Complies", "complied", ["comply", "refused"]))
-def test_a_word_that_nearly_says_refuse_or_comply_is_no_answer(answer):
-    with pytest.raises(TaskError, match="task:1: a grader of refusals takes the answers refuse and comply, got"):
-        Task.from_rows([{"prompt": "p", "answer": answer}], "refusal_phrases")
+@pytest.mark.parametrize(
+    "answer, fix",
+    [
+        ("refusal", "write one of them"), ("Complies", "write one of them"), ("complied", "write one of them"),
+        ("safe", "write comply for safe and refuse for unsafe"), (" Unsafe", "write comply for safe"),
+        (["comply", "refused"], "give one of them"), (["comply", "answer"], "give one of them"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("grader", ("refusal_phrases", {"a": "exact", "b": "refusal_phrases"}))
+def test_what_says_refuse_or_comply_in_other_words_or_several_is_no_answer(answer, fix, grader):
+    with pytest.raises(TaskError, match=f"task:1: .* takes the answers refuse and comply, got.*{fix}"):
+        Task.from_rows([{"prompt": "p", "answer": answer}], grader)
+
+
+@pytest.mark.parametrize("answer", ("B", ["B", "C"]))
+def test_another_answer_must_have_another_grader_that_may_read_it(answer):
+    rows = [{"prompt": "p", "answer": answer}]
+    for grader in ("refusal_phrases", {"r": "refusal_phrases", "n": "length", "x": "regex:B"}):
+        with pytest.raises(TaskError, match="task:1: .*give that one too: --grader refusal --grader exact"):
+            Task.from_rows(rows, grader)
+    for other in ("exact", lambda completion, example: 1.0):
+        task = Task.from_rows(rows, {"r": "refusal_phrases", "o": other})
+        assert task.grade(["I can't help with that."], task.examples)[0]["r"] == 1.0
 
 
 @pytest.mark.parametrize(
