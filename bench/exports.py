@@ -224,9 +224,11 @@ def lines(result: dict[str, Any]) -> list[str]:
     """What the table does not say."""
     changed = [one["changed_by_steering"] for one in result["consumers"].values()]
     prompts = next(iter(result["consumers"].values()))["prompts"]
+    others = {one["at"]["commit"][:12] for one in result["consumers"].values()} - {result["commit"][:12]}
     left = [name for name in CONSUMERS if name not in result["consumers"]]
     return [
         f"The steering changes {min(changed)} of {prompts} greedy continuations.",
+        *([f"Some of it was measured at {', '.join(sorted(others))}."] if others else []),
         *([f"Not measured yet: {', '.join(left)}."] if left else []),
     ]
 
@@ -243,7 +245,8 @@ def main(arguments: list[str] | None = None) -> None:
     known = json.loads(path.read_text(encoding="utf-8"))["consumers"] if path.exists() else {}
     result = record.new(torch.device("cpu")) | {"schema": "corrsteer.exports"}
     del result["cases"]
-    result["consumers"] = known | {name: measure(options.model, name) for name in there}
+    at = {name: result[name] for name in ("date", "commit", "dirty")}  # each has an environment of its own
+    result["consumers"] = known | {name: {"at": at, **measure(options.model, name)} for name in there}
     print(record.write_study(result, options.out))
 
 

@@ -7,6 +7,7 @@ import pyarrow
 import pyarrow.parquet
 
 SUBJECTS = ("geology", "us_history")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"  # of a dataset in the hub's cache
 KINDS = {"shots": 3, "validation": 5, "test": 8}
 
 
@@ -220,7 +221,6 @@ COPIES = {
 def hub_cache(home, repository, write, kind="datasets"):
     """A dataset, or one of the `models`, in the hub's cache, as `huggingface_hub` lays it out under HF_HOME."""
     folder = home / "hub" / f"{kind}--{repository.replace('/', '--')}"
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    write(folder / "snapshots" / commit)
+    write(folder / "snapshots" / COMMIT)
     (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text(commit)
+    (folder / "refs" / "main").write_text(COMMIT)

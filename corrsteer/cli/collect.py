@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from corrsteer import processes
 from corrsteer.cli.app import Json, command
+from corrsteer.cli.names import from_anywhere, task_from_anywhere
 from corrsteer.cli.options import Given
 from corrsteer.cli.settings import CollectSettings
 from corrsteer.cli.task_defaults import defaults
@@ -120,8 +119,9 @@ def _samples(settings: CollectSettings) -> dict[str, Any]:
 def _recorded(settings: CollectSettings, rollouts: Sequence[Rollout] | None) -> dict[str, Any]:
     """The settings that it takes to evaluate on the same task with the same model."""
     recorded = settings.model_dump(mode="json", exclude={"out", "sae", "rollouts"})
-    for name in ("task", "data", "model"):
-        recorded[name] = recorded[name] and _from_anywhere(recorded[name])
+    recorded["task"] = recorded["task"] and task_from_anywhere(recorded["task"])
+    for name in ("data", "model"):
+        recorded[name] = recorded[name] and from_anywhere(recorded[name])
     if rollouts is not None and "grader" not in settings.model_fields_set:
         recorded["grader"] = ["none"]  # rewards came with the rollouts
     if rollouts is not None:  # what is generated later is generated as they were
@@ -132,10 +132,3 @@ def _recorded(settings: CollectSettings, rollouts: Sequence[Rollout] | None) -> 
         if (labels := theirs.get("first_token_among")) and "options_only" not in settings.model_fields_set:
             recorded |= {"option": labels, "options_only": True}
     return recorded
-
-
-def _from_anywhere(name: str) -> str:
-    """A name whose path, if it has one, is whole, so that a later command may run in another folder."""
-    in_file = re.fullmatch(r"(.+\.py)(:\w+)", name)  # a benchmark of the user's own
-    path, rest = in_file.groups() if in_file else (name, "")
-    return str(Path(path).resolve()) + rest if Path(path).exists() else name

@@ -48,7 +48,8 @@ def evaluate(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Score a task unsteered and steered. What is not given is as it was when the run was collected.
+    """Score a task unsteered and steered. What is not given is as it was when the run was collected, but for the
+    settings of another benchmark, which has its own.
 
     By default that is the test part of the task that the (first) steering was collected on. Several steerings are
     compared with the same unsteered completions, and take little longer than one; Holm's p is of all of them together.
@@ -65,6 +66,8 @@ def evaluate(
 
     if out is None and processes.among_others():
         raise CorrSteerError("out must be given with several processes, which share the work beside it; give --out")
+    if validation_limit is not None and baselines is None:
+        raise CorrSteerError("validation_limit is of --baselines, which nothing else uses the validation part for")
     if out is not None:
         inputs.check_file(out)
     loaded = {str(path): Steering_.load(path) for path in steering}

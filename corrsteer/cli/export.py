@@ -21,7 +21,8 @@ def export(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Hugging Face model, for the formats lm-eval and model; by default the one that it was selected on."
+            help="Hugging Face model, which lm-eval and model need; by default the one that it was selected on. Others "
+            "check against one that is given."
         ),
     ] = None,
     positions: Annotated[
@@ -43,7 +44,7 @@ def export(
     from corrsteer.steering.steering import Steering
 
     loaded = Steering.load(steering)
-    needs = checked(loaded, to, positions, scale).needs  # before a model is loaded
+    needs = checked(loaded, to, positions, scale).needs or ("structure" if model else "")  # before a model is loaded
     found = None
     if needs and model is None and not loaded.provenance.get("settings", {}).get("model"):
         raise CorrSteerError(f"model must be given for the format {to}, as {steering} names none; give --model")

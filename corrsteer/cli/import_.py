@@ -19,7 +19,7 @@ def import_(
             "export --to json` wrote."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Steering file to write.")] = Path("steering.safetensors"),
+    out: Annotated[Path, typer.Option(help="Steering file to write.")],
     layer: Annotated[int | None, typer.Option(help="Of a file with one vector.")] = None,
     kind: Annotated[
         str | None,

@@ -131,7 +131,7 @@ def parse_saes(entries: list[str]) -> dict[int, str]:
         layers, separator, source = entry.partition("=")
         named = re.fullmatch("([0-9]+)(?:-([0-9]+))?", layers)
         if not separator or not named:
-            raise CorrSteerError(f"sae must be LAYER=SOURCE, or FIRST-LAST=SOURCE with {{layer}} in it, got {entry!r}")
+            raise CorrSteerError(f"sae must be LAYER=SOURCE, got {entry!r}; several layers are FIRST-LAST=SOURCE")
         first, last = int(named[1]), int(named[2] or named[1])
         if last < first or (first < last and "{layer}" not in source):
             raise CorrSteerError(

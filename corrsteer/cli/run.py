@@ -16,7 +16,15 @@ from corrsteer import processes
 from corrsteer.cli import collect, evaluate, report, select
 from corrsteer.cli.app import Force, Json, command, emit, say
 from corrsteer.cli.options import Given
-from corrsteer.cli.settings import SEARCH, CollectSettings, EvaluateSettings, RecipeSettings, SelectSettings, Settings
+from corrsteer.cli.settings import (
+    SEARCH,
+    CollectSettings,
+    EvaluateSettings,
+    RecipeSettings,
+    SelectSettings,
+    Settings,
+    given_in,
+)
 from corrsteer.cli.settings import read as read_settings
 from corrsteer.errors import CorrSteerError
 
@@ -27,7 +35,8 @@ S = TypeVar("S", bound=Settings)
 def run(
     recipe: Annotated[Path, typer.Argument(help="YAML file with the settings of collect, and those of a recipe.")],
     out: Annotated[
-        Path | None, typer.Option(help="Directory for all of it; by default named as the recipe, in this one.")
+        Path | None,
+        typer.Option(help="Directory for all of it; by default named as the recipe, and --limit, in this one."),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(help="Use only so many examples of each part, for a trial.", min=1)
@@ -44,6 +53,9 @@ def run(
     """
     from corrsteer.experiments import race
 
+    known = {*CollectSettings.model_fields, *RecipeSettings.model_fields, *SEARCH}
+    if strange := sorted(given_in(recipe).keys() - known):
+        raise CorrSteerError(f"recipe {recipe} has {', '.join(strange)}, which no step of a run takes; leave it out")
     plan = read_settings(RecipeSettings, recipe, {})
     if plan.report:
         report.check()  # before anything takes hours
@@ -52,7 +64,8 @@ def run(
             f"limit must be at least {2 * race.FIRST} to search, which takes {race.FIRST} validation samples and as "
             f"many to confirm, got {limit}"
         )
-    directory = Path(recipe.stem) if out is None else out
+    name = recipe.stem if limit is None else f"{recipe.stem}-limit-{limit}"
+    directory = Path(name) if out is None else out
     asked = {"limit": limit, "model": model, "device": device, "data": None if data is None else str(data)}
     with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
         found = _steps(recipe, plan, directory, asked, force)
@@ -74,6 +87,7 @@ def _steps(recipe: Path, plan: RecipeSettings, directory: Path, asked: dict[str,
                     _select(recipe, plan, directory, path, strategy, asked, force)
                     steerings.append(path)
                 except select.NothingSelected as error:
+                    path.unlink(missing_ok=True)  # of settings that were begun anew
                     say(f"{strategy}: {error}")
         evaluation = None
         if steerings:
@@ -82,7 +96,7 @@ def _steps(recipe: Path, plan: RecipeSettings, directory: Path, asked: dict[str,
                 unwrap(evaluate.evaluate)(
                     steerings, _given(EvaluateSettings, None, {"limit": asked["limit"]}),
                     baselines=directory if plan.baselines else None, out=evaluation,
-                    validation_limit=asked["limit"], force=force,
+                    validation_limit=asked["limit"] if plan.baselines else None, force=force,
                 )  # fmt: skip
     page = None
     if plan.report and processes.rank() == 0:
@@ -125,11 +139,17 @@ def _stage(directory: Path, name: str) -> Iterator[None]:
 
     say(f"{name} ...")
     begun = time.perf_counter()
-    try:
-        yield
-    finally:
+    def note() -> None:
         if processes.rank() == 0 and directory.is_dir():
             path = directory / STAGES
             taken = read_stages(path)
             taken[name] = taken.get(name, 0.0) + time.perf_counter() - begun
             write_utf8(path, to_json(taken, indent=1) + "\n")
+
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(CorrSteerError):  # which would take the place of what has happened
+            note()
+        raise
+    note()

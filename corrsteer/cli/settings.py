@@ -396,6 +396,16 @@ def asked(name: str, config: Path | None, flags: dict[str, Any]) -> Any:
     return flag if flag is not None or config is None else _yaml(config).get(name)
 
 
+def given_in(config: Path) -> dict[str, Any]:
+    """What a YAML file says, by the names of settings.
+
+    Raises
+    ------
+    CorrSteerError : as `read`.
+    """
+    return _yaml(config)
+
+
 class _NoKeyTwice(yaml.SafeLoader):
     """YAML as `safe_load` reads it, but for a key given twice, of which that would take the last."""
 

@@ -34,7 +34,7 @@ def import_steering(path: PathLike, layer: int | None = None, kind: str | None =
     `.json`              what `export_steering` wrote as `json`, with its own positions
     ===================  ========================================================================================
 
-    Nothing is unpickled.
+    No code of a file is run: `.pt` is read with `weights_only`.
 
     Parameters
     ----------
@@ -94,14 +94,18 @@ def _steering(path: Path, found: Any, layer: int | None, kind: str, what: str) -
 
 def _by_layer(found: Any, layer: int | None) -> Iterator[tuple[Any, Any]]:
     """Names and vectors of what a file holds."""
-    single = isinstance(found, Tensor) and found.dim() == 1
+    if isinstance(found, Mapping) and len(found) == 1:
+        ((name, value),) = found.items()
+        if isinstance(value, Tensor) and not _is_place(name):  # safetensors names what stands alone
+            found = value
+    single = isinstance(found, Tensor) and found.dim() > 0 and 0 < found.numel() == found.shape[-1]
     if single != (layer is not None):
         raise CorrSteerError(
             "layer must be given, as the file holds a single vector" if single else
             "layer must be left out, as the file does not hold a single vector"
         )  # fmt: skip
     if single:
-        yield whole("layer", layer, 0), found
+        yield whole("layer", layer, 0), found.reshape(-1)
     elif isinstance(found, Tensor) and found.dim() == 2:
         yield from enumerate(found)
     elif isinstance(found, Mapping):
@@ -111,6 +115,14 @@ def _by_layer(found: Any, layer: int | None) -> Iterator[tuple[Any, Any]]:
         raise CorrSteerError(
             f"it must hold vectors by layer, a stack [layers, d] or one vector [d], got {got}; save it in one of these"
         )
+
+
+def _is_place(name: Any) -> bool:
+    try:
+        _point(name, "resid_post")
+    except CorrSteerError:
+        return False
+    return True
 
 
 def _point(name: Any, kind: str) -> str:
@@ -130,7 +142,8 @@ def _point(name: Any, kind: str) -> str:
 
 def _vector(name: Any, vector: Any) -> Tensor:
     """`[d]` float32 of what may have leading dimensions of 1."""
-    if isinstance(vector, Tensor) and vector.is_floating_point() and vector.numel() == vector.shape[-1:].numel():
+    real = isinstance(vector, Tensor) and vector.is_floating_point() and vector.dim() > 0
+    if real and vector.numel() == vector.shape[-1]:
         return vector.detach().float().reshape(-1)
     got = f"{vector.dtype} {list(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
     raise CorrSteerError(f"it must hold a vector of real numbers [d] for each layer, got {got} for {name}")

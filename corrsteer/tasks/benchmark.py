@@ -102,7 +102,10 @@ class Benchmark:
         shots
             How many solved examples a prompt begins with. They come from the part that the publisher keeps for them, of
             the question's own category where it has any there, or else from the train part, which then goes without.
-        grader : instead of the benchmark's own; None for a task without rewards.
+        grader
+            Instead of the benchmark's own; None for a task without rewards. Where a benchmark's own has a model, as
+            ``similarity`` and ``refusal`` have, give the model:
+            ``grader=corrsteer.rollouts.model_graders.named_grader(benchmark.grader)``.
         chat : whether prompts are wrapped in the tokenizer's chat template, instead of as the paper had it.
         system : as for `Task.from_rows`.
         category_field
@@ -112,7 +115,8 @@ class Benchmark:
 
         Raises
         ------
-        TaskError : for data that cannot be had or lacks a column, and for more shots than there are examples.
+        TaskError : for data that cannot be had or lacks a column, for more shots than there are examples, and for a
+            grader with a model that is given by its name.
         """
         if part not in ("all", *PARTS):
             raise TaskError(f"part must be one of all, {', '.join(PARTS)}, got {part!r}")
@@ -128,7 +132,7 @@ class Benchmark:
         examples = tuple(replace(example, prompt=prompt) for example, prompt in zip(chosen, prompts))
         task = Task(
             self.name, examples, Grading.of(None), self.chat if chat is None else chat, system, part, category_field,
-            self.options,
+            self.options, rows.copy.dataset,
         ).graded_by(self.grader if grader == OWN else grader)  # fmt: skip
         for example in task.examples if category_field is not None else ():
             task.category(example)  # which says where there is none

@@ -32,6 +32,7 @@ class Copy:
 
     def __init__(self, name: str, known: Sequence[Layout], hub: str | None, revision: str | None, data: Any):
         self._name, self._hub, self._revision = name, hub, revision
+        self.dataset: str | None = None  # once rows are read from the hub, with the commit where that is known
         self._data = None if data is None else as_path("data", data)
         if self._data is None:
             if hub is None or not known:
@@ -58,6 +59,8 @@ class Copy:
         """
         patterns = self._layout.parts.get(part, ())
         folder = self._data or fetch(str(self._hub), patterns, self._revision)
+        if self._data is None:
+            self.dataset = f"{self._hub}@{folder.name}" if folder.parent.name == "snapshots" else self._hub
         files = self._layout.files(folder, part) if patterns else []
         if not files:
             named = " or ".join(patterns) or f"{part} part"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ class Layout:
     parts : of each part the patterns, as of `Path.glob`, of its files. A part is `train`, `validation`, `test`,
         `shots`, or `whole` where there is no division.
     columns : of CSV files without a header.
-    file_column : the column that a file's name is put in, without its ending, where the name says something.
+    file_column : the column that a file's folder and name are put in, without its ending, where they say something:
+        ``dev/law_dev``.
     """
 
     parts: Mapping[str, Sequence[str]]
@@ -86,8 +87,11 @@ def read(path: Path, layout: Layout, name: str | None = None) -> Iterator[tuple[
         for number, row in enumerate(_rows(path, layout.columns), start=1):
             if not isinstance(row, dict):
                 raise TaskError(f"{name}:{number}: a row must have named columns, got {type(row).__name__}")
-            named = {} if layout.file_column is None else {layout.file_column: path.stem}
+            folder = path.absolute().parent.name
+            named = {} if layout.file_column is None else {layout.file_column: f"{folder}/{path.stem}"}
             yield f"{name}:{number}", named | row
+    except TaskError:  # which is a ValueError, and says what is wrong
+        raise
     except (OSError, ValueError, RecursionError, csv.Error) as error:  # Arrow's errors are some of these
         raise TaskError(f"{name} cannot be read as {path.suffix[1:]}: {one_line(error)}") from error
 
@@ -97,13 +101,22 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[Any]:
         yield from _parquet_rows(path)
     elif path.suffix == ".jsonl":
         with path.open(encoding="utf-8-sig") as file:
-            yield from (json.loads(line) for line in file if line.strip())
+            yield from _json_lines(file)
     elif path.suffix == ".json":
         found = json.loads(path.read_text(encoding="utf-8-sig"))
         yield from found if isinstance(found, list) else [found]
     else:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from _csv_rows(file, columns)
+
+
+def _json_lines(file: Iterable[str]) -> Iterator[Any]:
+    for number, line in enumerate(file, start=1):
+        try:
+            if line.strip():
+                yield json.loads(line.rstrip())
+        except json.JSONDecodeError as error:  # which knows only its own line
+            raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
 
 
 def _csv_rows(file: Any, columns: tuple[str, ...]) -> Iterator[Row]:

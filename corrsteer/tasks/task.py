@@ -6,7 +6,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,8 @@ class Task:
 
     ``grading`` holds the graders, ``part`` says which part of a task it is, such as ``train``. ``category_field``
     is the key of `Example.fields` that holds an example's category, None where there are none. ``options`` are the
-    labels of what there is to choose from, such as A to D; None where an answer is free.
+    labels of what there is to choose from, such as A to D; None where an answer is free. ``dataset`` is where a
+    benchmark's examples were read on the hub, as ``NAME@COMMIT``, for provenance alone.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Task:
     part: str = "all"
     category_field: str | None = None
     options: tuple[str, ...] | None = None
+    dataset: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.system is not None and not self.chat:
@@ -56,7 +58,8 @@ class Task:
         """A record of its samples, or those numbered, for provenance: small, and enough to know each again."""
         chosen = self.examples if which is None else [self.examples[at] for at in which]
         hashes = pack_prompts(example.prompt for example in chosen)
-        return {"task": self.name, "part": self.part, "n": len(chosen), "prompt_hashes": hashes}
+        found = {"task": self.name, "part": self.part, "n": len(chosen), "prompt_hashes": hashes}
+        return found if self.dataset is None else found | {"dataset": self.dataset}
 
     @property
     def grader_name(self) -> str:

@@ -214,5 +214,5 @@ def _interval(one: dict[str, Any], name: str, sign: str = "") -> str:
 
 
 def _shown(token: str) -> str:
-    """A token as a cell of a table can show it."""
-    return token.replace(" ", "·").replace("\n", "⏎").replace("|", "¦").replace("`", "ˋ")
+    """A token as a cell of a table can show it; two hyphens as others, as code that begins with them is an option."""
+    return token.replace("--", "\u2010\u2010").replace(" ", "·").replace("\n", "⏎").replace("|", "¦").replace("`", "ˋ")

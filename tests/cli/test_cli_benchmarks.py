@@ -14,6 +14,9 @@ import yaml
 from command_line import run
 
 from corrsteer import Steering, read_rollouts
+from corrsteer.cli.names import task_from_anywhere
+from corrsteer.cli.settings import EvaluateSettings
+from corrsteer.cli.task_defaults import defaults
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +103,53 @@ def test_what_was_begun_with_the_restriction_is_no_job_without_it(world, collect
 def test_another_benchmark_is_evaluated_with_its_own_settings(world, collected, tmp_path):
     steering = tmp_path / "s.safetensors"
     run("select", collected, "--out", steering)
-    result = json.loads(
-        run("evaluate", "--steering", steering, "--task", "bbq:ambig", "--data", world / "bbq", "--json").stdout
-    )
+    others = ("--task", "bbq:ambig", "--data", world / "bbq", "--options-only")
+    result = json.loads(run("evaluate", "--steering", steering, *others, "--json").stdout)
     assert result["n"] == 14 and set(result["categories"]) == {"Age", "Religion"}
     said = {example["before"].strip() for example in result["examples"]}
-    assert said <= set("ABC"), "its options, as the collection was restricted to its own"
+    assert said <= set("ABC"), "its options, and not those of the collection"
+
+
+def test_nothing_that_was_said_of_a_benchmark_holds_for_another_task(world, collected, tmp_path):
+    steering = tmp_path / "s.safetensors"
+    run("select", collected, "--out", steering)
+    files.jsonl(tmp_path / "my.jsonl", [{"prompt": f"What is {n}?", "answer": "a"} for n in range(30)])
+    words = ("evaluate", "--steering", steering, "--json", "--task")
+    own = json.loads(run(*words, tmp_path / "my.jsonl").stdout)
+    assert own["n"] == 3 and not own["categories"]
+    assert any(len(example["before"].strip()) > 1 for example in own["examples"]), "more tokens, and any"
+    assert json.loads(run(*words, "gsm8k", "--data", world / "gsm8k", "--max-new-tokens", 2).stdout)["n"] > 0
+
+
+class Asked:
+    """What a command was given, as its settings' defaults ask for it."""
+
+    kind = EvaluateSettings
+
+    def __init__(self, **given):
+        self.asked = given.get
+
+
+def test_a_task_of_the_harness_starts_from_its_own_settings_unless_it_is_the_recorded_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mmlu = {"task": "mmlu", "data": "D", "shots": 5, "options_only": True, "chat": True, "seed": 3, "split": "train"}
+    assert defaults(Asked(task="lm-eval:arc"), mmlu) == {"task": "mmlu", "seed": 3, "grader": ["own"]}
+    (tmp_path / "my.yaml").touch()
+    theirs = {"task": task_from_anywhere("lm-eval:my.yaml,split=train"), "chat": True, "grader": ["number"]}
+    assert theirs["task"] == f"lm-eval:{tmp_path.resolve() / 'my.yaml'},split=train"
+    assert defaults(Asked(task="lm-eval:my.yaml"), theirs) == theirs
+    assert "chat" not in defaults(Asked(task="my.jsonl"), theirs)
+
+
+def test_between_files_what_was_said_of_the_first_holds():
+    recorded = {"task": "/home/train.jsonl", "grader": ["number"], "chat": True}
+    assert defaults(Asked(task="test.jsonl"), recorded) == recorded
+
+
+def test_a_benchmark_is_itself_where_a_folder_has_its_name(tmp_path, monkeypatch):
+    (tmp_path / "mmlu").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert task_from_anywhere("mmlu") == "mmlu"
 
 
 def test_yaml_and_flags_override_a_benchmarks_settings(world, tmp_path):
@@ -140,6 +184,8 @@ def test_a_benchmark_of_ones_own_is_found_from_another_folder_too(world, tmp_pat
     run("select", "own/run", "--out", "s.safetensors")
     result = json.loads(run("evaluate", "--steering", "s.safetensors", "--json").stdout)
     assert result["n"] == 5 and set(result["categories"]) <= {"a", "b"}
+    again = ("--task", "own/letters.py:LETTERS")  # whose data are as recorded
+    assert json.loads(run("evaluate", "--steering", "s.safetensors", *again, "--json").stdout)["n"] == 5
 
 
 @pytest.mark.parametrize(
@@ -155,6 +201,11 @@ def test_a_benchmark_of_ones_own_is_found_from_another_folder_too(world, tmp_pat
         (("--task", "mmlu", "--data", "nowhere"), "data must be a file or a folder that is there, got 'nowhere'"),
         (("--task", "task.jsonl", "--options-only"), "options_only needs the labels of the options"),
         (("--task", "none.py:NAME"), "is in a file that is not there"),
+        (("--task", "lm-eval:arc", "--split", "train"), "write --task lm-eval:arc,split=train"),
+        (("--task", "lm-eval:arc,split=test", "--shots", 2), "write --task lm-eval:arc,shots=2"),
+        (("--task", "lm-eval:arc", "--data", "x"), "data is not of lm-eval:arc, which lm-evaluation-harness reads by"),
+        (("--task", "lm-eval:arc", "--prompt-field", "q"), "prompt_field is not of lm-eval:arc"),
+        (("--task", "lm-eval:arc", "--answer-field", "a"), "answer_field is not of lm-eval:arc"),
     ],
 )
 def test_mistakes_are_answered_in_a_line(world, arguments, message, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from command_line import run
 
 from corrsteer import Steering
+from corrsteer.integrations.exports import FORMATS
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +44,26 @@ def test_a_checkpoint_is_written_of_the_model_that_is_named(world, tmp_path):
     assert (tmp_path / "folded" / "model.safetensors").exists()
 
 
+def test_a_model_that_is_named_is_what_the_steering_must_fit(world, tmp_path):
+    Steering.from_vectors({"model.layers.2": torch.ones(128)}).save(tmp_path / "path.safetensors")
+    Steering.from_vectors({"blocks.2.hook_resid_post": torch.ones(64)}).save(tmp_path / "wide.safetensors")
+    options = ("--to", "vllm-lens", "--positions", "all", "--model", world / "model", "--out", tmp_path / "v.json")
+    run("export", tmp_path / "path.safetensors", *options)
+    assert json.loads((tmp_path / "v.json").read_text())[0]["layer_indices"] == [2]
+    assert "width 64" in run("export", tmp_path / "wide.safetensors", *options, ok=False).stderr
+
+
+def test_the_help_names_every_format():
+    assert all(name in run("export", "--help").stdout for name in FORMATS)
+
+
 def test_mistakes_are_one_line(world, tmp_path):
     steering = world / "s.safetensors"
     for arguments, reason in (
         (("export", steering, "--to", "gguf", "--out", tmp_path / "c.gguf"), "positions must be all for gguf"),
         (("export", steering, "--to", "csv", "--out", tmp_path / "c"), "to must be one of"),
         (("export", tmp_path / "no", "--to", "gguf", "--out", tmp_path / "c"), "there is no steering file"),
-        (("import", tmp_path / "no.gguf"), "there is no file"),
+        (("import", tmp_path / "no.gguf", "--out", tmp_path / "s"), "there is no file"),
     ):
         result = run(*arguments, ok=False)
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and reason in result.stderr

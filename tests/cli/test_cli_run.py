@@ -89,6 +89,7 @@ def test_what_a_recipe_cannot_mean_is_refused_before_anything_is_done(world, tmp
         ({"strategies": ["best"]}, "strategies.0: Input should be 'single', 'all', 'pruned' or 'search'"),
         ({"strategies": []}, "strategies"),
         ({"stratgies": ["all"]}, "unknown setting 'stratgies'; did you mean strategies?"),
+        ({"scale": 0.5}, "has scale, which no step of a run takes; leave it out"),
         ({"sae": "2-1=x{layer}"}, "sae must name layers from the first to the last"),
         ({"sae": "1-2=x"}, "sae must name layers from the first to the last and have {layer}"),
         ({"sae": ["1-2=x{layer}", "2=x"]}, "sae gives layer 2 twice"),

@@ -122,6 +122,8 @@ def test_the_harness_file_names_modules_of_the_base_model_and_what_is_added_to_t
 def test_the_harness_tells_a_file_by_its_ending_so_others_are_refused(tmp_path):
     with pytest.raises(CorrSteerError, match=r"path must end with .pt"):
         exported(TWO, "lm-eval", tmp_path / "s.bin")
+    with pytest.raises(CorrSteerError, match="have no comma"):
+        exported(TWO, "lm-eval", tmp_path / "a,b.pt")
 
 
 def test_a_model_without_weights_will_do_for_its_modules_names(tmp_path):
@@ -159,6 +161,21 @@ def test_hotwire_takes_a_row_for_each_layer_and_requests_name_those_that_are_ste
     assert request == [{"id": file.stem, "layer": layer, "scale": 1.0} for layer in (1, 2)]
     assert all(torch.equal(rows[layer], vector) for layer, vector in added(TWO).items())
     compile(usage, "usage", "exec")
+
+
+def test_hotwire_is_given_a_slot_for_each_layer(tmp_path):
+    for layers, slots in ((3, 16), (20, 20)):
+        steering = steering_at(*map(HookPoint, range(layers)))
+        usage = export_steering(steering, "hotwire", tmp_path / "vectors")
+        assert f'os.environ["HOTWIRE_SLOTS"] = "{slots}"' in usage
+
+
+@pytest.mark.parametrize("to", ("neuronpedia", "paper"))
+def test_tools_that_multiply_decoder_rows_are_given_none_that_were_divided_by_their_norms(to, tmp_path):
+    steering = steering_at(HookPoint(1), positions=FORMATS[to].positions[0])
+    steering.provenance["saes"] = {"1": SAES["1"] | {"source": {"divide_by_norm": True}}}
+    with pytest.raises(CorrSteerError, match="layer 1 feature 7 is of an SAE that rescales activations"):
+        exported(steering, to, tmp_path / "f.json")
 
 
 def test_neuronpedia_is_asked_for_the_features_by_its_own_names(tmp_path):

@@ -61,14 +61,29 @@ def test_a_single_vector_is_of_the_layer_that_is_given(tmp_path):
         import_steering(tmp_path / "v.pt", layer=2)
 
 
+@pytest.mark.parametrize("suffix", (".pt", ".safetensors"))
+def test_what_stands_alone_in_a_file_is_a_stack_or_one_vector_whatever_it_is_called(suffix, tmp_path):
+    def write(tensor):
+        path = tmp_path / f"v{suffix}"
+        save_file({"vector": tensor}, path) if suffix == ".safetensors" else torch.save({"vector": tensor}, path)
+        return path
+
+    assert import_steering(write(STACK)).digest == MEANT.digest
+    for one in (VECTORS[2], VECTORS[2][None]):
+        assert [f.hook_point for f in import_steering(write(one), layer=2).features] == ["blocks.2.hook_resid_post"]
+        with pytest.raises(CorrSteerError, match="layer must be given"):
+            import_steering(write(one))
+
+
 @pytest.mark.parametrize(
     "holds, reason",
     [
         ({"layer_1": VECTORS[1], "1": VECTORS[1]}, "has two vectors for blocks.1.hook_resid_post"),
-        ({"mlp_of_1": VECTORS[1]}, "names 'mlp_of_1', which is neither a layer"),
-        ({-1: VECTORS[1]}, "names -1, which is neither a layer"),
+        ({"mlp_of_1": VECTORS[1], "1": VECTORS[1]}, "names 'mlp_of_1', which is neither a layer"),
+        ({-1: VECTORS[1], 1: VECTORS[1]}, "names -1, which is neither a layer"),
         ({1: torch.ones(2, WIDTH)}, r"vector of real numbers \[d\] for each layer, got torch.float32 \[2, 32\] for 1"),
         ({1: torch.ones(WIDTH, dtype=torch.int64)}, "got torch.int64"),
+        ({1: torch.tensor(3.0)}, r"got torch.float32 \[\] for 1"),
         ({1: "far"}, "got str for 1"),
         ({1: torch.ones(4), 2: torch.ones(5)}, "one or more of one d"),
         ({1: torch.full((WIDTH,), torch.nan)}, "must hold finite numbers"),

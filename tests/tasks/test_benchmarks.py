@@ -127,6 +127,13 @@ def test_mmlus_training_rows_have_no_subject_and_are_shown_examples_of_any(write
     assert all(example.prompt.startswith("How often, shots 0, is geology") for example in train.examples)
 
 
+def test_a_training_file_of_mmlu_that_is_called_like_a_subjects_test_has_no_subject(tmp_path):
+    files.mmlu_csv(tmp_path)
+    (tmp_path / "auxiliary_train/race.csv").rename(tmp_path / "auxiliary_train/mc_test.csv")
+    for data, part in ((tmp_path, "train"), (tmp_path / "auxiliary_train/mc_test.csv", "all")):
+        assert {example.fields["category"] for example in task("mmlu", data, part).examples} == {"none"}
+
+
 @pytest.mark.parametrize("name", ["gsm8k", "simpleqa", "bbq:ambig"])
 def test_without_a_part_that_is_kept_for_it_examples_come_from_train_which_goes_without_them(name, tmp_path):
     files.COPIES[name][0](tmp_path)
@@ -243,8 +250,8 @@ def test_sources_say_where_a_row_stood_and_are_all_different(tmp_path):
         ("gsm8k", "train.jsonl", '{"question": "?"}\n', r"train.jsonl:1: no column 'answer' among question"),
         ("gsm8k", "train.jsonl", '{"question": "?", "answer": "5"}\n', r"train.jsonl:1: column 'answer' must end with"),
         ("gsm8k", "train.jsonl", '{"question": 7, "answer": "#### 5"}\n', r"column 'question' must be text, got 7"),
-        ("gsm8k", "train.jsonl", "[1]\n", r"train.jsonl:1: a row must have named columns, got list"),
-        ("gsm8k", "train.jsonl", "{\n", r"train.jsonl cannot be read as jsonl: JSONDecodeError"),
+        ("gsm8k", "train.jsonl", "[1]\n", r"^train.jsonl:1: a row must have named columns, got list"),
+        ("gsm8k", "train.jsonl", "\n\n{\n", r"train.jsonl cannot be read as jsonl: .*line 3, column 2: Expecting"),
         ("gsm8k", "train.parquet", "no parquet", r"train.parquet cannot be read as parquet: "),
         ("mmlu", "test/a_test.csv", "What?,a,b,c,d\n", r"test/a_test.csv cannot be read as csv: .* of 5 cells, not 6"),
         ("mmlu", "test/a_test.csv", "What?,a,b,c,d,E\n", r"csv:1: the answer must be one of A, B, C, or D, or"),
@@ -297,6 +304,20 @@ def test_a_benchmark_comes_from_the_hubs_cache_with_the_same_examples_as_from_a_
     for part in PARTS:
         cached, copied = task(name, None, part), task(name, offline / "copy", part)
         assert replace(copied, grading=cached.grading) == cached
+
+
+def test_a_record_of_samples_from_the_hub_has_the_datasets_commit(offline):
+    files.hub_cache(offline, "cais/mmlu", files.mmlu_hub)
+    assert task("mmlu", None, "test").take(2).samples()["dataset"] == f"cais/mmlu@{files.COMMIT}"
+    files.mmlu_hub(offline / "copy")
+    assert "dataset" not in task("mmlu", offline / "copy", "test").samples()
+
+
+@pytest.mark.parametrize("name", ["simpleqa", "harmbench", "xstest"])
+def test_in_python_a_grader_with_a_model_is_given_as_the_model(name, tmp_path):
+    files.COPIES[name][0](tmp_path)
+    with pytest.raises(TaskError, match=r"give Task the grader and not its name: .*named_grader\("):
+        load_benchmark(name).task("test", tmp_path)
 
 
 def test_a_script_of_a_dataset_is_never_run(offline):

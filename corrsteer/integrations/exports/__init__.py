@@ -1,6 +1,7 @@
 """A steering in the forms that other tools take, a file each.
 
-What a format cannot say is refused with the reason, and what it says is what `Steering.apply` does.
+What a format cannot say is refused with the reason. What it says is meant to be what `Steering.apply` does;
+`Form.proven` says how far that was checked.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def export_steering(
     Raises
     ------
     CorrSteerError : for what the format cannot say, a steering that does not fit the model, and a path that cannot be
-        written. Nothing is written then.
+        written.
     """
     form = checked(steering, to, positions, scale)
     positions, scale = steering.applied_as(positions, scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,12 +20,8 @@ def write_directions(path: Path, vectors: Mapping[int, Tensor], hint: str) -> No
     ------
     CorrSteerError : without the package gguf.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise CorrSteerError(
-            "this format is written by the package gguf, which is not installed; pip install 'corrsteer[gguf]'"
-        ) from None
+    check_gguf()
+    import gguf
 
     def write(part: Path) -> None:
         writer = gguf.GGUFWriter(part, "controlvector")
@@ -38,6 +35,16 @@ def write_directions(path: Path, vectors: Mapping[int, Tensor], hint: str) -> No
         writer.close()
 
     write_whole(path, write)
+
+
+def check_gguf() -> None:
+    """Raise where the package that writes the format is not installed."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise CorrSteerError(
+            "this format is written by the package gguf, which is not installed; pip install 'corrsteer[gguf]'"
+        ) from None
 
 
 def hint(export: Export) -> str:
@@ -54,7 +61,7 @@ def write(export: Export) -> str:
             "0, or use the format model or easysteer"
         )
     write_directions(export.path, vectors, hint(export))
-    return f"llama-cli --model MODEL.gguf --control-vector {export.path}"
+    return f"llama-cli --model MODEL.gguf --control-vector {shlex.quote(str(export.path))}"
 
 
 FORM = Form(

@@ -6,7 +6,7 @@ EasySteer's documentation of 2026, `docs/user-guide/steering.md`: `ApplySpec` sa
 from __future__ import annotations
 
 from corrsteer.files import to_json, write_utf8
-from corrsteer.integrations.exports.control_vector import hint, write_directions
+from corrsteer.integrations.exports.control_vector import check_gguf, hint, write_directions
 from corrsteer.integrations.exports.form import Export, Form
 
 APPLY = {
@@ -34,6 +34,7 @@ def write(export: Export) -> str:
         "source": str(source.resolve()), "algorithm": "direct", "scale": 1.0, "layers": list(vectors),
         "normalize": False, "apply": APPLY[export.positions],
     }  # fmt: skip
+    check_gguf()
     export.make_folder()
     write_directions(source, vectors, hint(export))
     write_utf8(spec, to_json({"vectors": [described]}, indent=1) + "\n")

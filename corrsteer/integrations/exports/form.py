@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from corrsteer.errors import CorrSteerError
+from corrsteer.steering.features import Feature
 from corrsteer.steering.steering import Steering
 
 
@@ -28,6 +30,22 @@ class Export:
     model: nn.Module | None
     positions: str
     scale: float
+
+    def check_row(self, feature: Feature) -> dict[str, Any]:
+        """What is known of a feature's SAE, whose decoder row is what is steered along.
+
+        Raises
+        ------
+        CorrSteerError : where the direction is that row over its norm, which tools that take the row itself multiply
+            by another strength.
+        """
+        sae: dict[str, Any] = (self.steering.provenance.get("saes") or {}).get(str(feature.layer)) or {}
+        if (sae.get("source") or {}).get("divide_by_norm"):
+            raise CorrSteerError(
+                f"{feature.name} is of an SAE that rescales activations by the norms of its decoder's rows, so that "
+                f"its direction is not the row that this format multiplies; use a format that holds vectors"
+            )
+        return sae
 
     def make_folder(self) -> None:
         """Make the folder that is written to, where it is not there."""

@@ -7,11 +7,14 @@ import torch
 from corrsteer.files import to_json, write_utf8, write_whole
 from corrsteer.integrations.exports.form import Export, Form
 
+DEFAULT_SLOTS = 16  # that hotwire has where HOTWIRE_SLOTS is not set
+
 USAGE = """\
 import os
 from vllm import LLM, SamplingParams
 
 os.environ["HOTWIRE_VECTORS"] = {folder!r}
+os.environ["HOTWIRE_SLOTS"] = "{slots}"  # one a layer that is steered; what finds none is not added
 request = open({request!r}).read()
 LLM({model!r}).generate(prompts, SamplingParams(temperature=0, extra_args={{"hotwire": request}}))"""
 
@@ -28,7 +31,8 @@ def write(export: Export) -> str:
     export.make_folder()
     write_whole(file, lambda part: torch.save(rows, part))
     write_utf8(request, to_json(entries) + "\n")
-    return USAGE.format(folder=str(export.path), request=str(request), model=export.model_name)
+    slots = max(DEFAULT_SLOTS, len(vectors))
+    return USAGE.format(slots=slots, folder=str(export.path), request=str(request), model=export.model_name)
 
 
 FORM = Form(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import torch
 
 from corrsteer.errors import CorrSteerError
@@ -12,8 +14,11 @@ from corrsteer.lm import hook_points
 
 def write(export: Export) -> str:
     """Module of the base model -> the vector that is added to its output at every token."""
-    if export.path.suffix != ".pt":
-        raise CorrSteerError(f"path must end with .pt, by which lm-eval tells the file, got {export.path}")
+    if export.path.suffix != ".pt" or "," in str(export.path):
+        raise CorrSteerError(
+            f"path must end with .pt, by which lm-eval tells the file, and have no comma, where it cuts its arguments, "
+            f"got {export.path}"
+        )
     model = export.model
     assert model is not None
     base = model.base_model
@@ -28,7 +33,8 @@ def write(export: Export) -> str:
         for layer, vector in export.outputs(FORM.name).items()
     }  # fmt: skip
     write_whole(export.path, lambda part: torch.save(entries, part))
-    return f"lm_eval --model steered --model_args pretrained={export.model_name},steer_path={export.path} --tasks TASK"
+    arguments = shlex.quote(f"pretrained={export.model_name},steer_path={export.path}")
+    return f"lm_eval --model steered --model_args {arguments} --tasks TASK"
 
 
 FORM = Form(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import shlex
 
 from corrsteer.errors import CorrSteerError
 from corrsteer.files import to_json, write_utf8
@@ -33,15 +33,14 @@ def write(export: Export) -> str:
     }  # fmt: skip
     links = [f"{HOST}/{page}/{feature.index}" for feature, page in zip(export.steering.features, pages)]
     write_utf8(export.path, to_json({"links": links, "request": request}, indent=1) + "\n")
-    return f"jq .request {export.path} | curl --json @- {STEER}"
+    return f"jq .request {shlex.quote(str(export.path))} | curl --json @- {STEER}"
 
 
 def _page(feature: Feature, export: Export) -> str:
     """What Neuronpedia calls the feature's SAE, such as `gemma-2-2b/20-gemmascope-res-16k`."""
     if feature.index is None or feature.layer is None:
         raise CorrSteerError(f"{feature.name} is no feature of an SAE, and Neuronpedia has no others; leave it out")
-    saes: dict[str, Any] = export.steering.provenance.get("saes") or {}
-    metadata = (saes.get(str(feature.layer)) or {}).get("metadata") or {}
+    metadata = export.check_row(feature).get("metadata") or {}
     page = metadata.get("neuronpedia_id")
     if not isinstance(page, str) or "/" not in page:
         raise CorrSteerError(f"{feature.name}: its SAE names no page on Neuronpedia (neuronpedia_id); leave it out")

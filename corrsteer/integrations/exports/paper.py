@@ -17,6 +17,7 @@ def write(export: Export) -> str:
         if feature.index is None or feature.layer is None or feature.statistics is None:
             what = "is no feature of an SAE" if feature.index is None else "has no correlation"
             raise CorrSteerError(f"{feature.name} {what}, and the evaluator reads no others; leave it out")
+        export.check_row(feature)
         point, reads = HookPoint.parse(feature.hook_point, export.model), HookPoint(feature.layer).offset(-1)
         if point not in (reads, HookPoint(feature.layer, "resid_pre")):
             raise CorrSteerError(
@@ -35,7 +36,7 @@ def write(export: Export) -> str:
             }
         }
     write_utf8(export.path, to_json({"layers": layers}, indent=1) + "\n")
-    return f"{export.path} holds what eval.py of seonglae/CorrSteer reads as its features"
+    return f"{export.path} holds what eval.py of seonglae/CorrSteer reads with method=foreach, and with no other method"
 
 
 FORM = Form(

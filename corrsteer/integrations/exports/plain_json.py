@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ def write(export: Export) -> str:
     described = export.steering.described() | {"positions": export.positions, "scale": export.scale}
     directions = export.steering.directions.float().cpu().tolist()  # a float32 survives JSON's float64
     write_utf8(export.path, to_json({"format": FORMAT, **described, "directions": directions}) + "\n")
-    return f"corrsteer import {export.path} --out steering.safetensors"
+    return f"corrsteer import {shlex.quote(str(export.path))} --out steering.safetensors"
 
 
 def read(described: dict[str, Any]) -> Steering:

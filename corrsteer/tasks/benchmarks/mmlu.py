@@ -10,8 +10,9 @@ from corrsteer.tasks.questions import Question, column, label, text, texts
 def read(row: Row) -> Question:
     """Of the hub, which has options as a list and counts answers from 0, or of the publishers' CSV."""
     options = texts(row, "choices") if "choices" in row else tuple(text(row, at) for at in "ABCD")
-    # Auxiliary training rows have no subject: on the hub it is empty, in CSV the file is named after another task.
-    of_file = re.fullmatch("(.+)_(?:dev|val|test)", row.get("file", ""))
+    # Auxiliary training rows have no subject: on the hub it is empty, in CSV the file is named after another task, such
+    # as mc_test.
+    of_file = re.fullmatch("(?!auxiliary_train/)[^/]*/(.+)_(?:dev|val|test)", row.get("file", ""))
     subject = of_file[1] if of_file else row.get("subject") or None
     return Question(text(row, "question"), label(column(row, "answer"), options), subject, options)
 
