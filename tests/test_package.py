@@ -65,7 +65,7 @@ def test_every_text_file_is_opened_with_its_encoding_and_not_the_locales(request
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             name = getattr(getattr(node, "func", None), "attr", getattr(getattr(node, "func", None), "id", ""))
             of = getattr(getattr(getattr(node, "func", None), "value", None), "id", "")
-            bytes_alone = of in ("os", "archive")  # descriptors, and members of zip files
+            bytes_alone = of in ("os", "archive", "_OPENER")  # descriptors, members of zip files, and URLs
             if name in ("open", "read_text", "write_text", "fdopen") and not bytes_alone:
                 binary = any(isinstance(a, ast.Constant) and "b" in str(a.value) for a in node.args)
                 if not binary and "encoding" not in {keyword.arg for keyword in node.keywords}:
