@@ -98,14 +98,14 @@ def _by_layer(found: Any, layer: int | None) -> Iterator[tuple[Any, Any]]:
         ((name, value),) = found.items()
         if isinstance(value, Tensor) and not _is_place(name):  # safetensors names what stands alone
             found = value
-    single = isinstance(found, Tensor) and found.dim() > 0 and 0 < found.numel() == found.shape[-1]
-    if single != (layer is not None):
+    vector = found.reshape(-1) if isinstance(found, Tensor) and _is_vector(found) else None
+    if (vector is not None) != (layer is not None):
         raise CorrSteerError(
-            "layer must be given, as the file holds a single vector" if single else
-            "layer must be left out, as the file does not hold a single vector"
+            "layer must be left out, as the file does not hold a single vector" if vector is None else
+            "layer must be given, as the file holds a single vector"
         )  # fmt: skip
-    if single:
-        yield whole("layer", layer, 0), found.reshape(-1)
+    if vector is not None:
+        yield whole("layer", layer, 0), vector
     elif isinstance(found, Tensor) and found.dim() == 2:
         yield from enumerate(found)
     elif isinstance(found, Mapping):
@@ -115,6 +115,11 @@ def _by_layer(found: Any, layer: int | None) -> Iterator[tuple[Any, Any]]:
         raise CorrSteerError(
             f"it must hold vectors by layer, a stack [layers, d] or one vector [d], got {got}; save it in one of these"
         )
+
+
+def _is_vector(tensor: Tensor) -> bool:
+    """Whether it is `[d]`, but for leading dimensions of 1."""
+    return tensor.dim() > 0 and 0 < tensor.numel() == tensor.shape[-1]
 
 
 def _is_place(name: Any) -> bool:
@@ -142,8 +147,7 @@ def _point(name: Any, kind: str) -> str:
 
 def _vector(name: Any, vector: Any) -> Tensor:
     """`[d]` float32 of what may have leading dimensions of 1."""
-    real = isinstance(vector, Tensor) and vector.is_floating_point() and vector.dim() > 0
-    if real and vector.numel() == vector.shape[-1]:
+    if isinstance(vector, Tensor) and vector.is_floating_point() and _is_vector(vector):
         return vector.detach().float().reshape(-1)
     got = f"{vector.dtype} {list(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
     raise CorrSteerError(f"it must hold a vector of real numbers [d] for each layer, got {got} for {name}")
