@@ -45,8 +45,8 @@ TRIAL = {
 
 
 def odd(completion, example):
-    """A reward that any text has half of the time."""
-    return sum(completion.encode()) % 2
+    """A reward that half of the samples have, whatever the model writes."""
+    return sum((example.prompt + completion).encode()) % 2
 
 
 def build(architecture, layers):
