@@ -132,17 +132,15 @@ def _is_place(name: Any) -> bool:
 
 def _point(name: Any, kind: str) -> str:
     """The hook point that a file's name for a layer means."""
-    if isinstance(name, str) and not NAME.fullmatch(name):
-        try:
-            return str(HookPoint.parse(name))
-        except CorrSteerError:
-            pass
-    found = NAME.fullmatch(str(name)) if isinstance(name, (str, int)) and not isinstance(name, bool) else None
-    if found is None:
+    layer = NAME.fullmatch(str(name)) if isinstance(name, (str, int)) else None
+    if layer is not None:
+        return str(HookPoint(int(layer[1]), kind))
+    try:
+        return str(HookPoint.parse(name))
+    except CorrSteerError:
         raise CorrSteerError(
             f"it names {name!r}, which is neither a layer (12, layer_12, model.layers.12) nor a hook point"
-        )
-    return str(HookPoint(int(found[1]), kind))
+        ) from None
 
 
 def _vector(name: Any, vector: Any) -> Tensor:
