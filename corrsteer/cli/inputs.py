@@ -16,6 +16,7 @@ import yaml
 from torch import nn
 
 from corrsteer import processes
+from corrsteer.cli.names import from_anywhere
 from corrsteer.cli.settings import ModelSettings, RolloutsSettings, StatisticsSettings, TaskSettings
 from corrsteer.errors import CorrSteerError
 from corrsteer.integrations.lm_eval_tasks import is_lm_eval, load_lm_eval
@@ -216,7 +217,7 @@ def one_model() -> Iterator[None]:
 
 def load_model(given: ModelSettings) -> tuple[nn.Module, Any]:
     """A model and its tokenizer."""
-    last, asked = _last_model.get(), (given.model, given.dtype, given.device)
+    last, asked = _last_model.get(), (from_anywhere(given.model), given.dtype, given.device)
     if last is None:
         return _load_model(given)
     if asked not in last:

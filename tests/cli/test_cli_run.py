@@ -79,8 +79,9 @@ def test_a_model_is_loaded_once(world, tmp_path, monkeypatch):
 
     loaded, load = [], inputs._load_model
     monkeypatch.setattr(inputs, "_load_model", lambda given: loaded.append(given.model) or load(given))
-    run("run", world / "recipe.yaml", "--out", tmp_path / "run", "--limit", 40)
-    assert loaded == [str(world / "model")]
+    monkeypatch.chdir(world)  # where its name is shorter than the one that is recorded
+    run("run", world / "recipe.yaml", "--model", "./model", "--out", tmp_path / "run", "--limit", 40)
+    assert loaded == ["./model"]
 
 
 def test_what_a_recipe_cannot_mean_is_refused_before_anything_is_done(world, tmp_path):
