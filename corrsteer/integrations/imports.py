@@ -132,11 +132,11 @@ def _is_place(name: Any) -> bool:
 
 def _point(name: Any, kind: str) -> str:
     """The hook point that a file's name for a layer means."""
-    layer = NAME.fullmatch(str(name)) if isinstance(name, (str, int)) else None
+    layer = NAME.fullmatch(str(name))
     if layer is not None:
         return str(HookPoint(int(layer[1]), kind))
     try:
-        return str(HookPoint.parse(name))
+        return str(HookPoint.parse(str(name)))
     except CorrSteerError:
         raise CorrSteerError(
             f"it names {name!r}, which is neither a layer (12, layer_12, model.layers.12) nor a hook point"
