@@ -116,6 +116,7 @@ def test_a_recipe_runs_from_its_prompts_to_its_report(path, offline):
     evaluated = json.loads((offline / "run" / "evaluation.json").read_text())
     assert {"single", "all"} <= {Path(name).stem for name in evaluated["steerings"]}
     assert all(one["n"] == LIMIT for one in evaluated["steerings"].values())
+    assert "<dt>As read</dt>" in (offline / "run" / "report.html").read_text()
     run = json.loads((offline / "run" / "run.json").read_text())["provenance"]
     assert set(run["saes"]) == set(map(str, range(1, MODELS[recipe["model"]][1])))
     assert run["settings"]["task"] == recipe["task"] and run["model"] == recipe["model"]

