@@ -64,6 +64,10 @@ def select(
         ),
     ] = None,
     layer: Annotated[list[int] | None, typer.Option(help="Only these layers; by default all but layer 0.")] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Use only the first so many samples of the run, which must hold activations.", min=2),
+    ] = None,
     top_k: Annotated[int, typer.Option(help="Rows of each layer's table.")] = 5,
     force: Force = False,
     json: Json = False,
@@ -84,8 +88,8 @@ def select(
 
     inputs.check_file(out)
     loaded = Run.load(run)
-    if (reward := given.flags["reward"]) is not None:
-        loaded = loaded.statistics(reward)
+    if (reward := given.flags["reward"]) is not None or samples is not None:
+        loaded = loaded.statistics(reward, samples=None if samples is None else range(samples))
     choices = chosen(strategy, score, alpha, correction, interval, coefficient, direction, layer, top_k)
     choices = choices.checked(loaded)  # before a model is loaded
     trials: dict[str, Any] = {}
@@ -110,8 +114,8 @@ def select(
     if trials:
         job = kept.job(
             "select", trials["model"], {"validation": trials["validation"]}, trials["decoding"], {},
-            run=kept.digest_of(run / INDEX), reward=loaded.reward, **vars(choices), positions=trials["positions"],
-            scale=trials["scale"], options=trials.get("options") and asdict(trials["options"]),
+            run=kept.digest_of(run / INDEX), reward=loaded.reward, samples=samples, **vars(choices),
+            positions=trials["positions"], scale=trials["scale"], options=trials.get("options") and asdict(trials["options"]),
         )  # fmt: skip
         steering = kept.steering(
             out, job, force,

@@ -1,8 +1,9 @@
-"""The paper's two figures, sized for a column of a two-column page: progress over samples, and activation frequency."""
+"""Figures of the paper, sized for a column of a two-column page: score and r over samples, and activation frequency."""
 
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,12 +15,15 @@ from corrsteer.arguments import as_path
 from corrsteer.errors import CorrSteerError
 from corrsteer.experiments.ranking import Ranking
 from corrsteer.files import write_whole
+from corrsteer.report.page.found import Material
 from corrsteer.runs.run import Run
 from corrsteer.steering.features import Feature
 from corrsteer.types import PathLike
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+Point = tuple[int, float, float | None, float | None]  # samples, a value, and the ends of its interval
 
 COLUMN = 3.25  # inches, a column's width in the usual two-column styles
 HEIGHT = 2.2
@@ -39,7 +43,67 @@ STYLE: Any = {
 }  # fmt: skip
 
 
-def progress(runs: Mapping[str, Run], out: PathLike) -> None:
+def progress(materials: Mapping[str, Material], out: PathLike) -> None:
+    """Draw the score of steerings over the samples that they were selected on, with 95 % intervals.
+
+    A line for each strategy of each run, and a dotted one for its unsteered score.
+
+    Parameters
+    ----------
+    materials : a run, steerings that were selected on its first samples and on more, and evaluations of these
+        together, by the name that the legend shows.
+    out : a pdf, svg or png file.
+
+    Raises
+    ------
+    CorrSteerError : for a run without such evaluations, another kind of file, and without matplotlib.
+    """
+    of_runs = {name: scores(name, material) for name, material in materials.items()}
+
+    def draw(axes: Axes) -> None:
+        lines = itertools.count()
+        for name, (unsteered, curves) in of_runs.items():
+            of_run = f", {name}" if len(of_runs) > 1 else ""
+            grey = str(0.3 * (list(of_runs).index(name) % 3))
+            axes.axhline(unsteered, color=grey, linestyle=":", label=f"unsteered{of_run}")
+            for strategy, points in curves.items():
+                _line(axes, next(lines), f"{strategy}{of_run}", points)
+        axes.set_xlabel("samples selected on")
+        axes.set_ylabel("mean reward")
+        axes.legend(frameon=False)
+
+    _figure(draw, out)
+
+
+def scores(name: str, material: Material) -> tuple[float, dict[str, list[Point]]]:
+    """The unsteered score, and by strategy: samples selected on, the steered score, and the ends of its interval."""
+    found: dict[str, dict[int, Point]] = {}
+    unsteered: list[float] = []
+    for compared in material.compared.values():
+        for path, evaluation in compared.evaluations.items():
+            steering = material.steering_of(compared, path)
+            if path in compared.baselines or steering is None or "n" not in steering.provenance:
+                continue
+            n, strategy = steering.provenance["n"], steering.provenance["selection"]["strategy"]
+            low, high = evaluation.steered_interval or (None, None)
+            found.setdefault(strategy, {})[n] = (n, evaluation.steered, low, high)
+            unsteered.append(evaluation.unsteered)
+    counts = sorted({n for points in found.values() for n in points})
+    if len(counts) < 2:
+        raise CorrSteerError(
+            f"run {name} must lie beside evaluations of steerings that were selected on several numbers of samples, "
+            f"has {', '.join(map(str, counts)) or 'none'}; corrsteer select {name} --samples N --out {name}/..., then "
+            f"corrsteer evaluate them together with --out {name}/..., or draw corrsteer figure correlation"
+        )
+    if len(set(unsteered)) > 1:
+        raise CorrSteerError(
+            f"run {name} must lie beside evaluations of the same samples, but unsteered their scores are "
+            f"{', '.join(f'{one:g}' for one in sorted(set(unsteered)))}; evaluate all of its steerings together"
+        )
+    return unsteered[0], {strategy: [points[n] for n in sorted(points)] for strategy, points in found.items()}
+
+
+def correlation(runs: Mapping[str, Run], out: PathLike) -> None:
     """Draw the highest correlation with the reward over the samples collected, a line a run, with 95 % intervals.
 
     Parameters
@@ -51,17 +115,11 @@ def progress(runs: Mapping[str, Run], out: PathLike) -> None:
     ------
     CorrSteerError : for a run without snapshots, another kind of file, and without matplotlib.
     """
+    of_runs = {name: leaders(name, run) for name, run in runs.items()}
 
     def draw(axes: Axes) -> None:
-        for at, (name, run) in enumerate(runs.items()):
-            points = leaders(name, run)
-            colour, line = COLOURS[at % len(COLOURS)], LINES[at // len(COLOURS) % len(LINES)]
-            n, r, *_ = zip(*points)
-            axes.plot(n, r, color=colour, linestyle=line, marker=MARKERS[at % len(MARKERS)], label=name)
-            known = [point for point in points if point[2] is not None]
-            if known:
-                x, _, low, high = zip(*known)
-                axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        for at, (name, points) in enumerate(of_runs.items()):
+            _line(axes, at, name, points)
         axes.set_xlabel("samples")
         axes.set_ylabel("highest r with the reward")
         if len(runs) > 1:
@@ -70,7 +128,7 @@ def progress(runs: Mapping[str, Run], out: PathLike) -> None:
     _figure(draw, out)
 
 
-def leaders(name: str, run: Run) -> list[tuple[int, float, float | None, float | None]]:
+def leaders(name: str, run: Run) -> list[Point]:
     """Of each snapshot: samples, the highest r of any layer, and the ends of its interval."""
     if not run.snapshots:
         raise CorrSteerError(f"run {name} holds no snapshots, as those that were regraded; give one that was collected")
@@ -133,6 +191,17 @@ def by_task(runs: Mapping[str, Run]) -> dict[str, Run]:
         if len(set(names)) == len(names):
             return dict(zip(names, runs.values()))
     return dict(runs)
+
+
+def _line(axes: Axes, at: int, name: str, points: list[Point]) -> None:
+    """Points of a curve, the `at`th of a figure, and a band between those ends of intervals that are known."""
+    colour, line = COLOURS[at % len(COLOURS)], LINES[at // len(COLOURS) % len(LINES)]
+    n, value, *_ = zip(*points)
+    axes.plot(n, value, color=colour, linestyle=line, marker=MARKERS[at % len(MARKERS)], label=name)
+    known = [point for point in points if point[2] is not None]
+    if known:
+        x, _, low, high = zip(*known)
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def _figure(draw: Any, out: PathLike) -> None:

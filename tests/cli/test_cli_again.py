@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import tiny_pipeline
@@ -9,7 +10,7 @@ import torch
 import yaml
 from command_line import run
 
-from corrsteer import Run
+from corrsteer import Run, Steering
 from corrsteer.rollouts.rollout_file import read_rollouts
 
 
@@ -121,6 +122,22 @@ def test_select_takes_any_of_a_runs_rewards(world, tmp_path):
     assert "r of small" in table
     said = run("select", world / "run", "--reward", "size", "--out", tmp_path / "s.safetensors", ok=False).output
     assert "reward must be one of even, small, got 'size'" in said
+
+
+def test_select_on_the_first_samples_is_that_of_them_and_progress_is_drawn_of_several(world, tmp_path):
+    again = tmp_path / "run"
+    shutil.copytree(world / "run", again)
+    for n in (30, 60):
+        found = result("select", again, "--samples", n, "--out", again / f"{n}.safetensors")
+        there = Run.load(again).statistics(samples=range(n))
+        assert found["features"][0]["statistics"]["correlation"] == pytest.approx(float(there.correlation(1).max()))
+        assert Steering.load(again / f"{n}.safetensors").provenance["n"] == n
+    both = [option for n in (30, 60) for option in ("--steering", again / f"{n}.safetensors")]
+    run("evaluate", *both, "--part", "all", "--out", again / "e.json")
+    run("figure", "progress", again, "--out", tmp_path / "f.svg")
+    assert ">samples selected on<" in (tmp_path / "f.svg").read_text(encoding="utf-8")
+    said = run("select", again, "--samples", 61, "--out", tmp_path / "s.safetensors", ok=False).output
+    assert "samples must" in said
 
 
 def test_show_says_what_a_run_holds(world):
