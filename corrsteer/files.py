@@ -19,6 +19,8 @@ from corrsteer.errors import CorrSteerError
 if TYPE_CHECKING:
     from torch import Tensor
 
+# What systems say that cannot sync a folder, or let nobody open one.
+NO_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EBADF)
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # what file systems say that have none
 
 
@@ -97,9 +99,19 @@ def remove_parts(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder reach the disk, where the file system can be asked to."""
-    with contextlib.suppress(OSError):
+    """Have the names in a folder reach the disk, where the file system can be asked to.
+
+    Raises
+    ------
+    CorrSteerError : where the disk fails at it.
+    """
+    try:
         _sync(folder)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise CorrSteerError(
+                f"what was written in {folder} may not last ({error}); see to the disk, and give the command again"
+            ) from None
 
 
 def _sync(path: Path) -> None:

@@ -1,8 +1,11 @@
 """Files that are written whole or not at all, and what JSON can hold."""
 
+import contextlib
+import errno
 import json
 import math
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +31,23 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(name,
     with pytest.raises(CorrSteerError, match="file cannot be written .*No space left on device.*; give a path"):
         WRITERS[name](tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("code, said", ((errno.EIO, "may not last .*see to the disk"), (errno.EINVAL, None)))
+def test_a_folder_whose_names_do_not_reach_the_disk_is_told_of_unless_it_cannot_be_asked(
+    code, said, tmp_path, monkeypatch
+):
+    real = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    with pytest.raises(CorrSteerError, match=said) if said else contextlib.nullcontext():
+        write_utf8(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new"
 
 
 @pytest.mark.parametrize("name", WRITERS)

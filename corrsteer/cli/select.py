@@ -115,7 +115,8 @@ def select(
         job = kept.job(
             "select", trials["model"], {"validation": trials["validation"]}, trials["decoding"], {},
             run=kept.digest_of(run / INDEX), reward=loaded.reward, samples=samples, **vars(choices),
-            positions=trials["positions"], scale=trials["scale"], options=trials.get("options") and asdict(trials["options"]),
+            positions=trials["positions"], scale=trials["scale"],
+            options=trials.get("options") and asdict(trials["options"]),
         )  # fmt: skip
         steering = kept.steering(
             out, job, force,

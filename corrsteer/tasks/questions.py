@@ -9,6 +9,8 @@ from typing import Any
 from corrsteer.tasks.graders import TaskError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+CHOICE = "{question}\n{options}\nChoose one of the following options only: {labels}\nAnswer:"  # as the paper asks
+SHOWN_CHOICE = "{question}\n{options}\nAnswer: {answer}\n"  # one that is answered
 
 
 @dataclass(frozen=True)

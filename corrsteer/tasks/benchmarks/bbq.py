@@ -9,7 +9,7 @@ from dataclasses import replace
 from corrsteer.tasks.benchmark import Benchmark
 from corrsteer.tasks.graders import TaskError
 from corrsteer.tasks.layouts import Layout, Row
-from corrsteer.tasks.questions import Question, column, label, text
+from corrsteer.tasks.questions import CHOICE, SHOWN_CHOICE, Question, column, label, text
 
 AMBIGUOUS, DISAMBIGUATED = "ambig", "disambig"
 
@@ -42,11 +42,11 @@ BBQ = Benchmark(
     "bbq",
     "questions that invite a stereotype, with ambiguous and with disambiguated contexts",
     read,
-    "{question}\n{options}\nChoose one of the following options only: {labels}\nAnswer:",
+    CHOICE,
     "choice",
     hub="heegyu/bbq",  # a dataset with a script, which is not run: its files are the publishers'
     layouts=(Layout({"whole": ["data/*.jsonl"]}), Layout({"whole": ["*/test-*.parquet", "*/test/*.parquet"]})),
-    example="{question}\n{options}\nAnswer: {answer}\n",
+    example=SHOWN_CHOICE,
     options=("A", "B", "C"),
     max_new_tokens=1,
     fractions=(0.27, 0.03, 0.7),

@@ -4,7 +4,7 @@ import re
 
 from corrsteer.tasks.benchmark import Benchmark
 from corrsteer.tasks.layouts import Layout, Row
-from corrsteer.tasks.questions import Question, column, label, text, texts
+from corrsteer.tasks.questions import CHOICE, SHOWN_CHOICE, Question, column, label, text, texts
 
 
 def read(row: Row) -> Question:
@@ -21,7 +21,7 @@ MMLU = Benchmark(
     "mmlu",
     "multiple choice in 57 subjects",
     read,
-    "{question}\n{options}\nChoose one of the following options only: {labels}\nAnswer:",
+    CHOICE,
     "choice",
     hub="cais/mmlu",
     layouts=(
@@ -44,7 +44,7 @@ MMLU = Benchmark(
             file_column="file",
         ),
     ),
-    example="{question}\n{options}\nAnswer: {answer}\n",
+    example=SHOWN_CHOICE,
     options=("A", "B", "C", "D"),
     max_new_tokens=1,
 )

@@ -5,7 +5,7 @@ The paper's code reads a copy, `rbiswasfc/MMLU-Pro`, that has a train part. This
 
 from corrsteer.tasks.benchmark import Benchmark
 from corrsteer.tasks.layouts import Layout, Row
-from corrsteer.tasks.questions import Question, column, label, text, texts
+from corrsteer.tasks.questions import CHOICE, SHOWN_CHOICE, Question, column, label, text, texts
 
 
 def read(row: Row) -> Question:
@@ -19,12 +19,12 @@ MMLU_PRO = Benchmark(
     "mmlu_pro",
     "multiple choice among up to ten options in 14 categories",
     read,
-    "{question}\n{options}\nChoose one of the following options only: {labels}\nAnswer:",
+    CHOICE,
     "choice",
     hub="TIGER-Lab/MMLU-Pro",
     # Its validation part is 70 questions, 5 of each category, that are kept to be shown.
     layouts=(Layout({"whole": ["data/test-*.parquet"], "shots": ["data/validation-*.parquet"]}),),
-    example="{question}\n{options}\nAnswer: {answer}\n",
+    example=SHOWN_CHOICE,
     options=tuple("ABCDEFGHIJ"),
     max_new_tokens=1,
     fractions=(0.27, 0.03, 0.7),
