@@ -54,8 +54,13 @@ def run(
     from corrsteer.experiments import race
 
     known = {*CollectSettings.model_fields, *RecipeSettings.model_fields, *SEARCH}
-    if strange := sorted(given_in(recipe).keys() - known):
+    written = given_in(recipe)
+    if strange := sorted(written.keys() - known):
         raise CorrSteerError(f"recipe {recipe} has {', '.join(strange)}, which no step of a run takes; leave it out")
+    asked = {"limit": limit, "model": model, "device": device, "data": None if data is None else str(data)}
+    required = {name for name, field in CollectSettings.model_fields.items() if field.is_required()} - {"out"}
+    if lacking := sorted(required - written.keys() - {name for name, value in asked.items() if value is not None}):
+        raise CorrSteerError(f"recipe {recipe} must have {' and '.join(lacking)}, and does not say; add it")
     plan = read_settings(RecipeSettings, recipe, {})
     if plan.report:
         report.check()  # before anything takes hours
@@ -66,7 +71,6 @@ def run(
         )
     name = recipe.stem if limit is None else f"{recipe.stem}-limit-{limit}"
     directory = Path(name) if out is None else out
-    asked = {"limit": limit, "model": model, "device": device, "data": None if data is None else str(data)}
     with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
         found = _steps(recipe, plan, directory, asked, force)
     emit(found, json, f"{recipe.stem}: all of it is in {directory}")

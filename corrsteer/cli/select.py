@@ -90,6 +90,8 @@ def select(
     loaded = Run.load(run)
     if (reward := given.flags["reward"]) is not None or samples is not None:
         loaded = loaded.statistics(reward, samples=None if samples is None else range(samples))
+    if samples is not None:
+        loaded.provenance = loaded.provenance | {"first_samples": samples}
     choices = chosen(strategy, score, alpha, correction, interval, coefficient, direction, layer, top_k)
     choices = choices.checked(loaded)  # before a model is loaded
     trials: dict[str, Any] = {}

@@ -164,6 +164,7 @@ def _provenance(run: Run, choices: Choices) -> dict[str, Any]:
     """That of the run, with what was selected from it and how."""
     return selected(run.provenance) | {
         "selection": asdict(choices),
+        "reward": run.reward,
         "pool": run.pool,
         "coefficient_pool": run.coefficient_pool,
         "n": run.n,

@@ -91,11 +91,13 @@ def test_what_a_recipe_cannot_mean_is_refused_before_anything_is_done(world, tmp
         ({"strategies": []}, "strategies"),
         ({"stratgies": ["all"]}, "unknown setting 'stratgies'; did you mean strategies?"),
         ({"scale": 0.5}, "has scale, which no step of a run takes; leave it out"),
+        ({"sae": None, "model": None}, "must have model and sae, and does not say; add it"),
         ({"sae": "2-1=x{layer}"}, "sae must name layers from the first to the last"),
         ({"sae": "1-2=x"}, "sae must name layers from the first to the last and have {layer}"),
         ({"sae": ["1-2=x{layer}", "2=x"]}, "sae gives layer 2 twice"),
     ):
-        (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe | changed))
+        written = {name: value for name, value in (recipe | changed).items() if value is not None}
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(written))
         result = run("run", tmp_path / "r.yaml", "--out", tmp_path / "run", ok=False)
         assert reason in result.stderr and result.stderr.splitlines()[-1].startswith("error: ")
         assert not (tmp_path / "run").exists()

@@ -233,19 +233,40 @@ def test_every_command_that_a_page_names_exists_with_its_options():
 
 
 def test_the_commands_that_made_a_run_and_a_steering_can_be_given_again():
-    settings = {"model": "m m", "grader": ["exact", "number"], "within_prompt": False, "chat": True, "system": None}
+    settings = {"model": "m m", "task": "t.jsonl", "grader": ["exact", "number"], "within_prompt": False, "chat": True,
+                "system": None}  # fmt: skip
     saes = {"1": {"source": {"kind": "directory", "directory": "sae"}},
-            "2": {"source": {"kind": "release", "release": "r", "sae_id": "a/b"}}}  # fmt: skip
+            "2": {"source": {"kind": "release", "release": "r", "sae_id": "a/b"}},
+            "3": {"source": {"kind": "identity", "d_in": 4}}}  # fmt: skip
     collected = collect_command({"settings": settings, "saes": saes})
     assert collected == (
-        "corrsteer collect --out RUN --sae 1=sae --sae 2=r:a/b --model 'm m' --grader exact --grader number --chat"
+        "corrsteer collect --out RUN --sae 1=sae --sae 2=r:a/b --sae 3=identity --model 'm m' --task t.jsonl "
+        "--grader exact --grader number --chat"
     )
-    selected = select_command("s.safetensors", {"strategy": "all", "score": "pearson", "alpha": None, "top_k": 10})
-    assert selected == ("corrsteer select RUN --out s.safetensors --strategy all --score pearson --top-k 10")
+    chosen = {"strategy": "all", "score": "pearson", "alpha": None, "top_k": 10, "layers": [1, 3]}
+    selected = select_command("s.safetensors", {"selection": chosen, "reward": "exact", "first_samples": 50})
+    assert selected == (
+        "corrsteer select RUN --out s.safetensors --strategy all --score pearson --top-k 10 --layer 1 --layer 3 "
+        "--reward exact --samples 50"
+    )
     commands = typer.main.get_command(app).commands
     for line in (collected, selected):
         _, name, *words = shlex.split(line)
         commands[name].make_context(name, words)  # which reads and checks all options, and runs nothing
+
+
+@pytest.mark.parametrize(
+    "changed",
+    (
+        {"settings": {"model": "m", "task": None, "grader": ["exact"]}},  # of rollouts
+        {"settings": {"model": "m", "task": "t.jsonl", "grader": ["none"]}},  # of rewards from elsewhere
+        {"saes": {"1": {"source": {"kind": "memory"}}}},
+        {"settings": {}},
+    ),
+)
+def test_a_run_that_no_command_makes_has_none(changed):
+    described = {"settings": {"model": "m", "task": "t.jsonl", "grader": ["exact"]}, "saes": {}}
+    assert collect_command(described) is not None and collect_command(described | changed) is None
 
 
 def test_tokens_are_coloured_by_their_share_of_the_largest_activation_which_is_marked():

@@ -68,7 +68,7 @@ FORM = Form(
     "gguf",
     "a control vector of llama.cpp, as repeng writes them",
     ("all",),
-    "gguf 0.19.0 reads it back the same to the bit; llama.cpp takes it, and steered parts no sooner from `apply` than "
-    "unsteered from transformers, see below",
+    "gguf 0.19.0 reads it back the same to the bit; llama.cpp takes it, and agrees with `apply` for as many tokens "
+    "as it agrees unsteered with transformers, see below",
     write,
 )

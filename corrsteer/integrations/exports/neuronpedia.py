@@ -39,11 +39,15 @@ def write(export: Export) -> str:
 def _page(feature: Feature, export: Export) -> str:
     """What Neuronpedia calls the feature's SAE, such as `gemma-2-2b/20-gemmascope-res-16k`."""
     if feature.index is None or feature.layer is None:
-        raise CorrSteerError(f"{feature.name} is no feature of an SAE, and Neuronpedia has no others; leave it out")
+        raise CorrSteerError(
+            f"{feature.name} is no feature of an SAE, and Neuronpedia has no others; export the steering as json"
+        )
     metadata = export.check_row(feature).get("metadata") or {}
     page = metadata.get("neuronpedia_id")
     if not isinstance(page, str) or "/" not in page:
-        raise CorrSteerError(f"{feature.name}: its SAE names no page on Neuronpedia (neuronpedia_id); leave it out")
+        raise CorrSteerError(
+            f"{feature.name}: its SAE names no page on Neuronpedia (neuronpedia_id); export the steering as json"
+        )
     trained_at, point = metadata.get("hook_name"), HookPoint.parse(feature.hook_point, export.model)
     if trained_at is not None and HookPoint.parse(trained_at, export.model) != point:
         raise CorrSteerError(

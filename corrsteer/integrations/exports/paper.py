@@ -16,7 +16,7 @@ def write(export: Export) -> str:
     for feature in export.steering.features:
         if feature.index is None or feature.layer is None or feature.statistics is None:
             what = "is no feature of an SAE" if feature.index is None else "has no correlation"
-            raise CorrSteerError(f"{feature.name} {what}, and the evaluator reads no others; leave it out")
+            raise CorrSteerError(f"{feature.name} {what}, and the evaluator needs both; export the steering as json")
         export.check_row(feature)
         point, reads = HookPoint.parse(feature.hook_point, export.model), HookPoint(feature.layer).offset(-1)
         if point not in (reads, HookPoint(feature.layer, "resid_pre")):
@@ -26,7 +26,7 @@ def write(export: Export) -> str:
             )
         if str(feature.layer) in layers:
             raise CorrSteerError(
-                f"{feature.name} is the second of its layer, and the evaluator takes one a layer; leave one out"
+                f"{feature.name} is the second of its layer, of which the evaluator takes one; export the steering as json"
             )
         layers[str(feature.layer)] = {
             "selected": {

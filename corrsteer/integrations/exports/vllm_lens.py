@@ -36,6 +36,6 @@ FORM = Form(
     "vllm-lens",
     "the JSON of a request to vLLM with the plugin vllm-lens",
     ("all",),
-    "not run: its vLLM is another than the one that runs here",
+    "not run: it needs another release of vLLM than the one tested",
     write,
 )

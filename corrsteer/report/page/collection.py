@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,11 @@ from corrsteer.stats.stability import settled_at
 BARS = 30  # of a histogram
 COLOURS = ("--c1", "--c2", "--c3", "--c4", "--c5")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")  # so that lines differ by more than colour
+SOURCES: dict[str, Callable[[dict[str, Any]], str]] = {  # of an SAE, as --sae takes them
+    "directory": lambda source: source["directory"],
+    "release": lambda source: f"{source['release']}:{source['sae_id']}",
+    "identity": lambda source: "identity",
+}
 PLAN = "corrsteer plan --memory"
 RUN = "corrsteer run RECIPE --out RUN"
 COLLECT = "corrsteer collect ... --out RUN"
@@ -167,8 +173,11 @@ def provenance(material: Material) -> Section:
         }
         rows = [[words(fact), words(value)] for fact, value in facts.items()]
         blocks.append(Table(f"How {name} came about", ("", "what it was"), rows))
-        if described.get("settings", {}).get("model") is not None:
-            blocks += [Paragraph(f"{name} was collected by:"), Source(collect_command(described))]
+        if (command := collect_command(described)) is not None:
+            blocks += [Paragraph(f"This collects the same as {name}:"), Source(command)]
+        elif described.get("settings"):
+            said = f"{name} was not made from a task by one command; what it was made from is recorded below."
+            blocks.append(Paragraph(said))
         saes = described.get("saes", {})
         rows = [
             [Cell(layer, float(layer)), words(run.points.get(int(layer), "")), words(of_layer.get("encoder", "")),
@@ -183,7 +192,8 @@ def provenance(material: Material) -> Section:
         title = f"All that {named_shortly(name)} records, digest {steering.digest}"
         blocks.append(Fold(title, [Source(to_json(without_hashes(steering.provenance), indent=1))]))
         if chosen:
-            blocks += [Paragraph(f"{named_shortly(name)} was selected by:"), Source(select_command(name, chosen))]
+            command = select_command(name, steering.provenance)
+            blocks += [Paragraph(f"{named_shortly(name)} was selected by:"), Source(command)]
     if not material.steerings:
         blocks.append(Missing("No steering was given.", "corrsteer select RUN --out RUN/steering.safetensors"))
     return Section("provenance", "Provenance", blocks)
@@ -198,14 +208,19 @@ def notes(material: Material) -> Section:
     return Section("notes", "Warnings and notes", blocks or [Paragraph("There are none.")])
 
 
-def collect_command(described: dict[str, Any]) -> str:
-    """The command that collects the same, of a run that the command line collected."""
+def collect_command(described: dict[str, Any]) -> str | None:
+    """The command that collects the same; None of a run of rollouts, rewards or SAEs that no command can be given."""
+    settings = described.get("settings", {})
+    of_task = settings.get("model") is not None and settings.get("task") is not None
+    if not of_task or settings.get("grader") == ["none"]:
+        return None
     arguments = ["corrsteer", "collect", "--out", "RUN"]
     for layer, of_layer in described.get("saes", {}).items():
         source = of_layer.get("source", {})
-        named = source.get("directory") or f"{source.get('release')}:{source.get('sae_id')}"
-        arguments += ["--sae", f"{layer}={named}"]
-    for name, value in described["settings"].items():
+        if source.get("kind") not in SOURCES:
+            return None
+        arguments += ["--sae", f"{layer}={SOURCES[source['kind']](source)}"]
+    for name, value in settings.items():
         flag = f"--{name.replace('_', '-')}"
         if value is True:
             arguments.append(flag)
@@ -215,12 +230,18 @@ def collect_command(described: dict[str, Any]) -> str:
     return shlex.join(arguments)
 
 
-def select_command(out: str, chosen: dict[str, Any]) -> str:
+def select_command(out: str, provenance: dict[str, Any]) -> str:
     """The command that makes the same choices; model, validation and search options are as they were by default."""
+    chosen = provenance["selection"]
     arguments = ["corrsteer", "select", "RUN", "--out", out]
     for name in ("strategy", "score", "alpha", "correction", "interval", "coefficient", "direction", "top_k"):
         if chosen.get(name) is not None:
             arguments += [f"--{name.replace('_', '-')}", str(chosen[name])]
+    for layer in chosen.get("layers") or ():
+        arguments += ["--layer", str(layer)]
+    for name, value in (("reward", provenance.get("reward")), ("samples", provenance.get("first_samples"))):
+        if value is not None:
+            arguments += [f"--{name}", str(value)]
     return shlex.join(arguments)
 
 
