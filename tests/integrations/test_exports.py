@@ -232,7 +232,7 @@ def test_the_papers_evaluator_takes_a_feature_a_layer_that_is_added_where_the_la
     for others, reason in (
         ([Feature("blocks.0.hook_resid_post", layer=1, index=5)], "has no correlation"),
         ([Feature("blocks.1.hook_resid_post", 1.0, 1, 5, known)], "collect with hook_offset=-1"),
-        ([features[0], features[0]], "is the second of its layer"),
+        ([features[0], features[0]], "is not the first of its layer"),
         ([Feature("blocks.1.hook_resid_post")], "is no feature of an SAE"),
     ):
         with pytest.raises(CorrSteerError, match=reason):

@@ -26,7 +26,7 @@ def write(export: Export) -> str:
             )
         if str(feature.layer) in layers:
             raise CorrSteerError(
-                f"{feature.name} is the second of its layer, of which the evaluator takes one; export the steering as json"
+                f"{feature.name} is not the first of its layer, where the evaluator takes one; export it as json"
             )
         layers[str(feature.layer)] = {
             "selected": {
