@@ -21,15 +21,17 @@ if TYPE_CHECKING:
 # None where the largest number measured is among them; a call that is missing was nowhere faster. Generated:
 # python -m bench.accelerate prints it, bench/results/studies/accelerate.json holds the measurements.
 FASTER: dict[tuple[str, str, str], tuple[int, int | None]] = {
-    ("encode", "relu", "bfloat16"): (1, 8),
-    ("encode", "jumprelu", "float32"): (512, None),
+    ("pooled", "relu", "float32"): (512, None),
+    ("encode", "relu", "bfloat16"): (1, 1),
+    ("encode", "jumprelu", "float32"): (64, None),
     ("pooled", "jumprelu", "float32"): (64, None),
     ("encode", "jumprelu", "bfloat16"): (1, 8),
     ("encode", "gated", "float32"): (1, None),
     ("pooled", "gated", "float32"): (64, None),
     ("encode", "gated", "bfloat16"): (1, 8),
+    ("pooled", "gated", "bfloat16"): (64, 64),
     ("encode", "topk", "float32"): (8, 8),
-    ("pooled", "topk", "float32"): (512, None),
+    ("pooled", "topk", "float32"): (64, None),
     ("encode", "topk", "bfloat16"): (1, 1),
 }
 SMALLEST = 2097152  # d_in · d_sae of the smallest SAE measured

@@ -86,14 +86,19 @@ def scores(name: str, material: Material) -> tuple[float, dict[str, list[Point]]
                 continue
             n, strategy = steering.provenance["n"], steering.provenance["selection"]["strategy"]
             low, high = evaluation.steered_interval or (None, None)
-            found.setdefault(strategy, {})[n] = (n, evaluation.steered, low, high)
+            point = (n, evaluation.steered, low, high)
+            if found.setdefault(strategy, {}).setdefault(n, point) != point:
+                raise CorrSteerError(
+                    f"run {name} must lie beside one steering for each strategy and number of samples, has several for "
+                    f"{strategy} on {n} samples; move the others elsewhere"
+                )
             unsteered.append(evaluation.unsteered)
     counts = sorted({n for points in found.values() for n in points})
     if len(counts) < 2:
         raise CorrSteerError(
             f"run {name} must lie beside evaluations of steerings that were selected on several numbers of samples, "
-            f"has {', '.join(map(str, counts)) or 'none'}; corrsteer select {name} --samples N --out {name}/..., then "
-            f"corrsteer evaluate them together with --out {name}/..., or draw corrsteer figure correlation"
+            f"has {', '.join(map(str, counts)) or 'none'}; corrsteer select RUN --samples N --out RUN/NAME.safetensors, then "
+            f"corrsteer evaluate them together into RUN as well, or draw corrsteer figure correlation"
         )
     if len(set(unsteered)) > 1:
         raise CorrSteerError(

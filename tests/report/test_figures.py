@@ -59,10 +59,12 @@ def test_progress_is_the_score_of_each_strategy_by_the_samples_it_was_selected_o
 
 
 def test_progress_needs_several_counts_of_samples_scored_on_the_same(tmp_path):
-    with pytest.raises(CorrSteerError, match=r"several numbers of samples, has 100; corrsteer select run --samples N"):
+    with pytest.raises(CorrSteerError, match=r"several numbers of samples, has 100; corrsteer select RUN --samples N"):
         figures.progress({"run": material(selected_on(100), selected_on(100, "single"))}, tmp_path / "f.pdf")
     with pytest.raises(CorrSteerError, match="several numbers of samples, has none"):
         figures.progress({"run": material()}, tmp_path / "f.pdf")
+    with pytest.raises(CorrSteerError, match="has several for all on 100 samples; move the others elsewhere"):
+        figures.progress({"run": material(selected_on(100), selected_on(100, steered=0.6))}, tmp_path / "f.pdf")
     steering, evaluation = selected_on(200)
     elsewhere = material(selected_on(100), (steering, replace(evaluation, unsteered=0.3)))
     with pytest.raises(CorrSteerError, match=r"of the same samples, but unsteered their scores are 0\.3, 0\.4"):
