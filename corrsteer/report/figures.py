@@ -97,8 +97,8 @@ def scores(name: str, material: Material) -> tuple[float, dict[str, list[Point]]
     if len(counts) < 2:
         raise CorrSteerError(
             f"run {name} must lie beside evaluations of steerings that were selected on several numbers of samples, "
-            f"has {', '.join(map(str, counts)) or 'none'}; corrsteer select RUN --samples N --out RUN/NAME.safetensors, then "
-            f"corrsteer evaluate them together into RUN as well, or draw corrsteer figure correlation"
+            f"has {', '.join(map(str, counts)) or 'none'}; corrsteer select RUN --samples N --out RUN/S.safetensors, "
+            f"then corrsteer evaluate them together into RUN as well, or draw corrsteer figure correlation"
         )
     if len(set(unsteered)) > 1:
         raise CorrSteerError(
