@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,14 @@ def poisoned():
 
     with poison():
         yield
+
+
+@pytest.fixture
+def interruptible():
+    """Python's own handling of an interrupt, which a shell takes from what it runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

@@ -124,6 +124,7 @@ def run_job(arguments, log, fault=None, count_to=None):
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in front, wherever the tests themselves run
     import torch
 
     torch.set_num_threads(1)

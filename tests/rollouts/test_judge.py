@@ -137,7 +137,7 @@ def test_a_failure_ends_the_waits_of_other_requests_and_is_what_is_raised(tmp_pa
         assert time.monotonic() - began < 20
 
 
-def test_an_interrupt_ends_the_waits(tmp_path):
+def test_an_interrupt_ends_the_waits(tmp_path, interruptible):
     asked, here = threading.Event(), threading.get_ident()
 
     def busy(*_):

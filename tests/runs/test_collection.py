@@ -353,14 +353,6 @@ def test_a_collection_runs_in_a_thread_of_its_own_as_well(model):
     assert torch.equal(run.correlation(1), gather(model).correlation(1))
 
 
-@pytest.fixture
-def interruptible():
-    """Python's own handling of an interrupt, which a shell takes from what it runs in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_an_interrupt_while_a_block_is_folded_in_waits_for_its_end(model, monkeypatch, interruptible):
     update = Evidence.update
 
